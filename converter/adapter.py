@@ -1,0 +1,276 @@
+"""An adapter: PEFT's files, every key classified, every option understood or refused.
+
+The file is the truth: it says which tensors are touched. Its config gives scaling and flags, and is checked against it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadAdapter, BadCheckpoint, Unsupported
+from converter.read import Folder, TensorHeader, read_header, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What a saved LoraConfig may say without changing the merge, or is read below.
+_UNDERSTOOD = frozenset(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
+    "megatron_core runtime_config eva_config lora_B_layout qalora_group_size "
+    "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
+    "layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights".split()
+)
+# Initialisations that leave the base as it was; the others change the base that the adapter was trained on.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+_FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
+"""Bytes and the exponent's bits; all of them set means infinity or NaN."""
+_PIECE = 8 << 20
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors for one module: delta = scaling · B · A, of shape (out_features, in_features)."""
+
+    module: str
+    """The module as the adapter's file names it."""
+    a: TensorHeader
+    """(rank, in_features)"""
+    b: TensorHeader
+    """(out_features, rank)"""
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the delta: (out_features, in_features)."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+class Adapter:
+    """A PEFT LoRA adapter. Opening it reads the config and the header, and refuses what is not understood.
+
+    Raises `BadAdapter` for files that contradict themselves, `Unsupported` for options that change the merge in ways
+    that this tool does not reproduce.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        names = folder.names()
+        for name in (CONFIG, WEIGHTS):
+            if name not in names:
+                pickled = name == WEIGHTS and "adapter_model.bin" in names
+                hint = "only pickled weights (.bin), which this tool does not unpickle" if pickled else f"no {name}"
+                raise BadAdapter(f"{folder.label}: {hint}")
+        try:
+            self.config = read_json(folder, CONFIG)
+            self.tensors = read_header(folder, WEIGHTS)
+        except BadCheckpoint as exc:
+            raise BadAdapter(str(exc)) from exc
+        self._check_config()
+        self.pairs: dict[str, LoraPair] = {}
+        """By module name."""
+        self.replacements: dict[str, TensorHeader] = {}
+        """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
+        self._classify()
+
+    @property
+    def base_name(self) -> str | None:
+        """The base that the adapter says it was trained on."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
+    def base_revision(self) -> str | None:
+        revision = self.config.get("revision")
+        return revision if isinstance(revision, str) and revision else None
+
+    def check_finite(self) -> str:
+        """Read every value once: the sha256 of config and tensors; `BadAdapter` names a tensor with NaN or infinity."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.name):
+            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+            for piece in self._pieces(tensor):
+                digest.update(piece)
+                if tensor.dtype in _FLOATS and not _all_finite(piece, tensor.dtype):
+                    raise BadAdapter(f"{self.folder.label}: {tensor.name!r} holds a NaN or an infinity")
+        return digest.hexdigest()
+
+    def is_zero(self, tensor: TensorHeader) -> bool:
+        """Whether a tensor holds nothing but zeros."""
+        return not any(any(piece) for piece in self._pieces(tensor))
+
+    def same_bytes(self, one: TensorHeader, other: TensorHeader) -> bool:
+        """Whether two tensors of the file are equal in dtype, shape and bytes."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return all(mine == yours for mine, yours in zip(self._pieces(one), self._pieces(other), strict=True))
+
+    def is_saved_whole(self, module: str) -> bool:
+        """Whether `modules_to_save` names the module; PEFT's rule."""
+        return any(re.match(rf"(^|.*\.){re.escape(n)}($|\..*)", module) for n in self._strings("modules_to_save"))
+
+    def targets(self, module: str) -> bool:
+        """Whether the config's targeting names the module; PEFT's rules, `exclude_modules` and layer lists included."""
+        if self.is_saved_whole(module) or _matches(self.config.get("exclude_modules"), module):
+            return False
+        target = self.config.get("target_modules")
+        if not _matches(target, module):
+            return False
+        layers = self.config.get("layers_to_transform")
+        if layers is None or layers == [] or isinstance(target, str) or (isinstance(target, list) and module in target):
+            return True
+        wanted = [layers] if isinstance(layers, int) else layers
+        patterns = self.config.get("layers_pattern") or []
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((m for e in expressions if (m := re.match(e, module))), None)
+        return found is not None and int(found.group(1)) in wanted
+
+    def scaling(self, module: str) -> tuple[int, float]:
+        """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+        `r` and `alpha` may be overridden by the first matching pattern, as in `peft.utils.get_pattern_key`.
+        """
+        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        where = f"{self.folder.label}: {CONFIG}"
+        if type(rank) is not int or rank < 1:
+            raise BadAdapter(f"{where}: rank {rank!r} for {module}, expected a positive integer")
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise BadAdapter(f"{where}: lora_alpha {alpha!r} for {module}, expected a finite number")
+        return rank, alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def _check_config(self) -> None:
+        where = f"{self.folder.label}: {CONFIG}"
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise Unsupported(f"{where}: peft_type {kind!r}; this tool merges LORA")
+        init = self.config.get("init_lora_weights", True)
+        if init not in _PLAIN_INITIALISATIONS:
+            raise Unsupported(
+                f"{where}: init_lora_weights {init!r} changes the base that the adapter was trained on; convert the "
+                "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        for key, value in self.config.items():
+            if key not in _UNDERSTOOD and value not in (None, False, 0) and value not in ({}, [], ""):
+                raise Unsupported(f"{where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
+        bias = self.config.get("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(self.config.get(key) or {}, Mapping):
+                raise BadAdapter(f"{where}: {key} is not a mapping")
+        for key in ("target_modules", "exclude_modules"):
+            _check_expression(where, key, self.config.get(key))
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in self.config.get(key) or {}:
+                _check_expression(where, key, pattern)
+
+    def _strings(self, key: str) -> list[str]:
+        value = self.config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise BadAdapter(f"{self.folder.label}: {CONFIG}: {key} is not a list of names")
+        return value
+
+    def _classify(self) -> None:
+        halves: dict[str, dict[str, TensorHeader]] = {}
+        for key, tensor in self.tensors.items():
+            where = f"{self.folder.label}: {key!r}"
+            if not key.startswith(PREFIX):
+                raise BadAdapter(f"{where}: expected a name that begins with {PREFIX}")
+            if tensor.dtype not in _FLOATS:
+                raise BadAdapter(f"{where}: dtype {tensor.dtype}, expected {', '.join(_FLOATS)}")
+            if tensor.nbytes == 0:
+                raise BadAdapter(f"{where}: empty, as a ZeRO-3 run saves it when its parameters were not gathered")
+            path = key.removeprefix(PREFIX)
+            if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", path):
+                if len(tensor.shape) != 2:
+                    raise Unsupported(f"{where}: {len(tensor.shape)} dimensions; LoRA on linear layers has 2")
+                pair = halves.setdefault(match[1], {})
+                if match[2] in pair:
+                    raise BadAdapter(f"{where}: the module has this factor twice")
+                pair[match[2]] = tensor
+            elif "lora_" in path or "trainable_tokens" in path:
+                raise Unsupported(f"{where}: this kind of tensor is not merged; LoRA on linear layers is")
+            elif "modules_to_save" in path or not re.fullmatch(r".+\.(weight|bias)", path):
+                raise Unsupported(f"{where}: not a name that this tool understands")
+            else:
+                name = re.sub(r"\.base_layer(\.(?:weight|bias))$", r"\1", path)
+                if name in self.replacements:
+                    raise BadAdapter(f"{where}: the adapter has {name!r} twice")
+                self.replacements[name] = tensor
+        for module, pair in halves.items():
+            self.pairs[module] = self._pair(module, pair)
+        if not self.tensors:
+            raise BadAdapter(f"{self.folder.label}: {WEIGHTS} holds no tensors")
+
+    def _pair(self, module: str, halves: dict[str, TensorHeader]) -> LoraPair:
+        where = f"{self.folder.label}: {module}"
+        if len(halves) != 2:
+            missing = "B" if "A" in halves else "A"
+            raise BadAdapter(f"{where}: has no lora_{missing}.weight")
+        a, b = halves["A"], halves["B"]
+        rank, scaling = self.scaling(module)
+        if a.shape[0] != b.shape[1]:
+            raise BadAdapter(f"{where}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ")
+        if a.shape[0] != rank:
+            raise BadAdapter(f"{where}: rank {a.shape[0]} in the file, {rank} in {CONFIG}")
+        return LoraPair(module, a, b, scaling)
+
+    def _pieces(self, tensor: TensorHeader) -> Iterator[bytes]:
+        for start in range(0, tensor.nbytes, _PIECE):
+            buffer = bytearray(min(_PIECE, tensor.nbytes - start))
+            self.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
+            yield bytes(buffer)
+
+
+def _all_finite(raw: bytes, dtype: str) -> bool:
+    import numpy
+
+    width, exponent = _FLOATS[dtype]
+    bits: np.ndarray[Any, Any] = numpy.frombuffer(raw, dtype=f"<u{width}")
+    return not bool(numpy.any((bits & exponent) == exponent))
+
+
+def _matches(target: object, module: str) -> bool:
+    """PEFT's `check_target_module_exists`, less layer lists: a regular expression, or names that end the path."""
+    if isinstance(target, str):
+        # all-linear is resolved by what the modules are; that the file has their tensors is what says it here.
+        return target.lower() == "all-linear" or re.fullmatch(target, module) is not None
+    if isinstance(target, list):
+        return any(module == name or module.endswith(f".{name}") for name in target if isinstance(name, str))
+    return False
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: object) -> object:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _check_expression(where: str, key: str, value: object) -> None:
+    if not isinstance(value, str):
+        return
+    if len(value) > 2_000:
+        raise BadAdapter(f"{where}: {key} is a pattern of {len(value):,} characters, expected at most 2,000")
+    # A repeated group that itself repeats can take forever on a name that almost matches.
+    if re.search(r"\([^()]*[+*}][^()]*\)\s*[+*{]", value):
+        raise BadAdapter(f"{where}: {key} {value[:60]!r} repeats a repetition, which can run without end")
+    try:
+        re.compile(value)
+    except re.error as exc:
+        raise BadAdapter(f"{where}: {key} {value[:60]!r} is not a regular expression: {exc}") from exc

@@ -1,0 +1,69 @@
+"""Digests of a base's tensors, remembered between runs, so that an unchanged base needn't be read to be recognised.
+
+The memory is a convenience: where it can't be read or written, the base is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import xxhash
+
+from converter.read import Checkpoint, LocalFolder, TensorHeader
+
+_PIECE = 8 << 20
+
+
+def tensor_digest(base: Checkpoint, tensor: TensorHeader) -> str:
+    """xxh3-128 of a tensor's bytes, in hex."""
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(min(_PIECE, tensor.nbytes))
+    for start in range(0, tensor.nbytes, _PIECE):
+        piece = memoryview(buffer)[: min(_PIECE, tensor.nbytes - start)]
+        base.folder.read_into(tensor.file, tensor.offset + start, piece)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def recall(base: Checkpoint) -> dict[str, str]:
+    """Digests known from an earlier reading of the very same files; tensor name → xxh3-128."""
+    if not isinstance(base.folder, LocalFolder):
+        return {}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        remembered = json.loads(_path(base.folder).read_text())
+        known: dict[str, str] = {}
+        for shard in base.shards:
+            if remembered.get(shard, {}).get("file") == base.folder.identity(shard):
+                known |= remembered[shard]["tensors"]
+        return {name: str(digest) for name, digest in known.items() if name in base.tensors}
+    return {}
+
+
+def remember(base: Checkpoint, digests: dict[str, str]) -> None:
+    """Keep what a conversion learnt while it read."""
+    if not isinstance(base.folder, LocalFolder):
+        return
+    shards = {
+        shard: {
+            "file": base.folder.identity(shard),
+            "tensors": {n: d for n, d in digests.items() if n in base.tensors and base.tensors[n].file == shard},
+        }
+        for shard in base.shards
+    }
+    with contextlib.suppress(OSError):
+        path = _path(base.folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(shards))
+        temporary.rename(path)
+
+
+def _path(folder: LocalFolder) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:32]
+    return root / "nf4-converter" / f"{name}.json"
+

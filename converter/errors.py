@@ -1,0 +1,109 @@
+"""Every error that this package raises on purpose.
+
+    ConverterError
+    ├── ConversionRefused        decided before a byte was written; exit code 2
+    │   ├── BadCheckpoint        the base's files contradict the format, each other or the config
+    │   ├── BadAdapter           the adapter's files do
+    │   ├── AdapterMismatch      adapter and base do not belong together
+    │   ├── Unsupported          valid, but not something this tool does, or does safely
+    │   ├── BadRecipe            the choices contradict each other or the base
+    │   ├── BadOutput            OUT is not a place that may be written
+    │   └── HubRefused           the Hub has no such thing for us
+    │       ├── HubNotFound
+    │       ├── HubGated
+    │       └── HubOffline
+    └── ConversionFailed         it went wrong on the way; exit code 1
+        ├── NotFinite            a NaN or an infinity where a weight should be
+        ├── InputChanged         a file shrank, vanished or changed while it was being read
+        ├── WriteFailed          the disk said no
+        ├── VerificationFailed   what was written is not what a loader would build
+        └── HubFailed            the connection or the server failed
+
+A message is one line: the file or tensor, what was found, what was expected.
+"""
+
+from __future__ import annotations
+
+
+class ConverterError(Exception):
+    """Anything this package raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+class ConversionRefused(ConverterError):
+    """Refused before the first byte was written."""
+
+    exit_code = 2
+
+
+class BadCheckpoint(ConversionRefused):
+    """The base's files contradict the format, each other or the config."""
+
+
+class BadAdapter(ConversionRefused):
+    """The adapter's files contradict the format or each other."""
+
+
+class AdapterMismatch(ConversionRefused):
+    """The adapter does not fit this base."""
+
+
+class Unsupported(ConversionRefused):
+    """Valid input that this tool does not convert."""
+
+
+class BadRecipe(ConversionRefused):
+    """Choices that contradict each other or the base."""
+
+
+class BadOutput(ConversionRefused):
+    """OUT is not a place that may be written."""
+
+
+class HubRefused(ConversionRefused):
+    """The Hub has no such thing for us."""
+
+
+class HubNotFound(HubRefused):
+    """No such repository, revision or file."""
+
+
+class HubGated(HubRefused):
+    """The repository asks for a login or for its terms to be accepted."""
+
+
+class HubOffline(HubRefused):
+    """Offline, and the file is not in the cache."""
+
+
+class ConversionFailed(ConverterError):
+    """It went wrong on the way."""
+
+
+class NotFinite(ConversionFailed):
+    """A NaN or an infinity where a weight should be."""
+
+
+class InputChanged(ConversionFailed):
+    """An input shrank, vanished or changed while it was being read."""
+
+
+class WriteFailed(ConversionFailed):
+    """The disk said no."""
+
+
+class VerificationFailed(ConversionFailed):
+    """What was written is not what a loader would build."""
+
+
+class HubFailed(ConversionFailed):
+    """The connection or the server failed."""
+
+
+def printable(text: str) -> str:
+    """`text` as one line without control or direction-changing characters, for messages about untrusted names."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,0 +1,504 @@
+"""The Hugging Face Hub: one repository at one commit, read in pieces or fetched into the Hub's own cache.
+
+This is the only module that imports huggingface_hub, and it does so only once a repository is opened, because
+that import takes longer than `convert --help` may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from converter.errors import (
+    ConverterError,
+    HubFailed,
+    HubGated,
+    HubNotFound,
+    HubOffline,
+    HubRefused,
+    InputChanged,
+    WriteFailed,
+)
+from converter.read import INDEX, LocalFolder, read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+T = TypeVar("T")
+
+Progress = Callable[[str, int], None]
+"""Told a file's name and how many of its bytes are there; the count starts over where a download does."""
+
+HEAD_BYTES = 131_072  # read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes
+RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
+RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+
+DEFAULT_REVISION = "main"
+MAX_REPO_ID = 96
+
+_REPO_ID = re.compile(r"(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SECRETS = (
+    (re.compile(r"hf_[\w.-]+"), "hf_…"),
+    (re.compile(r"(?i)(bearer\s+)\S+"), r"\1…"),
+    (re.compile(r"(https?://)[^/\s@]+@"), r"\1"),
+    (re.compile(r"(https?://[^\s?]+)\?\S+"), r"\1?…"),  # the query of a link to storage is its signature
+)
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether `reference` names a repository ("org/name" or "name") and not a path; an existing path wins."""
+    return not os.path.lexists(reference) and _is_repo_id(reference)
+
+
+def _is_repo_id(text: str) -> bool:
+    # https://huggingface.co/docs/huggingface_hub/package_reference/utilities, validate_repo_id
+    fits = _REPO_ID.fullmatch(text) is not None and len(text) <= MAX_REPO_ID
+    return fits and "--" not in text and ".." not in text and not text.endswith(".git")
+
+
+class _HubFile(NamedTuple):
+    size: int
+    digest: str | None
+
+
+class HubFolder:
+    """The files at the root of one repository at one commit.
+
+    The revision (a branch, a tag or a commit; None for "main") is resolved once, on opening. Reading is by
+    range requests, and nothing is downloaded until `fetch`. Offline, which HF_HUB_OFFLINE asks for as well,
+    there is no request at all: revision and files are those of the Hub's cache.
+
+    Every method raises `HubNotFound`, `HubGated` or `HubOffline` for what the Hub or its cache does not have
+    for us, and `HubFailed` when the connection or the server failed, after some tries.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None, *, offline: bool = False) -> None:
+        if not _is_repo_id(repo_id):
+            raise HubNotFound(f"{repo_id[:120]!r} is not the name of a repository, such as org/name")
+        self.repo_id = repo_id
+        self.revision = DEFAULT_REVISION if revision is None else revision
+        # git allows no "..", and the revision becomes part of a path in the cache.
+        if ".." in self.revision or self.revision.startswith("/") or not self.revision:
+            raise HubNotFound(f"{repo_id}: {self.revision[:120]!r} is not a revision")
+        _prepare_library()
+        self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
+        self._cached: LocalFolder | None = None
+        if offline or _offline_by_environment():
+            self.commit = self._cached_commit()
+            self._cached = LocalFolder(self.snapshot)
+            self._files = {name: _cached_file(self.snapshot / name) for name in self._cached.names()}
+        else:
+            self.commit, self._files = self._look_up()
+
+    @property
+    def label(self) -> str:
+        return f"{self.repo_id}@{self.commit[:12]}" + (" (offline, from the cache)" if self._cached else "")
+
+    @property
+    def snapshot(self) -> Path:
+        """Where the Hub's cache keeps the files of this commit; there once something has been fetched."""
+        return self._storage / "snapshots" / self.commit
+
+    def names(self) -> frozenset[str]:
+        """The names of its root files; offline, of cached ones and of shards that the cached index names."""
+        return frozenset(self._files) | self._named_by_cached_index()
+
+    def size(self, name: str) -> int:
+        """Bytes of one file."""
+        return self._file(name).size
+
+    def digest(self, name: str) -> str | None:
+        """`sha256:…` of a file in large-file storage, `git-sha1:…` (a blob id) of others; None if unknown."""
+        return self._file(name).digest
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before.
+
+        `HubFailed` if a server answers a range request with the whole file.
+        """
+        size = self._file(name).size
+        end = offset + len(buffer)
+        if end > size:
+            raise InputChanged(f"{self.label}: {name}: ends at byte {size}, expected {end}")
+        if self._cached is not None:
+            self._cached.read_into(name, offset, buffer)
+            return
+        head = self._head_for(name, end)[offset:end]
+        buffer[: len(head)] = head
+        if len(head) < len(buffer):
+            self._request(name, offset + len(head), buffer[len(head) :])
+
+    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
+        """Download those of these files that the Hub's cache lacks, and open its snapshot of this commit.
+
+        `HubFailed` if a file's size is not what the Hub said; `WriteFailed` if the cache cannot be written.
+        """
+        for name in names:
+            size = self._file(name).size
+            if self._cached is None:
+                self._download(name, progress)
+            found = (self.snapshot / name).stat().st_size
+            if found != size:
+                raise HubFailed(
+                    f"{self.label}: {name} has {found:,} bytes in the cache, expected {size:,}: "
+                    f"remove {self.snapshot / name} and what it links to, and try again"
+                )
+            if progress is not None:
+                progress(name, size)
+        if self._cached is None:
+            self._remember_revision()
+        return LocalFolder(self.snapshot)
+
+    def close(self) -> None:
+        """Let go of open files and of what was read ahead."""
+        self._head = ("", b"")
+        if self._cached is not None:
+            self._cached.close()
+
+    @property
+    def _storage(self) -> Path:
+        # https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+        from huggingface_hub import constants
+
+        cache = Path(constants.HF_HUB_CACHE).expanduser().resolve()
+        return cache / f"models--{self.repo_id.replace('/', '--')}"
+
+    @property
+    def _reference(self) -> Path:
+        return self._storage / "refs" / self.revision
+
+    def _file(self, name: str) -> _HubFile:
+        if name in self._files:
+            return self._files[name]
+        if self._cached is None:
+            raise HubNotFound(f"{self.label}: the repository has no file {name[:120]!r} at its root")
+        raise HubOffline(
+            f"{self.label}: {name[:120]!r} is not in the cache: go online, or get it there first with "
+            f"`hf download {self.repo_id} --revision {self.commit}`"
+        )
+
+    def _look_up(self) -> tuple[str, dict[str, _HubFile]]:
+        """The commit, and the files at its root."""
+        from huggingface_hub import HfApi, constants
+
+        def listing() -> ModelInfo:
+            # One request for commit and files together, so they belong to each other.
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            return HfApi().model_info(
+                self.repo_id, revision=self.revision, files_metadata=True, timeout=timeout
+            )
+
+        try:
+            found = self._retrying(listing)
+            commit = found.sha or ""
+            files = {file.rfilename: _hub_file(file) for file in found.siblings or () if _at_root(file)}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._not_a_hub() from None
+        asked = self.revision if _COMMIT.fullmatch(self.revision) else commit
+        if not _COMMIT.fullmatch(commit) or commit != asked:
+            raise self._not_a_hub()
+        return commit, files
+
+    def _not_a_hub(self) -> HubFailed:
+        return HubFailed(
+            f"{self.repo_id}: {_endpoint()} does not answer as a Hub does, with commit, files and sizes: "
+            "check HF_ENDPOINT, and whether a proxy or a login page answers in its place"
+        )
+
+    def _cached_commit(self) -> str:
+        commit = self.revision if _COMMIT.fullmatch(self.revision) else self._read_reference()
+        if commit and (self._storage / "snapshots" / commit).is_dir():
+            return commit
+        raise HubOffline(
+            f"{self.repo_id}: revision {self.revision!r} is not in the cache ({self._storage}): go online, "
+            f"or get it there first with `hf download {self.repo_id} --revision {self.revision}`"
+        )
+
+    def _read_reference(self) -> str:
+        """The commit that the cache knows the revision by; empty if it knows none."""
+        try:
+            text = self._reference.read_text("ascii", errors="replace").strip()
+        except OSError:
+            return ""
+        return text if _COMMIT.fullmatch(text) else ""
+
+    def _remember_revision(self) -> None:
+        # A download by commit leaves no trace of the branch's name, by which it is looked for offline.
+        if self.revision == self.commit or self._read_reference() == self.commit:
+            return
+        temporary = self._reference.with_name(f"{self._reference.name}.{os.getpid()}.tmp")
+        # Best effort, as in the Hub's library: whoever may only read the cache can convert all the same.
+        with contextlib.suppress(OSError):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.commit, "ascii")
+            os.replace(temporary, self._reference)
+
+    def _named_by_cached_index(self) -> frozenset[str]:
+        # A cache may hold a part of a repository. With these names, opening a shard tells that the cache
+        # lacks it; without, it would seem that the repository does.
+        if self._cached is None or INDEX not in self._files:
+            return frozenset()
+        weight_map = read_json(self._cached, INDEX).get("weight_map")
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        return frozenset(shard for shard in shards if isinstance(shard, str) and "/" not in shard)
+
+    def _head_for(self, name: str, end: int) -> bytes:
+        """What is kept of the file's beginning; read now if all up to byte `end` is within it."""
+        kept, head = self._head
+        if kept == name:
+            return head
+        length = min(HEAD_BYTES, self._files[name].size)
+        if end > length:
+            return b""
+        # One file's beginning is kept, not every file's: headers are read one after the other.
+        fresh = bytearray(length)
+        self._request(name, 0, memoryview(fresh))
+        self._head = (name, bytes(fresh))
+        return self._head[1]
+
+    def _request(self, name: str, offset: int, buffer: memoryview) -> None:
+        if len(buffer):
+            self._retrying(lambda: self._request_once(name, offset, buffer), name)
+
+    def _request_once(self, name: str, offset: int, buffer: memoryview) -> None:
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        # Compressed, a file would be sent whole whatever the range.
+        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
+        part = len(buffer) < self._files[name].size
+        if part:
+            headers["Range"] = f"bytes={offset}-{offset + len(buffer) - 1}"
+        with get_session().stream(
+            "GET",
+            hf_hub_url(self.repo_id, name, revision=self.commit),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+        ) as response:
+            hf_raise_for_status(response)
+            if part:
+                stated = response.headers.get("Content-Range", "")
+                self._check_range(name, headers["Range"], response.status_code, stated)
+            done = 0
+            for chunk in response.iter_bytes():
+                if done + len(chunk) > len(buffer):
+                    raise HubFailed(f"{self.label}: {name}: the server sent more than {len(buffer):,} bytes")
+                buffer[done : done + len(chunk)] = chunk
+                done += len(chunk)
+        if done < len(buffer):
+            raise HubFailed(f"{self.label}: {name}: the server sent {done:,} bytes, expected {len(buffer):,}")
+
+    def _check_range(self, name: str, asked: str, status: int, stated: str) -> None:
+        if status != 206:
+            raise HubFailed(
+                f"{self.label}: {name}: asked for a range, the server would send the whole file (status "
+                f"{status}, expected 206): check HF_ENDPOINT and proxy, or use `hf download` and work offline"
+            )
+        if not stated.startswith(asked.replace("=", " ") + "/"):
+            raise HubFailed(f"{self.label}: {name}: the server sent {_brief(stated)!r}, asked for {asked!r}")
+
+    def _download(self, name: str, progress: Progress | None) -> None:
+        from huggingface_hub import hf_hub_download
+
+        counter = _counter_class(lambda done: progress(name, done) if progress is not None else None)
+        self._retrying(
+            lambda: hf_hub_download(self.repo_id, name, revision=self.commit, tqdm_class=counter),
+            name,
+        )
+
+    def _retrying(self, action: Callable[[], T], name: str = "") -> T:
+        """The action's result; its errors become ours, after more tries where these may help.
+
+        `name` is the file it is about, if any.
+        """
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                return action()
+            except _library_errors() as exc:
+                if delay is None or not _may_pass(exc):
+                    # Not chained: what the library says may quote signed links and tokens.
+                    raise self._translated(exc, name) from None
+            time.sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _translated(self, exc: Exception, name: str) -> ConverterError:
+        from huggingface_hub import errors
+
+        where = f"{self.repo_id}: {name}" if name else self.repo_id
+        match exc:
+            case errors.OfflineModeIsEnabled():
+                return HubOffline(f"{where}: HF_HUB_OFFLINE was set: unset it, or download the file first")
+            case errors.LocalEntryNotFoundError() if isinstance(exc.__cause__, Exception):
+                # Its own text blames the cache; the cause is what the server or the connection did.
+                return self._translated(exc.__cause__, name)
+            case errors.GatedRepoError():
+                return HubGated(
+                    f"{where}: the repository is gated: accept the terms at {_endpoint()}/{self.repo_id} and "
+                    "log in with `hf auth login`, or set HF_TOKEN"
+                )
+            case errors.RepositoryNotFoundError():
+                return HubNotFound(
+                    f"{where}: no such repository at {_endpoint()}, or a private one: check the name, or log "
+                    "in with `hf auth login`"
+                )
+            case errors.RevisionNotFoundError():
+                return HubNotFound(f"{where}: no revision {self.revision!r}: check the branch, tag or commit")
+            case errors.RemoteEntryNotFoundError():
+                return HubNotFound(f"{where}: the repository has no such file")
+            case errors.HfHubHTTPError():
+                return _translated_status(where, exc.response.status_code, exc.server_message)
+            case errors.FileMetadataError():
+                return self._not_a_hub()
+            case OSError() if _is_local(exc):
+                return WriteFailed(f"{where}: {exc.filename or self._storage}: {exc.strerror}")
+        return HubFailed(
+            f"{where}: not read from {_endpoint()}: {_brief(exc)}: check connection, HF_ENDPOINT and proxy, "
+            "or work offline from the cache"
+        )
+
+
+def _translated_status(where: str, status: int, server_message: str | None) -> ConverterError:
+    said = f" ({_brief(server_message)})" if server_message else ""
+    match status:
+        case 401:
+            advice = "the login is not accepted, renew it with `hf auth login` or HF_TOKEN"
+            return HubGated(f"{where}: status 401{said}: {advice}")
+        case 403:
+            return HubGated(f"{where}: status 403{said}: the login or token lacks the right to read this")
+        case 404 | 410:
+            return HubNotFound(f"{where}: status {status}{said}: not at {_endpoint()}, check the name")
+        case 429:
+            return HubFailed(
+                f"{where}: status 429{said}: too many requests, wait or log in with `hf auth login`"
+            )
+    return HubFailed(f"{where}: {_endpoint()} answered with status {status}{said}: try again later")
+
+
+def _prepare_library() -> None:
+    """Import huggingface_hub and have it send no telemetry and print neither bars nor warnings."""
+    from huggingface_hub import constants
+
+    # Unlike the environment variable, this works after the import as well. Without it, requests carry what is
+    # installed here, and the first one is preceded by another that is not about the repository.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    if "HF_HUB_VERBOSITY" not in os.environ and not constants.HF_DEBUG:
+        # What it warns of passes on the next try or comes back as an error of ours; it quotes signed links.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        parts = urlsplit(constants.ENDPOINT)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise HubRefused(f"HF_ENDPOINT is {_endpoint()!r}, expected a URL such as https://huggingface.co")
+
+
+def _offline_by_environment() -> bool:
+    from huggingface_hub import constants
+
+    return constants.is_offline_mode()
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return _brief(constants.ENDPOINT)
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The base of the HTTP client's errors, which is httpx or httpx2 depending on the library's version.
+    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
+    # Disk and cache errors are OSError; hf_xet, which the library downloads with, raises RuntimeError, too.
+    return (client_error, OSError, RuntimeError)
+
+
+def _may_pass(exc: Exception) -> bool:
+    """Whether another try may help."""
+    from huggingface_hub import errors
+
+    if isinstance(exc, errors.HfHubHTTPError):
+        return exc.response.status_code in RETRIED_STATUS
+    # LocalEntryNotFoundError: the library could not reach the server, having tried for half a minute itself.
+    final = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.FileMetadataError)
+    return not isinstance(exc, final) and not _is_local(exc)
+
+
+def _is_local(exc: Exception) -> bool:
+    """Whether the file system, and not the connection, failed."""
+    return (
+        isinstance(exc, OSError)
+        and exc.errno is not None
+        and not isinstance(exc, ConnectionError | TimeoutError)
+    )
+
+
+def _brief(text: object) -> str:
+    """At most 200 characters of somebody else's words, without tokens, credentials and signatures."""
+    words = " ".join(str(text).split())
+    for pattern, replacement in _SECRETS:
+        words = pattern.sub(replacement, words)
+    return words[:200]
+
+
+def _at_root(file: RepoSibling) -> bool:
+    name = file.rfilename
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _hub_file(file: RepoSibling) -> _HubFile:
+    """`TypeError` if the Hub did not tell the size."""
+    if type(file.size) is not int or file.size < 0:
+        raise TypeError("size")
+    lfs = file.lfs
+    return _HubFile(file.size, _prefixed(lfs.sha256 if lfs is not None else file.blob_id))
+
+
+def _cached_file(path: Path) -> _HubFile:
+    # The cache calls its blobs by the digests of their files, and a snapshot links to them.
+    blob = Path(os.readlink(path)).name if path.is_symlink() else None
+    return _HubFile(path.stat().st_size, _prefixed(blob))
+
+
+def _prefixed(digest: str | None) -> str | None:
+    if digest is None:
+        return None
+    if _SHA256.fullmatch(digest):
+        return f"sha256:{digest}"
+    return f"git-sha1:{digest}" if _COMMIT.fullmatch(digest) else None
+
+
+def _counter_class(report: Callable[[int], None]) -> type[Any]:
+    """A progress bar for the Hub's library that shows nothing and reports how many bytes there are."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Counter(tqdm):
+        monitor_interval = 0  # no thread that watches the bars
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+            self.done = int(kwargs.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> None:
+            self.done += int(n or 0)
+            report(self.done)
+
+        # Having these two, it is spared a second bar, which would count hf_xet's bytes before decompression.
+        def update_transfer(self, n: float) -> None:
+            pass
+
+        def set_transfer_postfix_str(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return Counter

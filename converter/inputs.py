@@ -1,0 +1,135 @@
+"""Base and adapter as the user named them, opened: folders of this machine, or repositories on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from converter.adapter import CONFIG as ADAPTER_CONFIG
+from converter.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from converter.adapter import Adapter
+from converter.errors import ConversionRefused, InputChanged
+from converter.hub import HubFolder, is_hub_id
+from converter.read import Checkpoint, Folder, LocalFolder
+from converter.side_files import wanted_from_base
+
+Reference = str | os.PathLike[str]
+"""A folder, or an id on the Hub."""
+
+
+class Inputs:
+    """An opened base and, if there is one, an adapter.
+
+    Of a base on the Hub, config, index and headers are read by range; `fetch` brings the shards.
+    """
+
+    def __init__(
+        self,
+        base: Reference | None,
+        adapter: Reference | None,
+        base_revision: str | None = None,
+        adapter_revision: str | None = None,
+        *,
+        offline: bool = False,
+    ) -> None:
+        if base is None and adapter is None:
+            raise ConversionRefused("no base: give --base, or an --adapter that names its base")
+        self.adapter: Adapter | None = None
+        self.adapter_commit: str | None = None
+        self.adapter_id: str | None = None
+        if adapter is not None:
+            folder = _open(adapter, adapter_revision, offline=offline)
+            if isinstance(folder, HubFolder):
+                self.adapter_commit, self.adapter_id = folder.commit, folder.repo_id
+                wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
+                folder = folder.fetch([*wanted, *wanted_from_base(folder.names())])
+            self.adapter = Adapter(folder)
+        if base is None:
+            assert self.adapter is not None  # noqa: S101  (checked above)
+            base, base_revision = self._base_of_adapter(self.adapter, base_revision)
+        self._opened = _open(base, base_revision, offline=offline)
+        self.base = Checkpoint(self._opened)
+        self.base_commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
+        self.base_id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+
+    def fetch(self, progress: Callable[[str, int], None] | None = None) -> None:
+        """Bring what a conversion reads of a base on the Hub; nothing to do for a folder."""
+        if isinstance(self._opened, HubFolder):
+            code = [name for name in self._opened.names() if name.endswith(".py")]
+            rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
+            wanted = [*rest, *wanted_from_base(self._opened.names()), *code, *self.base.shards]
+            self.base = Checkpoint(self._opened.fetch(wanted, progress))
+
+    def hub_digests(self) -> dict[str, str]:
+        """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
+        if not isinstance(self._opened, HubFolder):
+            return {}
+        digests = {shard: self._opened.digest(shard) for shard in self.base.shards}
+        return {shard: digest for shard, digest in digests.items() if digest is not None}
+
+    def folder_of(self, origin: str) -> Folder:
+        """The folder of the base, or of the adapter."""
+        if origin == "adapter" and self.adapter is not None:
+            return self.adapter.folder
+        return self.base.folder
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime."""
+        before = self._identities()
+        yield
+        after = self._identities()
+        for path, identity in before.items():
+            if after[path] != identity:
+                raise InputChanged(f"{path}: changed while it was being read")
+
+    def _identities(self) -> dict[Path, list[int] | None]:
+        files = [(self.base.folder, shard) for shard in self.base.shards]
+        if self.adapter is not None:
+            files.append((self.adapter.folder, ADAPTER_WEIGHTS))
+        local = [(folder, name) for folder, name in files if isinstance(folder, LocalFolder)]
+        return {folder.path / name: _identity(folder, name) for folder, name in local}
+
+    @property
+    def folders(self) -> list[Path]:
+        """The local folders that are read."""
+        folders = [self.base.folder, self.adapter.folder if self.adapter else None]
+        return [folder.path for folder in folders if isinstance(folder, LocalFolder)]
+
+    def close(self) -> None:
+        self.base.close()
+        if self.adapter is not None:
+            self.adapter.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @staticmethod
+    def _base_of_adapter(adapter: Adapter, revision: str | None) -> tuple[Reference, str | None]:
+        name = adapter.base_name
+        if name is None:
+            raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
+        return name, revision or adapter.base_revision
+
+
+def _identity(folder: LocalFolder, name: str) -> list[int] | None:
+    try:
+        return folder.identity(name)
+    except FileNotFoundError:
+        return None
+
+
+def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
+    text = os.fspath(reference)
+    if isinstance(reference, str) and is_hub_id(text):
+        return HubFolder(text, revision, offline=offline)
+    return LocalFolder(Path(text).expanduser())

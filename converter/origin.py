@@ -1,0 +1,61 @@
+"""What goes into an output, by contents; and whether OUT was made of just that already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from converter.digests import recall, remember, tensor_digest
+from converter.receipt import Origin, fingerprint
+from converter.side_files import read_side_files
+
+if TYPE_CHECKING:
+    from converter.inputs import Inputs
+    from converter.plan import Plan
+    from converter.seal import Destination
+
+
+def origin_of(plan: Plan, inputs: Inputs, device: str, digests: Mapping[str, str]) -> Origin:
+    """What goes in. `digests` are the xxh3-128 of the base's tensors; a base on the Hub is known by its files' own."""
+    read = {tensor.name for tensor in plan.tensors() if tensor.origin == "base" and tensor.name in inputs.base.tensors}
+    config = json.dumps(inputs.base.config, sort_keys=True).encode()
+    return Origin(
+        base_config=hashlib.sha256(config).hexdigest(),
+        base=inputs.hub_digests() or {name: digests[name] for name in sorted(read)},
+        adapter=plan.adapter_digest,
+        side_files={
+            name: hashlib.sha256(raw).hexdigest()
+            for name, raw in read_side_files(plan.side_files, inputs.folder_of).items()
+        },
+        device=device,
+        base_commit=inputs.base_commit,
+        base_name=inputs.base_id or (inputs.adapter.base_name if inputs.adapter else None),
+        adapter_commit=inputs.adapter_commit,
+        adapter_name=inputs.adapter_id,
+    )
+
+
+def already_made(destination: Destination, plan: Plan, inputs: Inputs, device: str) -> str | None:
+    """The fingerprint of OUT, if OUT is a finished conversion of these inputs by this plan; else None.
+
+    Where everything else agrees and nothing is remembered of the base, the base is read to be sure.
+    """
+    receipt = destination.receipt
+    if receipt is None or receipt.get("plan") != plan.digest:
+        return None
+    digests = recall(inputs.base)
+    unknown = dict.fromkeys(inputs.base.tensors, "")
+    sketch = asdict(origin_of(plan, inputs, device, unknown | digests))
+    made_of = receipt.get("origin")
+    if not isinstance(made_of, dict) or any(made_of.get(k) != v for k, v in sketch.items() if k != "base"):
+        return None
+    if not inputs.hub_digests():
+        for tensor in plan.tensors():
+            if tensor.name in inputs.base.tensors and tensor.origin == "base" and tensor.name not in digests:
+                digests[tensor.name] = tensor_digest(inputs.base, inputs.base.tensors[tensor.name])
+        remember(inputs.base, digests)
+    known = fingerprint(plan, origin_of(plan, inputs, device, digests))
+    return known if destination.holds(known) else None

@@ -1,0 +1,95 @@
+"""The receipt: what an output was made of, and how to tell whether it would be made the same way again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import ConverterError
+from converter.read import LocalFolder, read_json
+
+if TYPE_CHECKING:
+    from converter.measure import Fidelity
+    from converter.plan import Plan
+
+RECEIPT = "conversion.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What went in, by contents: places and times are no part of it."""
+
+    base_config: str
+    """sha256 of config.json."""
+    base: Mapping[str, str]
+    """xxh3-128 of the bytes of every tensor of the base that was read; of a base on the Hub, its shards' own digests."""
+    adapter: str | None
+    """sha256 of the adapter's config and tensors."""
+    side_files: Mapping[str, str]
+    """sha256 of what is copied."""
+    device: str
+    """The kind of device: cpu, cuda, …"""
+    base_commit: str | None = None
+    """Of a base on the Hub."""
+    base_name: str | None = None
+    """Its id on the Hub, or what the adapter calls its base."""
+    adapter_commit: str | None = None
+    adapter_name: str | None = None
+    """Its id on the Hub."""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what shapes the bytes."""
+    return {name: version(name) for name in ("nf4-converter", "torch", "bitsandbytes")}
+
+
+def fingerprint(plan: Plan, origin: Origin) -> str:
+    """sha256 of contents, recipe, layout, device and versions: equal fingerprints, equal bytes."""
+    whole = {"plan": plan.digest, "origin": asdict(origin), "versions": versions(), "format": FORMAT}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def write_receipt(
+    plan: Plan, origin: Origin, files: Mapping[str, tuple[int, str]], fidelity: Mapping[str, Fidelity]
+) -> bytes:
+    """The receipt's bytes. `files`: name → (bytes, sha256) of every file but the receipt itself."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for tensor in plan.tensors():
+        entry: dict[str, Any] = {"action": tensor.action, "origin": tensor.origin}
+        if tensor.pair is not None:
+            entry["lora"] = {"rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
+        if tensor.name in fidelity:
+            entry["error"] = fidelity[tensor.name].error
+            if tensor.pair is not None:
+                entry["survival"] = fidelity[tensor.name].survival
+        tensors[tensor.name] = entry
+    receipt = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(plan, origin),
+        "versions": versions(),
+        "architecture": plan.class_name,
+        "recipe": plan.recipe.as_json(),
+        "plan": plan.digest,
+        "origin": asdict(origin),
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+        "tensors": tensors,
+    }
+    return (json.dumps(receipt, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a finished conversion; None where there is none, or none that can be understood."""
+    try:
+        receipt = read_json(LocalFolder(folder), RECEIPT)
+    except ConverterError:
+        return None
+    complete = receipt.get("format") == FORMAT and isinstance(receipt.get("files"), dict)
+    return receipt if complete and isinstance(receipt.get("fingerprint"), str) else None

@@ -1,0 +1,62 @@
+"""The choices that shape the output's bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from converter.errors import BadRecipe
+
+QuantType = Literal["nf4", "fp4", "int8", "none"]
+Dtype = Literal["auto", "bfloat16", "float16"]
+MergePrecision = Literal["float32", "reference"]
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""What `bitsandbytes.functional.quantize_4bit` accepts."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices that shape the output's bytes; part of the fingerprint. `BadRecipe` for contradictions."""
+
+    quant_type: QuantType = "nf4"
+    """nf4, fp4: four bits. int8: LLM.int8. none: the merged model in 16 bits."""
+    double_quant: bool = True
+    """Quantize the absmax too (nf4 and fp4): 4.13 instead of 4.5 bits a weight at block size 64."""
+    block_size: int = 64
+    """Values that share one absmax (nf4 and fp4)."""
+    dtype: Dtype = "auto"
+    """Of the tensors that stay, of `quant_state` and of compute. auto: the base's, bfloat16 for a float32 base."""
+    merge_precision: MergePrecision = "float32"
+    """float32: quantize the float32 sum. reference: round it to `dtype` first, as the usual flow does."""
+    keep: tuple[str, ...] = ()
+    """Patterns of modules to leave in 16 bits: a glob on the full path, or its last parts."""
+    max_shard_size: int = 5_000_000_000
+    """Bytes of tensors in one output file; a single weight may exceed it."""
+
+    def __post_init__(self) -> None:
+        for value, allowed, option in (
+            (self.quant_type, get_args(QuantType), "--quant-type"),
+            (self.dtype, get_args(Dtype), "--dtype"),
+            (self.merge_precision, get_args(MergePrecision), "--merge-precision"),
+            (self.block_size, BLOCK_SIZES, "--block-size"),
+        ):
+            if value not in allowed:
+                raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
+        if self.max_shard_size < 1_000_000:
+            raise BadRecipe(f"--max-shard-size {self.max_shard_size}: expected at least 1MB")
+        if self.keep and self.quant_type == "none":
+            raise BadRecipe("--keep has no meaning with --quant-type none: nothing is quantized")
+
+    @property
+    def four_bit(self) -> bool:
+        return self.quant_type in ("nf4", "fp4")
+
+    def resolved(self, base_dtype: str) -> Recipe:
+        """The recipe with `dtype` decided, given the dtype of the base's weights as safetensors spells it."""
+        if self.dtype != "auto":
+            return self
+        return replace(self, dtype="float16" if base_dtype == "F16" else "bfloat16")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"keep": sorted(self.keep)}

@@ -1,0 +1,231 @@
+"""Sealing: a staging folder becomes a checkpoint named OUT, whole or not at all.
+
+Order of writes: shards, side files, index, config.json, receipt, and then the name. Each is durable before the next
+one refers to it; OUT is never half a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from converter.architecture import check_output
+from converter.card import CARD, model_card
+from converter.errors import BadOutput, VerificationFailed
+from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
+from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
+from converter.write import sync_folder, write_file, writing
+
+if TYPE_CHECKING:
+    from converter.measure import Fidelity
+    from converter.plan import Plan
+
+_LOCK = ".lock"
+_INSIDE = ".partial"
+_PRESENT_IN_EMPTY = frozenset({"lost+found", _INSIDE})  # a mounted volume's own folder, and a dead run's staging
+
+
+class Destination:
+    """OUT: whether it may be written, and where its parts gather until it is whole. Refuses with `BadOutput`."""
+
+    def __init__(self, out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
+        self.out = Path(os.path.realpath(out.expanduser()))
+        for folder in inputs:
+            real = Path(os.path.realpath(folder))
+            if self.out == real or self.out in real.parents or real in self.out.parents:
+                raise BadOutput(f"{out}: is, holds or lies inside the input {folder}; choose a folder of its own")
+        self.receipt: dict[str, Any] | None = None
+        self._overwrite = overwrite
+        self._occupied = False
+        self._inside = False
+        if self.out.exists():
+            if not self.out.is_dir():
+                raise BadOutput(f"{out}: exists and is not a folder")
+            self._occupied = bool({entry.name for entry in os.scandir(self.out)} - _PRESENT_IN_EMPTY)
+            self.receipt = read_receipt(self.out)
+            # A mount can't be renamed, nor can a name be changed in a folder that isn't ours to write.
+            self._inside = not self._occupied or self.out.is_mount() or not os.access(self.out.parent, os.W_OK)
+
+    def holds(self, fingerprint: str) -> bool:
+        """Whether OUT is a finished conversion of this fingerprint, with all its files there in their sizes."""
+        return self.receipt is not None and self.receipt["fingerprint"] == fingerprint and self._is_whole()
+
+    def refuse_if_taken(self) -> None:
+        """`BadOutput` unless OUT is free, or holds a conversion that `--overwrite` may replace."""
+        if not self._occupied:
+            return
+        if self.receipt is None:
+            raise BadOutput(f"{self.out}: not empty, and not made by this tool; choose another folder")
+        if not self._overwrite:
+            what = "another conversion" if self._is_whole() else "a conversion with missing or changed files"
+            raise BadOutput(f"{self.out}: holds {what}; --overwrite replaces it")
+
+    @property
+    def staging(self) -> Path:
+        """Where OUT's parts gather; on OUT's filesystem."""
+        return self.out / _INSIDE if self._inside else self.out.with_name(self.out.name + ".partial")
+
+    def accept(self) -> None:
+        """Make the whole staging folder OUT."""
+        with writing(self.out):
+            if self._inside:
+                self._move_in()
+            elif self._occupied:
+                _exchange(self.staging, self.out)
+                sync_folder(self.out.parent)
+                shutil.rmtree(self.staging)
+            else:
+                self.staging.rename(self.out)
+            sync_folder(self.out.parent)
+
+    def _move_in(self) -> None:
+        if self.receipt is not None:
+            # Without config.json the folder is no checkpoint, neither the old nor the new one.
+            for name in (CONFIG, *self.receipt["files"], RECEIPT):
+                with contextlib.suppress(FileNotFoundError):
+                    (self.out / Path(name).name).unlink()
+            sync_folder(self.out)
+        names = sorted(entry.name for entry in os.scandir(self.staging))
+        for name in sorted(names, key=lambda name: name == CONFIG):
+            if name == CONFIG:
+                sync_folder(self.out)
+            (self.staging / name).rename(self.out / name)
+        sync_folder(self.out)
+        self.staging.rmdir()
+
+    def _is_whole(self) -> bool:
+        assert self.receipt is not None  # noqa: S101  (asked only of conversions)
+        try:
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.out)}
+        except OSError:
+            return False
+        return all(sizes.get(name) == file.get("bytes") for name, file in self.receipt["files"].items())
+
+
+class Staging:
+    """The locked staging folder of one run. Leaving it without `seal` removes it."""
+
+    def __init__(self, destination: Destination) -> None:
+        self._destination = destination
+        self.folder = destination.staging
+        self._sealed = False
+        with writing(self.folder):
+            if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+                raise BadOutput(f"{self.folder}: exists and is not a staging folder")
+            if self.folder.exists() and not (self.folder / _LOCK).exists() and any(os.scandir(self.folder)):
+                raise BadOutput(f"{self.folder}: exists, is not empty and not a staging folder of this tool")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._lock)
+                raise BadOutput(f"{self.folder}: another conversion is writing it") from None
+            for entry in os.scandir(self.folder):  # what a run that died left
+                if entry.name != _LOCK:
+                    Path(entry.path).unlink()
+
+    def seal(self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]) -> None:
+        """Write what stands beside the shards, look at the whole once more as a loader would, give it its name."""
+        for name, raw in side_files.items():
+            write_file(self.folder / name, raw)
+        if len(plan.shards) > 1:
+            write_file(self.folder / INDEX, _index(self.folder))
+        write_file(self.folder / CARD, model_card(plan, origin))
+        write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
+        verify(self.folder, plan)
+        files = {
+            entry.name: (entry.stat().st_size, _sha256(Path(entry.path)))
+            for entry in os.scandir(self.folder)
+            if entry.name != _LOCK
+        }
+        write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity))
+        (self.folder / _LOCK).unlink()
+        sync_folder(self.folder)
+        self._destination.accept()
+        self._sealed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._sealed:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def verify(folder: Path, plan: Plan) -> None:
+    """Open what was written as a reader would and hold it against the plan; `VerificationFailed` names a difference."""
+    with Checkpoint(LocalFolder(folder)) as written:
+        planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
+        for name in planned.keys() ^ written.tensors.keys():
+            raise VerificationFailed(f"{name}: {'not written' if name in planned else 'not planned'}")
+        for name, output in planned.items():
+            found = written.tensors[name]
+            fits = found.nbytes <= output.nbytes if output.is_state else found.shape == output.shape
+            if found.dtype != output.dtype or not fits:
+                raise VerificationFailed(f"{name}: {found.dtype} {list(found.shape)}, planned {output}")
+        shapes = {}
+        for tensor in plan.tensors():
+            shapes[tensor.name] = tensor.shape
+            if tensor.action == "quantize" and plan.recipe.four_bit:
+                shapes[tensor.name] = _shape_in_state(written, tensor.outputs[-1].name)
+        if plan.verifiable:
+            problems = check_output(written.config, shapes, [t.name for t in plan.tensors() if t.action == "quantize"])
+            if problems:
+                raise VerificationFailed(f"the output would not load: {problems[0]} ({len(problems)} in all)")
+
+
+def _shape_in_state(written: Checkpoint, name: str) -> tuple[int, ...]:
+    state = written.tensors[name]
+    raw = bytearray(state.nbytes)
+    written.folder.read_into(state.file, state.offset, memoryview(raw))
+    return tuple(parse_json_object(bytes(raw), name)["shape"])
+
+
+def _index(folder: Path) -> bytes:
+    """The index, from the headers of the finished shards."""
+    from converter.read import read_header
+
+    local = LocalFolder(folder)
+    shards = sorted(name for name in local.names() if name.endswith(".safetensors"))
+    headers = [tensor for shard in shards for tensor in read_header(local, shard).values()]
+    local.close()
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in headers)},
+        "weight_map": {tensor.name: tensor.file for tensor in headers},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders' names in one step, so that neither is ever absent; in two steps where the system can't."""
+    at_fdcwd, exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), exchange) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code))
+    aside = other.with_name(other.name + ".replaced")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)

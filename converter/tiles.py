@@ -1,0 +1,100 @@
+"""Between bytes and tensors: the tiles of a base, the factors of an adapter, the bytes that are written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from converter.errors import ConversionRefused, NotFinite
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.adapter import LoraPair
+    from converter.plan import TensorPlan
+    from converter.read import Folder, TensorHeader
+
+_TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype, from safetensors' name or torch's own."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES.get(name, name))
+    return dtype
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that `--device` names; auto is an accelerator if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise ConversionRefused(f"--device {name}: {str(exc).splitlines()[0]}") from exc
+    return device
+
+
+def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int) -> tuple[Tensor, memoryview]:
+    """Rows `start` to `end` of a tensor's source, as stored, and the bytes that were read.
+
+    The shape is (rows, columns), or the tensor's own where it has fewer than two dimensions; a Conv1D comes turned,
+    whole, as (out_features, in_features).
+    """
+    import torch
+
+    header = tensor.source
+    row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
+    raw = memoryview(bytearray((end - start) * row_bytes))
+    folder.read_into(header.file, header.offset + start * row_bytes, raw)
+    if not raw:
+        return torch.empty(0, dtype=torch_dtype(header.dtype)), raw
+    flat = torch.frombuffer(raw, dtype=torch_dtype(header.dtype))
+    if tensor.transpose:
+        return flat.view(header.shape).T, raw
+    return (flat.view(end - start, -1) if len(header.shape) > 1 else flat), raw
+
+
+def read_factors(pair: LoraPair, folder: Folder, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A (rank, in_features) and B (out_features, rank) of a delta, in float32, which holds every dtype of a file."""
+    return _read_float32(pair.a, folder).to(device), _read_float32(pair.b, folder).to(device)
+
+
+def as_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor, in row-major order."""
+    import torch
+
+    flat = value.detach().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def refuse_not_finite(name: str, values: Tensor) -> None:
+    """`NotFinite` if any value is NaN or infinite."""
+    if values.is_floating_point() and not bool(values.isfinite().all()):
+        raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")
+
+
+def _read_float32(header: TensorHeader, folder: Folder) -> Tensor:
+    import torch
+
+    raw = bytearray(header.nbytes)
+    folder.read_into(header.file, header.offset, memoryview(raw))
+    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()
