@@ -23,13 +23,16 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What a saved LoraConfig may say without changing the merge, or is read below.
-_UNDERSTOOD = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout "
-    "megatron_core runtime_config eva_config lora_B_layout qalora_group_size "
-    "r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
-    "layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights".split()
-)
+# What a saved LoraConfig may say without changing the merge, and what is read below.
+_WITHOUT_EFFECT = """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
+    megatron_core runtime_config eva_config lora_B_layout qalora_group_size
+"""
+_READ = """
+    r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
+    layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights
+"""
+_UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
 # Initialisations that leave the base as it was; the others change the base that the adapter was trained on.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 _FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
@@ -119,12 +122,16 @@ class Adapter:
         return all(mine == yours for mine, yours in zip(self._pieces(one), self._pieces(other), strict=True))
 
     def is_saved_whole(self, module: str) -> bool:
-        """Whether `modules_to_save` names the module; PEFT's rule."""
-        return any(re.match(rf"(^|.*\.){re.escape(n)}($|\..*)", module) for n in self._strings("modules_to_save"))
+        """Whether `modules_to_save` names the module, one around it, or the end of its name.
+
+        PEFT wraps every module whose path ends with the name, without regard to dots: `norm` means input_layernorm,
+        too (`peft.utils.other._set_trainable`).
+        """
+        return self._excluded(module) or any(module.endswith(name) for name in self._strings("modules_to_save"))
 
     def targets(self, module: str) -> bool:
         """Whether the config's targeting names the module; PEFT's rules, `exclude_modules` and layer lists included."""
-        if self.is_saved_whole(module) or _matches(self.config.get("exclude_modules"), module):
+        if self._excluded(module) or _matches(self.config.get("exclude_modules"), module):
             return False
         target = self.config.get("target_modules")
         if not _matches(target, module):
@@ -178,6 +185,10 @@ class Adapter:
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in self.config.get(key) or {}:
                 _check_expression(where, key, pattern)
+
+    def _excluded(self, module: str) -> bool:
+        names = self._strings("modules_to_save")
+        return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
 
     def _strings(self, key: str) -> list[str]:
         value = self.config.get(key) or []

@@ -145,8 +145,7 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
     problems += [f"{name}: not quantized here, but by transformers" for name in sorted(built - found)]
     problems += [f"{name}: missing" for name in sorted(names.missing)]
     problems += [
-        f"{name}: shape {list(tensors[name])}, transformers expects {list(expected)}"
-        for name, expected in wrong_shapes
+        f"{name}: shape {list(tensors[name])}, transformers expects {list(expected)}" for name, expected in wrong_shapes
     ]
     return problems
 
@@ -275,7 +274,7 @@ def _meta_model(
     try:
         with quietly(), torch.device("meta"):
             parsed = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
-            return model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[no-any-return, union-attr]
+            return model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[union-attr]
     except Exception as exc:  # whatever a strange config raises in foreign code is the config's fault
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise BadCheckpoint(f"config.json: transformers can't build {class_name} from it: {reason[:200]}") from exc
@@ -378,7 +377,7 @@ def _skip_modules(
 
 
 def _default_skips_of_version_4(model: PreTrainedModel, head: set[str]) -> set[str]:
-    """transformers 4.57's `get_keys_to_not_convert`."""
+    """Transformers 4.57's `get_keys_to_not_convert`."""
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if not tied and head:
         return head
@@ -404,7 +403,7 @@ def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[
     return kept
 
 
-_NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier", re.I)
+_NOT_LINEAR = re.compile(r"(?i)embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier")
 
 
 def _described_by_names(

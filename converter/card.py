@@ -34,9 +34,15 @@ def model_card(plan: Plan, origin: Origin) -> bytes:
     made_of = f"{base}" + (f" at {origin.base_commit}" if origin.base_commit else "")
     if origin.adapter is not None:
         adapter = origin.adapter_name or "a local adapter"
-        made_of += f", with {adapter}" + (f" at {origin.adapter_commit}" if origin.adapter_commit else "") + " merged in"
+        made_of += (
+            f", with {adapter}" + (f" at {origin.adapter_commit}" if origin.adapter_commit else "") + " merged in"
+        )
     lines = ["---", *front, "---", "", "# Model card", "", f"{_KINDS[recipe.quant_type]}: {made_of}.", ""]
-    settings = {"quant type": recipe.quant_type, "dtype": recipe.dtype, "merge precision": recipe.merge_precision}
+    settings: dict[str, str] = {
+        "quant type": recipe.quant_type,
+        "dtype": recipe.dtype,
+        "merge precision": recipe.merge_precision,
+    }
     if recipe.four_bit:
         settings |= {"double quant": str(recipe.double_quant).lower(), "block size": str(recipe.block_size)}
     if recipe.keep:

@@ -14,6 +14,7 @@ from converter.architecture import Architecture
 from converter.errors import Unsupported
 from converter.recipe import Recipe
 
+
 def refuse_unconvertible(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
     """Refuse a base whose config says that its weights are quantized, or that it needs code of its own."""
     for part in (config, config.get("text_config") or {}):
@@ -47,9 +48,8 @@ def output_config(
         if part is config or "dtype" in part or "torch_dtype" in part:
             # transformers 4.46 knows only torch_dtype, 5 prefers dtype; all take both.
             part["dtype"] = part["torch_dtype"] = recipe.dtype
-        if vocabulary is not None and (part is config or "vocab_size" in part):
-            if "vocab_size" in part or len(parts) == 1:
-                part["vocab_size"] = vocabulary
+        if vocabulary is not None and ("vocab_size" in part or len(parts) == 1):
+            part["vocab_size"] = vocabulary
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
     if recipe.quant_type != "none":

@@ -66,4 +66,3 @@ def _path(folder: LocalFolder) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:32]
     return root / "nf4-converter" / f"{name}.json"
-

@@ -7,7 +7,6 @@ that import takes longer than `convert --help` may.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -193,9 +192,7 @@ class HubFolder:
         def listing() -> ModelInfo:
             # One request for commit and files together, so they belong to each other.
             timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            return HfApi().model_info(
-                self.repo_id, revision=self.revision, files_metadata=True, timeout=timeout
-            )
+            return HfApi().model_info(self.repo_id, revision=self.revision, files_metadata=True, timeout=timeout)
 
         try:
             found = self._retrying(listing)
@@ -240,7 +237,7 @@ class HubFolder:
         with contextlib.suppress(OSError):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(self.commit, "ascii")
-            os.replace(temporary, self._reference)
+            temporary.replace(self._reference)
 
     def _named_by_cached_index(self) -> frozenset[str]:
         # A cache may hold a part of a repository. With these names, opening a shard tells that the cache
@@ -271,7 +268,7 @@ class HubFolder:
 
     def _request_once(self, name: str, offset: int, buffer: memoryview) -> None:
         from huggingface_hub import constants, get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         # Compressed, a file would be sent whole whatever the range.
         headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
@@ -378,22 +375,21 @@ def _translated_status(where: str, status: int, server_message: str | None) -> C
         case 404 | 410:
             return HubNotFound(f"{where}: status {status}{said}: not at {_endpoint()}, check the name")
         case 429:
-            return HubFailed(
-                f"{where}: status 429{said}: too many requests, wait or log in with `hf auth login`"
-            )
+            return HubFailed(f"{where}: status 429{said}: too many requests, wait or log in with `hf auth login`")
     return HubFailed(f"{where}: {_endpoint()} answered with status {status}{said}: try again later")
 
 
 def _prepare_library() -> None:
-    """Import huggingface_hub and have it send no telemetry and print neither bars nor warnings."""
+    """Import huggingface_hub and have it send no telemetry and print no warnings."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging
 
     # Unlike the environment variable, this works after the import as well. Without it, requests carry what is
     # installed here, and the first one is preceded by another that is not about the repository.
     constants.HF_HUB_DISABLE_TELEMETRY = True
     if "HF_HUB_VERBOSITY" not in os.environ and not constants.HF_DEBUG:
         # What it warns of passes on the next try or comes back as an error of ours; it quotes signed links.
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        logging.set_verbosity_error()
     try:
         parts = urlsplit(constants.ENDPOINT)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -406,7 +402,7 @@ def _prepare_library() -> None:
 def _offline_by_environment() -> bool:
     from huggingface_hub import constants
 
-    return constants.is_offline_mode()
+    return bool(constants.is_offline_mode())
 
 
 def _endpoint() -> str:
@@ -437,11 +433,7 @@ def _may_pass(exc: Exception) -> bool:
 
 def _is_local(exc: Exception) -> bool:
     """Whether the file system, and not the connection, failed."""
-    return (
-        isinstance(exc, OSError)
-        and exc.errno is not None
-        and not isinstance(exc, ConnectionError | TimeoutError)
-    )
+    return isinstance(exc, OSError) and exc.errno is not None and not isinstance(exc, ConnectionError | TimeoutError)
 
 
 def _brief(text: object) -> str:
@@ -467,7 +459,7 @@ def _hub_file(file: RepoSibling) -> _HubFile:
 
 def _cached_file(path: Path) -> _HubFile:
     # The cache calls its blobs by the digests of their files, and a snapshot links to them.
-    blob = Path(os.readlink(path)).name if path.is_symlink() else None
+    blob = path.readlink().name if path.is_symlink() else None
     return _HubFile(path.stat().st_size, _prefixed(blob))
 
 
@@ -481,13 +473,13 @@ def _prefixed(digest: str | None) -> str | None:
 
 def _counter_class(report: Callable[[int], None]) -> type[Any]:
     """A progress bar for the Hub's library that shows nothing and reports how many bytes there are."""
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+    from huggingface_hub.utils import tqdm
 
-    class Counter(tqdm):
+    class Counter(tqdm):  # type: ignore[misc]
         monitor_interval = 0  # no thread that watches the bars
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+            super().__init__(*args, **kwargs | {"disable": True})
             self.done = int(kwargs.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:

@@ -12,7 +12,7 @@ from typing import Self
 from converter.adapter import CONFIG as ADAPTER_CONFIG
 from converter.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.adapter import Adapter
-from converter.errors import ConversionRefused, InputChanged
+from converter.errors import ConversionRefused, HubFailed, HubRefused, InputChanged
 from converter.hub import HubFolder, is_hub_id
 from converter.read import Checkpoint, Folder, LocalFolder
 from converter.side_files import wanted_from_base
@@ -131,5 +131,8 @@ def _identity(folder: LocalFolder, name: str) -> list[int] | None:
 def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
     text = os.fspath(reference)
     if isinstance(reference, str) and is_hub_id(text):
-        return HubFolder(text, revision, offline=offline)
+        try:
+            return HubFolder(text, revision, offline=offline)
+        except (HubRefused, HubFailed) as exc:
+            raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
     return LocalFolder(Path(text).expanduser())

@@ -96,10 +96,10 @@ def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
     """Give a tensor that the base shares one of its own, where the adapter makes the two differ."""
     for target, source in architecture.tied.items():
         replaced, shared = found.replacements.get(target), found.replacements.get(source)
-        if replaced is not None and shared is not None and target not in found.deltas:
-            if adapter.same_bytes(replaced, shared):
-                del found.replacements[target]
-                continue
+        both = replaced is not None and shared is not None
+        if both and target not in found.deltas and adapter.same_bytes(replaced, shared):
+            del found.replacements[target]
+            continue
         # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
         trained = shared is not None and any(
             adapter.is_saved_whole(module) for module in architecture.module_names(source)

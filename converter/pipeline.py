@@ -110,6 +110,29 @@ def convert(
         return Report(destination.out, plan, fingerprint(plan, origin), fidelity)
 
 
+def plan_conversion(
+    base: Reference | None,
+    adapter: Reference | None,
+    out: Reference | None = None,
+    recipe: Recipe = Recipe(),
+    *,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `convert` would do with the same arguments: its plan, and its refusals. Nothing is written, and of a base on
+    the Hub no shard is downloaded."""
+    with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
+        plan = make_plan(inputs.base, inputs.adapter, recipe, trust_remote_code=trust_remote_code)
+        torch_device(device)
+        if out is not None:
+            Destination(Path(out), inputs=inputs.folders, overwrite=overwrite).refuse_if_taken()
+        return plan
+
+
 def convert_tensor(
     tensor: TensorPlan, inputs: Inputs, quantizer: Quantizer, writer: ShardWriter, device: torch.device
 ) -> tuple[Fidelity, str]:

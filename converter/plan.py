@@ -215,16 +215,16 @@ def make_plan(
         raise Unsupported(
             f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
         )
-    config = output_config(
-        base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied)
-    )
+    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     if architecture.known:
         _check_statically(config, tensors)
     unknown = sum(role.parameter is None for role in architecture.roles.values())
     if unknown:
-        found.notes.append(f"{unknown} tensors of the base are not part of {architecture.class_name}: copied as they are")
+        found.notes.append(
+            f"{unknown} tensors of the base are not part of {architecture.class_name}: copied as they are"
+        )
     return Plan(
         recipe=recipe,
         class_name=architecture.class_name,
@@ -319,7 +319,7 @@ def _check_tokenizer(
 
 
 def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:
-    """vLLM fuses some weights, which must then be quantized all or not at all."""
+    """VLLM fuses some weights, which must then be quantized all or not at all."""
     actions = {tensor.name: tensor.action for tensor in tensors}
     for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name, action in actions.items():
@@ -349,4 +349,3 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
     if tensor.pair is not None:
         entry["lora"] = {"module": tensor.pair.module, "rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
     return entry
-

@@ -147,10 +147,13 @@ class LocalFolder:
         try:
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
-                # The Hub's cache keeps snapshots/<commit>/NAME -> ../../blobs/<digest>; no other link is followed.
+                # The Hub's cache keeps snapshots/<commit>/NAME -> ../../blobs/<digest>, which may itself be a link into
+                # blobs/<2 hex>/ that its repositories share. No other link is followed.
                 real = path.resolve(strict=True)
-                folder = self.path.resolve()
-                return folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
+                snapshots = self.path.resolve().parent
+                repository = snapshots.parent
+                own, shared = repository / "blobs", repository.parent / "blobs"
+                return snapshots.name == "snapshots" and (real.parent == own or real.parent.parent == shared)
             return stat.S_ISREG(mode)
         except (OSError, RuntimeError):
             return False
@@ -303,7 +306,9 @@ class Checkpoint:
             if "/" in shard or "\\" in shard:
                 raise BadCheckpoint(f"{where}: {tensor!r} is in {shard[:80]!r}, expected a file inside the folder")
             if shard not in names:
-                raise BadCheckpoint(f"{where}: {tensor!r} is in {shard[:80]!r}, which is not a plain file of the folder")
+                raise BadCheckpoint(
+                    f"{where}: {tensor!r} is in {shard[:80]!r}, which is not a plain file of the folder"
+                )
         return weight_map
 
     def _read_shards(self, weight_map: dict[str, str]) -> None:
@@ -323,7 +328,7 @@ class Checkpoint:
         missing = sorted(weight_map.keys() - self.tensors.keys())
         if missing:
             raise BadCheckpoint(
-                f"{self.folder.label}: the index names {missing[0]!r} in {weight_map[missing[0]]}, which does not have it"
+                f"{self.folder.label}: the index names {missing[0]!r} in {weight_map[missing[0]]}, which lacks it"
                 + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
             )
 

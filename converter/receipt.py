@@ -29,7 +29,7 @@ class Origin:
     base_config: str
     """sha256 of config.json."""
     base: Mapping[str, str]
-    """xxh3-128 of the bytes of every tensor of the base that was read; of a base on the Hub, its shards' own digests."""
+    """xxh3-128 of the bytes of every tensor of the base that was read; of a base on the Hub, its shards' digests."""
     adapter: str | None
     """sha256 of the adapter's config and tensors."""
     side_files: Mapping[str, str]

@@ -135,7 +135,9 @@ class Staging:
                 if entry.name != _LOCK:
                     Path(entry.path).unlink()
 
-    def seal(self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]) -> None:
+    def seal(
+        self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
+    ) -> None:
         """Write what stands beside the shards, look at the whole once more as a loader would, give it its name."""
         for name, raw in side_files.items():
             write_file(self.folder / name, raw)

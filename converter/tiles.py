@@ -32,7 +32,7 @@ _TORCH_NAMES = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype, from safetensors' name or torch's own."""
+    """The dtype of torch, from safetensors' name or torch's own."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES.get(name, name))

@@ -1,4 +1,4 @@
-"""A shard file: tensors at planned offsets, in any order, in a file that has its name only when its bytes are durable."""
+"""A shard file: tensors at planned offsets, in any order; the file gets its name when its bytes are durable."""
 
 from __future__ import annotations
 

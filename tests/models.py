@@ -47,6 +47,13 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         _NO_GROUPS,
         ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     ),
+    "mixtral": ("mixtral", "MixtralForCausalLM", {**_COMMON, "num_local_experts": 4}, _ATTENTION),
+    "qwen2_moe": (
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        {**_COMMON, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        _ATTENTION,
+    ),
     "opt": (
         "opt",
         "OPTForCausalLM",
@@ -71,7 +78,9 @@ def make_model(name: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def save_base(folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = False, **changes: Any) -> Path:
+def save_base(
+    folder: Path, name: str, dtype: torch.dtype = torch.bfloat16, *, sharded: bool = False, **changes: Any
+) -> Path:
     """A random base in `folder`."""
     model = make_model(name, **changes).to(dtype)
     model.save_pretrained(folder, max_shard_size="60KB" if sharded else "1GB")

@@ -1,0 +1,43 @@
+# Every target sets up what it needs: a .venv in the checkout, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo check lint types test fix fixtures golden real bench clean
+
+demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
+	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
+	$(BIN)/python fixtures/generate.py build/demo "When an exception is raised"
+
+check: lint types test  ## what CI runs
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+fix: .venv/ready  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fixtures: .venv/ready  ## train the bundled model and adapter anew; about ten minutes
+	$(BIN)/python fixtures/make_tiny.py
+
+golden: .venv/ready  ## write the expected receipts anew; read the diff before you commit it
+	$(BIN)/python fixtures/make_golden.py
+
+real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
+	$(BIN)/python fixtures/real/compare.py
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, as PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build .venv

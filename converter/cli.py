@@ -1,0 +1,189 @@
+"""The command line: arguments in, call the library, print, exit code.
+
+Heavy libraries are imported after the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from converter.recipe import Recipe
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class _Size(click.ParamType[int]):
+    """5GB, 500MB, 512MiB: bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+        if found is None or found[2].upper() not in _UNITS:
+            self.fail(f"{value!r} is not a size such as 5GB or 512MiB", param, ctx)
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class _Terminated(BaseException):
+    """SIGTERM: unwinds as an interrupt from the keyboard does."""
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),  # both spellings
+        "max_content_width": 100,
+    },
+)
+@click.option(
+    "--base", metavar="PATH|ID", help="Base model: folder or Hub id. Default: the one that the adapter names."
+)
+@click.option("--base-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
+@click.option("--adapter", metavar="PATH|ID", help="PEFT LoRA adapter: folder or Hub id. Default: only quantize.")
+@click.option("--adapter-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
+@click.option("--out", metavar="PATH", help="Folder to write; it appears only whole.")
+@click.option(
+    "--quant-type",
+    type=click.Choice(["nf4", "fp4", "int8", "none"]),
+    default="nf4",
+    show_default=True,
+    help="Of the linear layers; none: the merged model in 16 bits.",
+)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the absmax, too.")
+@click.option("--block-size", type=int, default=64, show_default=True, help="Values that share one absmax.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the tensors that stay, and of compute. auto: the base's, bfloat16 for a float32 base.",
+)
+@click.option(
+    "--merge-precision",
+    type=click.Choice(["float32", "reference"]),
+    default="float32",
+    show_default=True,
+    help="float32: quantize the exact sum. reference: the bytes of PEFT's merge, then transformers.",
+)
+@click.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts.")
+@click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Bytes in one output file.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no shard.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion, once the new one is whole.")
+@click.option("--offline", is_flag=True, help="Take Hub ids from the local cache only.")
+@click.option("--trust-remote-code", is_flag=True, help="Copy the Python files that the base names; never run them.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.option("--verbose", "-v", is_flag=True, help="List every tensor; show tracebacks.")
+@click.version_option(package_name="nf4-converter")
+@click.pass_context
+def cli(context: click.Context, /, **options: Any) -> None:
+    r"""Merge a LoRA adapter into a base model and write a quantized checkpoint, in one streaming pass.
+
+    \b
+    convert --base X --adapter Y --out Z
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if not options["base"] and not options["adapter"]:
+        raise click.UsageError("Give --base, or an --adapter that names its base.")
+    if not options["out"] and not options["dry_run"]:
+        raise click.UsageError("Give --out, or --dry-run.")
+    (_dry_run if options.pop("dry_run") else _convert)(**options)
+
+
+def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+    from converter.pipeline import convert
+    from converter.show import print_json, progress_bar, summary, summary_json
+
+    recipe = _recipe(options)
+    with progress_bar(shown=not quiet and not as_json) as (progress, clock):
+        report = convert(recipe=recipe, progress=progress, **options)
+    if as_json:
+        print_json(summary_json(report, clock()))
+    elif not quiet:
+        click.echo(summary(report, clock(), verbose=verbose), nl=False)
+
+
+def _dry_run(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+    from converter.pipeline import plan_conversion
+    from converter.show import plan_json, plan_text, print_json
+
+    recipe = _recipe(options)
+    plan = plan_conversion(recipe=recipe, **options)
+    if as_json:
+        print_json(plan_json(plan))
+    elif not quiet:
+        click.echo(plan_text(plan, verbose=verbose), nl=False)
+
+
+def _recipe(options: dict[str, Any]) -> Recipe:
+    """Take the recipe's options out of the others."""
+    from dataclasses import fields
+
+    from converter.recipe import Recipe
+
+    return Recipe(**{field.name: options.pop(field.name) for field in fields(Recipe)})
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line; ends the process with 0 done, 1 failed, 2 refused, 130 and 143 for signals."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _terminate)
+    verbose = "-v" in arguments or "--verbose" in arguments
+    as_json = "--json" in arguments
+    sys.exit(_run(lambda: cli(arguments, prog_name="convert", standalone_mode=False), verbose=verbose, as_json=as_json))
+
+
+def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
+    """Run a command; its exit code. Errors become one line on stderr, and with --json an object on stdout."""
+    # Read when the libraries are imported: nobody here compiles models, and no version check is wanted.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        command()
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
+    except _Terminated:
+        return _say("terminated: nothing was written to OUT", 143, as_json=as_json)
+    except Exception as exc:
+        from converter.errors import ConverterError, printable
+
+        if verbose:
+            traceback.print_exc()
+        if isinstance(exc, ConverterError):
+            return _say(str(exc), exc.exit_code, as_json=as_json)
+        # Not foreseen, so the place where it happened is worth more than good manners; still one line.
+        where = traceback.extract_tb(exc.__traceback__)[-1]
+        name = f"{type(exc).__name__} in {os.path.basename(where.filename)}:{where.lineno}"  # noqa: PTH119
+        return _say(f"{name}: {printable(str(exc))} (-v shows where)", 1, as_json=as_json)
+    return 0
+
+
+def _say(message: str, code: int, *, as_json: bool) -> int:
+    click.echo(f"error: {message}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": message, "exit_code": code}))
+    return code
+
+
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
+    raise _Terminated

@@ -1,0 +1,214 @@
+"""What people and programs are told: the plan, the progress, the summary."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from converter.pipeline import Progress, Report
+from converter.plan import Plan, TensorPlan
+
+Clock = Callable[[], float]
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    return plan.as_json()
+
+
+def plan_text(plan: Plan, *, verbose: bool = False) -> str:
+    """The plan as a table: alike tensors in one line, or every tensor."""
+    rows: list[tuple[str, ...]] = [("tensors", "", "shape", "from", "to", "what happens")]
+    rows += [_plan_row(tensors) for tensors in _alike(plan.tensors(), one_by_one=verbose)]
+    lines = _table(rows)
+    lines += [""]
+    lines += [f"note: {note}" for note in plan.notes]
+    skipped = (plan.config.get("quantization_config") or {}).get("llm_int8_skip_modules")
+    if skipped:
+        lines.append(
+            f"kept in 16 bits, by name in the config: {', '.join(skipped[:6])}{' …' if len(skipped) > 6 else ''}"
+        )
+    files = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
+    lines += [
+        f"{plan.class_name}, {plan.recipe.quant_type}, {plan.recipe.dtype}, merged in {plan.recipe.merge_precision}",
+        f"read {amount(plan.base_bytes)}, write at most {amount(plan.output_bytes)} in {files}, "
+        f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
+        f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
+        "dry run: nothing was written",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
+    """What was done, in a few lines."""
+    if report.nothing_to_do:
+        return f"{report.out}: made of the same inputs by the same recipe already; nothing to do\n"
+    figures = summary_json(report, seconds)
+    lines = []
+    if verbose:
+        rows: list[tuple[str, ...]] = [("tensor", "error", "survival")]
+        for name, fidelity in report.fidelity.items():
+            survival = "" if fidelity.survival is None else f"{fidelity.survival:.4f}"
+            rows.append((name, f"{fidelity.error:.4f}", survival))
+        lines += [*_table(rows), ""]
+    lines.append(
+        f"{report.out}: {amount(figures['output_bytes'])} from {amount(figures['base_bytes'])} "
+        f"in {seconds:.1f} s, peak memory {amount(figures['peak_memory_bytes'])}"
+    )
+    lines.append(", ".join(f"{count} {what}" for what, count in figures["tensors"].items() if count))
+    for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
+        if figure := figures[key]:
+            lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
+    lines += [f"note: {note}" for note in report.plan.notes]
+    return "\n".join(lines) + "\n"
+
+
+def summary_json(report: Report, seconds: float) -> dict[str, Any]:
+    """What was done, as JSON values: bytes, seconds, tensors by what happened, mean and worst figures."""
+    quantized = {t.name for t in report.plan.tensors() if t.action == "quantize"}
+    errors = {name: f.error for name, f in report.fidelity.items() if name in quantized}
+    survivals = {name: f.survival for name, f in report.fidelity.items() if f.survival is not None}
+    counts = report.plan.counts()
+    sizes = [path.stat().st_size for path in report.out.glob("*.safetensors")]
+    return {
+        "out": str(report.out),
+        "nothing_to_do": report.nothing_to_do,
+        "fingerprint": report.fingerprint,
+        "base_bytes": report.plan.base_bytes,
+        "output_bytes": sum(sizes),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "predicted_memory_bytes": report.plan.memory,
+        "tensors": {
+            "merged": counts.get("merged", 0),
+            "quantized": counts.get("quantize", 0),
+            "kept": counts.get("keep", 0),
+            "replaced": counts.get("replaced", 0),
+        },
+        "error": _figures(errors, max),
+        "survival": _figures(survivals, min),
+        "notes": list(report.plan.notes),
+    }
+
+
+@contextmanager
+def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], Clock]]:
+    """A function to report progress to, and a clock of seconds since the start. The bar needs a terminal."""
+    started = time.monotonic()
+
+    def clock() -> float:
+        return time.monotonic() - started
+
+    if not shown or not sys.stderr.isatty():
+        yield (lambda _: None), clock
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("planning", total=None, memory="")
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                description=progress.stage,
+                completed=progress.done,
+                total=progress.total,
+                memory=f"{amount(_memory())} · {progress.name}",
+            )
+
+        yield show, clock
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def amount(count: float) -> str:
+    """Bytes for people: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes (VmHWM)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _memory() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _figures(values: dict[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    tensor = worst(values, key=lambda name: values[name])
+    return {"mean": statistics.fmean(values.values()), "worst": values[tensor], "worst_tensor": tensor}
+
+
+@dataclass(frozen=True)
+class _Likeness:
+    name: str
+    what: str
+    shape: tuple[int, ...]
+    source: str
+    target: str
+
+
+def _likeness(tensor: TensorPlan) -> _Likeness:
+    what = []
+    if tensor.origin == "adapter":
+        what.append("replaced by the adapter's")
+    if tensor.pair is not None:
+        what.append(f"merge, rank {tensor.pair.rank}, scaling {tensor.pair.scaling:g}")
+    if tensor.action == "quantize":
+        what.append("quantize" + (", transposed" if tensor.transpose else ""))
+    else:
+        what.append("copy" if tensor.is_copy else "keep")
+    target = tensor.outputs[0].dtype if tensor.action == "keep" else "quantized"
+    return _Likeness(re.sub(r"\d+", "*", tensor.name), ", ".join(what), tensor.shape, tensor.source.dtype, target)
+
+
+def _alike(tensors: Iterator[TensorPlan], *, one_by_one: bool) -> Iterator[list[TensorPlan]]:
+    if one_by_one:
+        yield from ([tensor] for tensor in tensors)
+        return
+    order = sorted(tensors, key=lambda tensor: (_likeness(tensor).name, repr(_likeness(tensor))))
+    for _, group in groupby(order, key=_likeness):
+        yield list(group)
+
+
+def _plan_row(tensors: list[TensorPlan]) -> tuple[str, ...]:
+    like = _likeness(tensors[0])
+    name = like.name if len(tensors) > 1 else tensors[0].name
+    shape = " × ".join(map(str, like.shape)) or "scalar"
+    return name, f"× {len(tensors)}" if len(tensors) > 1 else "", shape, like.source, like.target, like.what
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those about it talk to a server of their own
+
+import pytest
+import torch
+
+from converter.silence import quietly
+
+with quietly():
+    import peft  # noqa: F401
+    import transformers
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The reference is defined on one thread; and tests run side by side."""
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    return REPOSITORY / "fixtures" / "tiny-base"
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter() -> Path:
+    return REPOSITORY / "fixtures" / "tiny-adapter"
