@@ -159,14 +159,7 @@ def tile_bounds(rows: int, columns: int, *, block: int, most: int) -> tuple[int,
     only one has fewer than `MIN_MERGE_ROWS` rows.
     """
     unit = block // math.gcd(columns, block) if columns else 1
-    least = max(MIN_MERGE_ROWS, unit)
+    # Equal parts of at least so many rows stay that long when each begins at a multiple of `unit`.
+    least = -(MIN_MERGE_ROWS // -unit) * unit
     count = max(1, min(-(rows * columns // -most), rows // least))
-    cuts = {rows * number // count // unit * unit for number in range(count)}
-    bounds = sorted(cuts | {0})
-    while len(bounds) > 1 and rows - bounds[-1] < least:
-        bounds.pop()
-    kept = [0]
-    for bound in bounds[1:]:
-        if bound - kept[-1] >= least:
-            kept.append(bound)
-    return (*kept, rows)
+    return (*(rows * number // count // unit * unit for number in range(count)), rows)

@@ -95,16 +95,15 @@ def _check_targeted(adapter: Adapter, architecture: Architecture, module: str, t
 def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
     """Give a tensor that the base shares one of its own, where the adapter makes the two differ."""
     for target, source in architecture.tied.items():
-        replaced, shared = found.replacements.get(target), found.replacements.get(source)
-        both = replaced is not None and shared is not None
-        if both and target not in found.deltas and adapter.same_bytes(replaced, shared):
+        own, shared = found.replacements.get(target), found.replacements.get(source)
+        if own is not None and shared is not None and target not in found.deltas and adapter.same_bytes(own, shared):
             del found.replacements[target]
             continue
         # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
         trained = shared is not None and any(
             adapter.is_saved_whole(module) for module in architecture.module_names(source)
         )
-        if target in found.deltas or replaced is not None or trained or source in found.deltas:
+        if target in found.deltas or own is not None or trained or source in found.deltas:
             # The two part where one of them was trained: the other stays what the base has.
             found.untied[target] = source
             found.notes.append(f"{target} gets a tensor of its own: the base shares {source}, the adapter differs")

@@ -102,7 +102,10 @@ class LocalFolder:
         return str(self.path)
 
     def names(self) -> frozenset[str]:
-        return frozenset(entry.name for entry in os.scandir(self.path) if self._is_ours(entry.name))
+        try:
+            return frozenset(entry.name for entry in os.scandir(self.path) if self._is_ours(entry.name))
+        except OSError as exc:
+            raise BadCheckpoint(f"{self.path}: {exc.strerror}") from exc
 
     def size(self, name: str) -> int:
         return os.fstat(self._open(name)).st_size
@@ -153,9 +156,10 @@ class LocalFolder:
                 snapshots = self.path.resolve().parent
                 repository = snapshots.parent
                 own, shared = repository / "blobs", repository.parent / "blobs"
-                return snapshots.name == "snapshots" and (real.parent == own or real.parent.parent == shared)
+                inside = real.parent == own or real.parent.parent == shared
+                return snapshots.name == "snapshots" and inside and real.is_file()
             return stat.S_ISREG(mode)
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
             return False
 
 
@@ -182,7 +186,7 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {twice!r} occurs twice")
+            raise ValueError(f"key {twice[:60]!r} occurs twice")
         return result
 
     def constant(text: str) -> float:
@@ -301,14 +305,13 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadCheckpoint(f"{where}: no weight_map")
         for tensor, shard in weight_map.items():
+            found = f"{where}: {tensor[:60]!r} is in {str(shard)[:80]!r}"
             if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                raise BadCheckpoint(f"{where}: {tensor!r} is in {str(shard)[:80]!r}, expected a .safetensors file")
+                raise BadCheckpoint(f"{found}, expected a .safetensors file")
             if "/" in shard or "\\" in shard:
-                raise BadCheckpoint(f"{where}: {tensor!r} is in {shard[:80]!r}, expected a file inside the folder")
+                raise BadCheckpoint(f"{found}, expected a file inside the folder")
             if shard not in names:
-                raise BadCheckpoint(
-                    f"{where}: {tensor!r} is in {shard[:80]!r}, which is not a plain file of the folder"
-                )
+                raise BadCheckpoint(f"{found}, which is not a plain file of the folder")
         return weight_map
 
     def _read_shards(self, weight_map: dict[str, str]) -> None:
@@ -328,7 +331,7 @@ class Checkpoint:
         missing = sorted(weight_map.keys() - self.tensors.keys())
         if missing:
             raise BadCheckpoint(
-                f"{self.folder.label}: the index names {missing[0]!r} in {weight_map[missing[0]]}, which lacks it"
+                f"{self.folder.label}: the index names {missing[0][:60]!r} in {weight_map[missing[0]]}, which lacks it"
                 + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
             )
 

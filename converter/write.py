@@ -77,9 +77,9 @@ class ShardWriter:
         with writing(self._temporary):
             os.ftruncate(self._descriptor, end)
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._finished = True
+            self._close()
             commit(self._temporary, self._path)
+        self._finished = True
         return end
 
     def _put(self, raw: bytes | memoryview, offset: int) -> None:
@@ -89,10 +89,17 @@ class ShardWriter:
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
 
+    def _close(self) -> None:
+        # Once only: a close that fails has closed all the same, and the number may by now be another file's.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def _discard(self) -> None:
-        os.close(self._descriptor)
-        self._finished = True
-        with contextlib.suppress(OSError):  # the folder is staging: what stays there harms nobody
+        # The folder is staging: what stays there harms nobody, and must not hide what went wrong.
+        with contextlib.suppress(OSError):
+            self._close()
+        with contextlib.suppress(OSError):
             self._temporary.unlink()
 
     def __enter__(self) -> Self:
