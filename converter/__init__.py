@@ -1,11 +1,13 @@
 """Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed."""
 
 from converter.adapter import Adapter
+from converter.budget import Resources
+from converter.decide import make_plan
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError
 from converter.inputs import Inputs
 from converter.measure import Fidelity
-from converter.pipeline import Progress, Report, convert
-from converter.plan import Plan, make_plan
+from converter.pipeline import Progress, Report, convert, plan_conversion
+from converter.plan import Plan
 from converter.read import Checkpoint, LocalFolder
 from converter.recipe import Recipe
 
@@ -22,6 +24,8 @@ __all__ = [
     "Progress",
     "Recipe",
     "Report",
+    "Resources",
     "convert",
     "make_plan",
+    "plan_conversion",
 ]

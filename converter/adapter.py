@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadAdapter, BadCheckpoint, Unsupported
+from converter.patterns import Patterns
 from converter.read import Folder, TensorHeader, read_header, read_json
 
 if TYPE_CHECKING:
@@ -33,11 +35,12 @@ _READ = """
     layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights
 """
 _UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
-# Initialisations that leave the base as it was; the others change the base that the adapter was trained on.
+# Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 _FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
 """Bytes and the exponent's bits; all of them set means infinity or NaN."""
 _PIECE = 8 << 20
+_LAYER = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Adapter:
             self.tensors = read_header(folder, WEIGHTS)
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
+        self._patterns = Patterns(f"{folder.label}: {CONFIG}")
         self._check_config()
         self.pairs: dict[str, LoraPair] = {}
         """By module name."""
@@ -130,34 +134,39 @@ class Adapter:
         return self._excluded(module) or any(module.endswith(name) for name in self._strings("modules_to_save"))
 
     def targets(self, module: str) -> bool:
-        """Whether the config's targeting names the module; PEFT's rules, `exclude_modules` and layer lists included."""
-        if self._excluded(module) or _matches(self.config.get("exclude_modules"), module):
+        """Whether the config's targeting names the module; PEFT's rules, `exclude_modules` and layer lists included.
+
+        `peft.tuners.tuners_utils.check_target_module_exists`
+        """
+        if self._excluded(module) or self._names(self.config.get("exclude_modules"), module):
             return False
         target = self.config.get("target_modules")
-        if not _matches(target, module):
+        if isinstance(target, str) and target.lower() == "all-linear":
+            return True  # resolved by what the modules are; that the file has their tensors is what says it here
+        if not self._names(target, module):
             return False
         layers = self.config.get("layers_to_transform")
         if layers is None or layers == [] or isinstance(target, str) or (isinstance(target, list) and module in target):
             return True
         wanted = [layers] if isinstance(layers, int) else layers
-        patterns = self.config.get("layers_pattern") or []
-        patterns = [patterns] if isinstance(patterns, str) else patterns
-        expressions = [rf"(?:^|.*?\.){re.escape(p)}\.(\d+)\." for p in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((m for e in expressions if (m := re.match(e, module))), None)
-        return found is not None and int(found.group(1)) in wanted
+        patterns = _as_list(self.config.get("layers_pattern"))
+        expressions = [_LAYER.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+        matches = (self._patterns.search_from_start(expression, module) for expression in expressions)
+        found = next((match for match in matches if match), None)
+        return found is not None and int(found["layer"]) in wanted
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
         `r` and `alpha` may be overridden by the first matching pattern, as in `peft.utils.get_pattern_key`.
         """
-        rank = _by_pattern(self.config.get("rank_pattern"), module, self.config.get("r"))
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+        rank = self._by_pattern("rank_pattern", module, self.config.get("r"))
+        alpha = self._by_pattern("alpha_pattern", module, self.config.get("lora_alpha"))
         where = f"{self.folder.label}: {CONFIG}"
-        if type(rank) is not int or rank < 1:
+        if type(rank) is not int or not 1 <= rank < 1 << 31:
             raise BadAdapter(f"{where}: rank {rank!r} for {module}, expected a positive integer")
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise BadAdapter(f"{where}: lora_alpha {alpha!r} for {module}, expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+            raise BadAdapter(f"{where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a finite number")
         return rank, alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _check_config(self) -> None:
@@ -168,7 +177,7 @@ class Adapter:
         init = self.config.get("init_lora_weights", True)
         if init not in _PLAIN_INITIALISATIONS:
             raise Unsupported(
-                f"{where}: init_lora_weights {init!r} changes the base that the adapter was trained on; convert the "
+                f"{where}: init_lora_weights {init!r} may change the base that the adapter was trained on; convert the "
                 "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         for key, value in self.config.items():
@@ -177,18 +186,50 @@ class Adapter:
         bias = self.config.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")
+        if not isinstance(self.config.get("use_rslora", False), bool | None):
+            raise BadAdapter(f"{where}: use_rslora {self.config['use_rslora']!r}, expected true or false")
+        self._check_names()
         for key in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(self.config.get(key) or {}, Mapping):
+            patterns = self.config.get(key) or {}
+            if not isinstance(patterns, Mapping):
                 raise BadAdapter(f"{where}: {key} is not a mapping")
+            for pattern in patterns:
+                self._patterns.check(key, pattern, _at_the_end(pattern))
+
+    def _check_names(self) -> None:
+        """The options that name modules or layers."""
+        where = f"{self.folder.label}: {CONFIG}"
         for key in ("target_modules", "exclude_modules"):
-            _check_expression(where, key, self.config.get(key))
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern in self.config.get(key) or {}:
-                _check_expression(where, key, pattern)
+            if isinstance(expression := self.config.get(key), str):
+                self._patterns.check(key, expression, expression)
+            else:
+                self._strings(key)
+        for name in self._strings("modules_to_save"):
+            self._patterns.check("modules_to_save", name, _around(name))
+        layers = self.config.get("layers_to_transform")
+        if layers is not None and not all(type(layer) is int for layer in _as_list(layers)):
+            raise BadAdapter(f"{where}: layers_to_transform is not a list of numbers")
+        for pattern in _as_list(self.config.get("layers_pattern")):
+            if not isinstance(pattern, str):
+                raise BadAdapter(f"{where}: layers_pattern is not a list of names")
+            self._patterns.check("layers_pattern", pattern, _LAYER.format(pattern))
 
     def _excluded(self, module: str) -> bool:
         names = self._strings("modules_to_save")
-        return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", module) for name in names)
+        return any(self._patterns.search_from_start(_around(name), module) for name in names)
+
+    def _names(self, value: object, module: str) -> bool:
+        """Whether an expression is all of the module's path, or a list has it or an end of it."""
+        if isinstance(value, str):
+            return self._patterns.covers(value, module)
+        return isinstance(value, list) and any(module == name or module.endswith(f".{name}") for name in value)
+
+    def _by_pattern(self, key: str, module: str, default: object) -> object:
+        patterns: Mapping[str, object] = self.config.get(key) or {}
+        for pattern, value in patterns.items():
+            if self._patterns.search_from_start(_at_the_end(pattern), module):
+                return value
+        return default
 
     def _strings(self, key: str) -> list[str]:
         value = self.config.get(key) or []
@@ -256,32 +297,15 @@ def _all_finite(raw: bytes, dtype: str) -> bool:
     return not bool(numpy.any((bits & exponent) == exponent))
 
 
-def _matches(target: object, module: str) -> bool:
-    """PEFT's `check_target_module_exists`, less layer lists: a regular expression, or names that end the path."""
-    if isinstance(target, str):
-        # all-linear is resolved by what the modules are; that the file has their tensors is what says it here.
-        return target.lower() == "all-linear" or re.fullmatch(target, module) is not None
-    if isinstance(target, list):
-        return any(module == name or module.endswith(f".{name}") for name in target if isinstance(name, str))
-    return False
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None or value == "" else [value]
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: object) -> object:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _at_the_end(pattern: str) -> str:
+    """What `peft.utils.other.get_pattern_key` makes of a key of rank_pattern."""
+    return rf"(.*\.)?({pattern})$"
 
 
-def _check_expression(where: str, key: str, value: object) -> None:
-    if not isinstance(value, str):
-        return
-    if len(value) > 2_000:
-        raise BadAdapter(f"{where}: {key} is a pattern of {len(value):,} characters, expected at most 2,000")
-    # A repeated group that itself repeats can take forever on a name that almost matches.
-    if re.search(r"\([^()]*[+*}][^()]*\)\s*[+*{]", value):
-        raise BadAdapter(f"{where}: {key} {value[:60]!r} repeats a repetition, which can run without end")
-    try:
-        re.compile(value)
-    except re.error as exc:
-        raise BadAdapter(f"{where}: {key} {value[:60]!r} is not a regular expression: {exc}") from exc
+def _around(name: str) -> str:
+    """What `peft.tuners.tuners_utils.check_target_module_exists` makes of a name in modules_to_save."""
+    return rf"(^|.*\.){name}($|\..*)"

@@ -8,9 +8,11 @@ weights and runs no code of the checkpoint. Names are checkpoint names; transfor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import BadCheckpoint, BadRecipe, Unsupported
@@ -56,7 +58,7 @@ class Architecture:
         """The checkpoint name of a tensor, given that name or the model's; None if there is no such tensor."""
         if parameter in self.roles:
             return parameter
-        return self._by_parameter().get(parameter)
+        return self._tensor_of_parameter.get(parameter)
 
     def module_names(self, tensor: str) -> tuple[str, ...]:
         """The module that owns a tensor: as the checkpoint names it, then as the model does."""
@@ -66,12 +68,15 @@ class Architecture:
             names.append(parameter.rpartition(".")[0])
         return tuple(names)
 
-    def _by_parameter(self) -> dict[str, str]:
-        cached: dict[str, str] | None = self.__dict__.get("_parameters")
-        if cached is None:
-            cached = {role.parameter: name for name, role in self.roles.items() if role.parameter is not None}
-            object.__setattr__(self, "_parameters", cached)
-        return cached
+    @cached_property
+    def _tensor_of_parameter(self) -> dict[str, str]:
+        """Parameters that several tensors become, such as stacked experts, are not among them."""
+        counts = Counter(role.parameter for role in self.roles.values())
+        return {
+            role.parameter: name
+            for name, role in self.roles.items()
+            if role.parameter is not None and counts[role.parameter] == 1
+        }
 
 
 def describe(

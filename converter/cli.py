@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
+    from converter.budget import Resources
     from converter.recipe import Recipe
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -80,6 +81,8 @@ class _Terminated(BaseException):
 )
 @click.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts.")
 @click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Bytes in one output file.")
+@click.option("--memory", type=_Size(), metavar="SIZE", help="Bytes above the libraries' own.  [default: 512MB]")
+@click.option("--threads", type=click.IntRange(min=1), help="That convert tiles.  [default: one a processor]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no shard.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion, once the new one is whole.")
@@ -109,9 +112,9 @@ def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     from converter.pipeline import convert
     from converter.show import print_json, progress_bar, summary, summary_json
 
-    recipe = _recipe(options)
+    recipe, resources = _recipe(options), _resources(options)
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
-        report = convert(recipe=recipe, progress=progress, **options)
+        report = convert(recipe=recipe, resources=resources, progress=progress, **options)
     if as_json:
         print_json(summary_json(report, clock()))
     elif not quiet:
@@ -122,8 +125,8 @@ def _dry_run(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     from converter.pipeline import plan_conversion
     from converter.show import plan_json, plan_text, print_json
 
-    recipe = _recipe(options)
-    plan = plan_conversion(recipe=recipe, **options)
+    recipe, resources = _recipe(options), _resources(options)
+    plan = plan_conversion(recipe=recipe, resources=resources, **options)
     if as_json:
         print_json(plan_json(plan))
     elif not quiet:
@@ -137,6 +140,14 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     from converter.recipe import Recipe
 
     return Recipe(**{field.name: options.pop(field.name) for field in fields(Recipe)})
+
+
+def _resources(options: dict[str, Any]) -> Resources:
+    """Take what the conversion may use out of the options."""
+    from converter.budget import Resources
+
+    memory, threads = options.pop("memory"), options.pop("threads")
+    return Resources(memory=memory) if threads is None else Resources(memory=memory, threads=threads)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

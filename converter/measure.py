@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from converter.merge import MergedTile
 
 DIGITS = 6
 """Significant digits that are reported."""
+_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -38,36 +40,54 @@ class Tally:
     """The sums of one tensor, tile by tile."""
 
     def __init__(self) -> None:
-        self._rows: list[Tensor] = []
+        self._rows: list[np.ndarray[Any, Any]] = []
 
     def add(self, tile: MergedTile, restored: Tensor) -> None:
         """Count a tile; `restored` is Q(S) in float32, of the tile's shape (rows, columns)."""
-        import torch
+        self.add_rows(row_sums(tile, restored))
 
-        miss = restored - tile.exact
-        sums = [_row_sums(miss, miss), _row_sums(tile.exact, tile.exact)]
-        if tile.delta is not None:
-            moved = torch.sub(restored, tile.base, out=miss)
-            sums += [_row_sums(moved, tile.delta), _row_sums(tile.delta, tile.delta)]
-        self._rows.append(torch.stack(sums).cpu())
+    def add_rows(self, sums: np.ndarray[Any, Any]) -> None:
+        """Count a tile by what `row_sums` says of it."""
+        self._rows.append(sums)
 
     def fidelity(self) -> Fidelity:
         """The figures; error 0 if nothing was counted, as for bytes that are copied."""
-        import torch
+        import numpy
 
         if not self._rows:
             return Fidelity(0.0, None)
-        totals = [math.fsum(row) for row in torch.cat(self._rows, dim=1).tolist()]
+        totals = [math.fsum(column) for column in numpy.concatenate(self._rows).T]
         missed, whole = totals[:2]
         error = math.sqrt(missed / whole) if whole else (0.0 if missed == 0 else math.inf)
         survival = totals[2] / totals[3] if len(totals) == 4 and totals[3] else None
         return Fidelity(_rounded(error), None if survival is None else _rounded(survival))
 
 
-def _row_sums(one: Tensor, other: Tensor) -> Tensor:
+def row_sums(tile: MergedTile, restored: Tensor) -> np.ndarray[Any, Any]:
+    """Of each row: ‖Q(S) − S‖², ‖S‖² and, where there is a delta, ⟨Q(S) − W, Δ⟩, ⟨Δ, Δ⟩: (rows, 2 or 4), float64."""
     import torch
 
-    return torch.sum((one * other).reshape(one.shape[0], -1), dim=1, dtype=torch.float64)
+    rows = tile.exact.shape[0]
+    at_a_time = max(1, _ELEMENTS * rows // max(tile.exact.numel(), 1))
+    pieces = []
+    for first in range(0, rows, at_a_time):
+        part = slice(first, first + at_a_time)
+        exact, found = _double(tile.exact[part]), _double(restored[part])
+        sums = [_dot(found - exact, found - exact), _dot(exact, exact)]
+        if tile.delta is not None:
+            delta = _double(tile.delta[part])
+            sums += [_dot(found - _double(tile.base[part]), delta), _dot(delta, delta)]
+        pieces.append(torch.stack(sums, dim=1))
+    result: np.ndarray[Any, Any] = torch.cat(pieces).cpu().numpy()
+    return result
+
+
+def _double(part: Tensor) -> Tensor:
+    return part.reshape(part.shape[0], -1).double()
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum(dim=1)
 
 
 def _rounded(value: float) -> float:

@@ -5,26 +5,31 @@ Start reading here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from converter.budget import Resources
+from converter.compute import TileResult, convert_tile
+from converter.crew import Crew
+from converter.decide import make_plan
 from converter.digests import remember
 from converter.inputs import Inputs, Reference
 from converter.measure import Fidelity, Tally
-from converter.merge import delta_rows, merge_tile
 from converter.origin import already_made, origin_of
-from converter.plan import Plan, TensorPlan, make_plan
+from converter.plan import Plan, TensorPlan
 from converter.quantize import Quantizer
 from converter.receipt import fingerprint
 from converter.recipe import Recipe
 from converter.seal import Destination, Staging
 from converter.side_files import read_side_files
-from converter.tiles import as_bytes, read_factors, read_tile, refuse_not_finite, torch_device, torch_dtype
+from converter.tiles import as_bytes, read_factors, read_tile, torch_device
 from converter.write import ShardWriter
 
 if TYPE_CHECKING:
@@ -62,6 +67,7 @@ def convert(
     adapter: Reference | None,
     out: Reference,
     recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
     *,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -80,28 +86,29 @@ def convert(
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
-        plan = make_plan(inputs.base, inputs.adapter, recipe, trust_remote_code=trust_remote_code)
-        destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
         processor = torch_device(device)
+        plan = make_plan(
+            inputs.base, inputs.adapter, recipe, on(processor, resources), trust_remote_code=trust_remote_code
+        )
+        destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
         if (known := already_made(destination, plan, inputs, processor.type)) is not None:
             return Report(destination.out, plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
         with Staging(destination) as staging, one_thread(), inputs.unchanged():
-            quantizer = Quantizer(plan.recipe)
+            quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
             fidelity: dict[str, Fidelity] = {}
             digests: dict[str, str] = {}
             done = 0
             for shard in plan.shards:
-                with ShardWriter(staging.folder, shard) as writer:
-                    for tensor in shard.tensors:
-                        progress(Progress("converting", done, plan.base_bytes, tensor.name))
-                        fidelity[tensor.name], digests[tensor.name] = convert_tensor(
-                            tensor, inputs, quantizer, writer, processor
-                        )
-                        done += tensor.source.nbytes
+                with ShardWriter(staging.folder, shard) as writer, _crew(plan, processor) as crew:
+                    for made in convert_tensors(shard.tensors, inputs, quantizer, writer, crew):
+                        fidelity[made.name], digests[made.name] = made.fidelity, made.digest
+                        done += made.nbytes
+                        progress(Progress("converting", done, plan.base_bytes, made.name))
                     writer.finish()
+                staging.digest_soon(shard.file)
 
             progress(Progress("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file))
             remember(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
@@ -115,6 +122,7 @@ def plan_conversion(
     adapter: Reference | None,
     out: Reference | None = None,
     recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
     *,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -126,47 +134,88 @@ def plan_conversion(
     """What `convert` would do with the same arguments: its plan, and its refusals. Nothing is written, and of a base on
     the Hub no shard is downloaded."""
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
-        plan = make_plan(inputs.base, inputs.adapter, recipe, trust_remote_code=trust_remote_code)
-        torch_device(device)
+        plan = make_plan(
+            inputs.base,
+            inputs.adapter,
+            recipe,
+            on(torch_device(device), resources),
+            trust_remote_code=trust_remote_code,
+        )
         if out is not None:
             Destination(Path(out), inputs=inputs.folders, overwrite=overwrite).refuse_if_taken()
         return plan
 
 
-def convert_tensor(
-    tensor: TensorPlan, inputs: Inputs, quantizer: Quantizer, writer: ShardWriter, device: torch.device
-) -> tuple[Fidelity, str]:
-    """Convert one tensor, tile by tile, and write it: its figures, and the xxh3-128 of the bytes that were read."""
-    import torch
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is converted and written."""
 
-    recipe = quantizer.recipe
-    folder = inputs.folder_of(tensor.origin)
-    factors = read_factors(tensor.pair, inputs.folder_of("adapter"), device) if tensor.pair else None
-    digest, tally, absmax, written = xxhash.xxh3_128(), Tally(), [], 0
-    for start, end in tensor.spans():
-        weight, raw = read_tile(tensor, folder, start, end)
-        digest.update(raw)
-        if tensor.is_copy:
-            if tensor.checked:
-                refuse_not_finite(tensor.name, weight)
-            written += writer.write(tensor.name, written, raw)
-            continue
-        delta = delta_rows(factors[0], factors[1][start:end], tensor.pair.scaling) if tensor.pair and factors else None
-        merged = merge_tile(weight.to(device), delta, recipe.merge_precision, torch_dtype(recipe.dtype))
+    name: str
+    fidelity: Fidelity
+    digest: str
+    """xxh3-128 of the bytes that were read."""
+    nbytes: int
+    """How many those were."""
+
+
+def convert_tensors(
+    tensors: Iterable[TensorPlan], inputs: Inputs, quantizer: Quantizer, writer: ShardWriter, crew: Crew
+) -> Iterator[Made]:
+    """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew."""
+    under_way: deque[_UnderWay] = deque()
+    for tensor in tensors:
+        folder = inputs.folder_of(tensor.origin)
+        factors = read_factors(tensor.pair, inputs.folder_of("adapter"), quantizer.device) if tensor.pair else None
+        current = _UnderWay(tensor)
+        under_way.append(current)
+        for start, end in tensor.spans():
+            buffers = crew.buffers()
+            stored, raw = read_tile(tensor, folder, start, end, buffers)
+            current.digest.update(raw)
+            current.tiles.append(
+                crew.submit(buffers, convert_tile, tensor, start, end, stored, factors, quantizer, buffers, writer)
+            )
+        while under_way and under_way[0].is_done():
+            yield under_way.popleft().finish(quantizer, writer)
+    while under_way:
+        yield under_way.popleft().finish(quantizer, writer)
+
+
+@dataclass
+class _UnderWay:
+    """A tensor some of whose tiles may not be converted yet."""
+
+    tensor: TensorPlan
+    tiles: list[Future[TileResult]] = field(default_factory=list)
+    digest: Any = field(default_factory=xxhash.xxh3_128)
+
+    def is_done(self) -> bool:
+        return all(tile.done() for tile in self.tiles)
+
+    def finish(self, quantizer: Quantizer, writer: ShardWriter) -> Made:
+        """Wait for the tiles, and write what takes the whole tensor: its quant state."""
+        import torch
+
+        tensor, tally = self.tensor, Tally()
+        results = [tile.result() for tile in self.tiles]
+        for result in results:
+            if result.sums is not None:
+                tally.add_rows(result.sums)
         if tensor.action == "quantize":
-            tile = quantizer.tile(tensor.name, merged.values)
-            absmax.append(tile.absmax)
-            tally.add(merged, tile.restored)
-            written += writer.write(tensor.name, written, as_bytes(tile.packed))
-        else:
-            kept = merged.values.to(torch_dtype(tensor.dtype))
-            refuse_not_finite(tensor.name, kept)
-            tally.add(merged, kept.float())
-            written += writer.write(tensor.name, written, as_bytes(kept.T if tensor.transpose else kept))
-    if tensor.action == "quantize":
-        for name, value in quantizer.statistics(tensor.name, torch.cat(absmax), tensor.shape).items():
-            writer.write(name, 0, as_bytes(value))
-    return tally.fidelity(), digest.hexdigest()
+            absmax = torch.cat([result.absmax for result in results if result.absmax is not None])
+            for name, value in quantizer.statistics(tensor.name, absmax, tensor.shape).items():
+                writer.write(name, 0, as_bytes(value))
+        return Made(tensor.name, tally.fidelity(), self.digest.hexdigest(), tensor.source.nbytes)
+
+
+def on(device: torch.device, resources: Resources) -> Resources:
+    """The resources on a device: the CPU's kernels are of use on a CPU only."""
+    return replace(resources, kernels=resources.kernels and device.type == "cpu")
+
+
+def _crew(plan: Plan, device: torch.device) -> Crew:
+    # Copies to and from an accelerator overlap its work only from memory that is pinned.
+    return Crew(plan.resources.threads, plan.resources.slots, pinned=device.type == "cuda")
 
 
 @contextmanager

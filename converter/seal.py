@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -119,6 +120,8 @@ class Staging:
         self._destination = destination
         self.folder = destination.staging
         self._sealed = False
+        self._digests: dict[str, Future[str]] = {}
+        self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
@@ -147,7 +150,7 @@ class Staging:
         write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         verify(self.folder, plan)
         files = {
-            entry.name: (entry.stat().st_size, _sha256(Path(entry.path)))
+            entry.name: (entry.stat().st_size, self._digest(entry.name))
             for entry in os.scandir(self.folder)
             if entry.name != _LOCK
         }
@@ -157,12 +160,17 @@ class Staging:
         self._destination.accept()
         self._sealed = True
 
+    def _digest(self, name: str) -> str:
+        known = self._digests.get(name)
+        return _sha256(self.folder / name) if known is None else known.result()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hasher.shutdown(cancel_futures=True)
         if not self._sealed:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)

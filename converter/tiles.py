@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.adapter import LoraPair
+    from converter.crew import Buffers
     from converter.plan import TensorPlan
     from converter.read import Folder, TensorHeader
 
@@ -53,24 +54,20 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int) -> tuple[Tensor, memoryview]:
-    """Rows `start` to `end` of a tensor's source, as stored, and the bytes that were read.
+def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers: Buffers) -> tuple[Tensor, memoryview]:
+    """Rows `start` to `end` of a tensor's source, as stored, and their bytes; both lie in `buffers`.
 
-    The shape is (rows, columns), or the tensor's own where it has fewer than two dimensions; a Conv1D comes turned,
-    whole, as (out_features, in_features).
+    The shape is (rows, columns); a Conv1D comes turned, whole, as (out_features, in_features).
     """
     import torch
 
     header = tensor.source
     row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
-    raw = memoryview(bytearray((end - start) * row_bytes))
+    flat = buffers.take("stored", torch.uint8, (end - start) * row_bytes)
+    raw = memoryview(flat.numpy())
     folder.read_into(header.file, header.offset + start * row_bytes, raw)
-    if not raw:
-        return torch.empty(0, dtype=torch_dtype(header.dtype)), raw
-    flat = torch.frombuffer(raw, dtype=torch_dtype(header.dtype))
-    if tensor.transpose:
-        return flat.view(header.shape).T, raw
-    return (flat.view(end - start, -1) if len(header.shape) > 1 else flat), raw
+    values = flat.view(torch_dtype(header.dtype))
+    return values.view(header.shape).T if tensor.transpose else values.view(end - start, tensor.columns), raw
 
 
 def read_factors(pair: LoraPair, folder: Folder, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,54 @@ UNFINISHED = ".unfinished"
 """Suffix of a file whose bytes are not all there yet."""
 
 
+FLUSH_BYTES = 64_000_000
+"""Written bytes after which the disk is set to work, so that it doesn't wait for the end."""
+
+
+class _Flusher:
+    """Makes a file's bytes durable behind the writers' backs."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting = 0
+        self._ended = False
+        self._failure: OSError | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
+        self._thread.start()
+
+    def wrote(self, count: int) -> None:
+        """Take note of `count` bytes; raises what an earlier flush met with."""
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            self._waiting += count
+            if self._waiting >= FLUSH_BYTES:
+                self._changed.notify()
+
+    def end(self) -> None:
+        """Stop; raises what a flush met with, for a failed one can't be repeated: the file is lost."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ended or self._waiting >= FLUSH_BYTES)
+                if self._ended:
+                    return
+                self._waiting = 0
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as exc:
+                self._failure = exc
+                return
+
+
 class ShardWriter:
     """One output file. `write` puts bytes at a tensor's place, `finish` the header; leaving without it discards."""
 
@@ -30,13 +79,17 @@ class ShardWriter:
         self._temporary = folder / (plan.file + UNFINISHED)
         self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
         self._left = {o.name: o.nbytes for o in self._outputs.values() if not o.is_state}
+        self._counting = threading.Lock()
         self._states: dict[str, bytes] = {}
         self._finished = False
+        self._flusher: _Flusher | None = None
         with writing(self._temporary):
             # The mode is the umask's business: files of mode 0600 break shared machines and containers.
             self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 _reserve(self._descriptor, plan.layout.size)
+                large = plan.layout.size > FLUSH_BYTES
+                self._flusher = _Flusher(self._descriptor) if large else None
             except BaseException:
                 self._discard()
                 raise
@@ -50,7 +103,8 @@ class ShardWriter:
             raise AssertionError(f"{name}: bytes {start} to {start + len(raw)} of {self._outputs[name].nbytes}")
         if name in self._left:
             self._put(raw, self._plan.layout.offsets[name] + start)
-            self._left[name] -= len(raw)
+            with self._counting:
+                self._left[name] -= len(raw)
         return len(raw)
 
     def finish(self) -> int:
@@ -75,6 +129,8 @@ class ShardWriter:
             raise AssertionError(f"{self._plan.file}: header of {len(header)} bytes, room for {layout.header_bytes}")
         self._put(len(header).to_bytes(8, "little") + header, 0)
         with writing(self._temporary):
+            if self._flusher is not None:
+                self._flusher.end()
             os.ftruncate(self._descriptor, end)
             os.fsync(self._descriptor)
             self._close()
@@ -88,6 +144,8 @@ class ShardWriter:
             while view:
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
+            if self._flusher is not None:
+                self._flusher.wrote(len(raw))
 
     def _close(self) -> None:
         # Once only: a close that fails has closed all the same, and the number may by now be another file's.
@@ -97,6 +155,9 @@ class ShardWriter:
 
     def _discard(self) -> None:
         # The folder is staging: what stays there harms nobody, and must not hide what went wrong.
+        with contextlib.suppress(OSError):
+            if self._flusher is not None:
+                self._flusher.end()
         with contextlib.suppress(OSError):
             self._close()
         with contextlib.suppress(OSError):

@@ -1,0 +1,103 @@
+"""Memory: how large tiles may be, so that everything in flight fits the budget.
+
+The budget covers what the process takes above its imports: buffers of the tiles in flight, what is made of them, the
+absmax of a whole tensor, the adapter's factors, headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from converter.errors import BadRecipe
+from converter.layout import tile_bounds
+from converter.read import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from converter.plan import TensorPlan
+    from converter.recipe import Recipe
+
+DEFAULT = 512_000_000
+"""Bytes, if nothing else is asked for."""
+FIXED = 64_000_000
+"""What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
+MOST_ELEMENTS = 8 << 20
+"""Weights of one tile: larger ones were no faster."""
+FEWEST_ELEMENTS = 1 << 16
+
+_BY_KERNELS = {"BF16": 7.5, "F32": 9.5, "F16": 11.5}
+"""Bytes that a weight takes in a tile of the CPU kernels: as stored, its delta in float32, its packed code."""
+_BY_TORCH = 44.0
+"""The same where torch and bitsandbytes compute: stored, base, delta and sum in float32, and what is made of them on
+the way."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a conversion may use. None of it changes a byte of the output."""
+
+    memory: int | None = None
+    """Bytes above the imports; None: `DEFAULT`, or what one indivisible tensor needs, if that is more."""
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Threads that convert tiles; 1: no other thread computes."""
+    kernels: bool = field(default_factory=lambda: find_spec("numba") is not None)
+    """Whether the CPU kernels quantize; not so on an accelerator, or without numba."""
+
+    @property
+    def slots(self) -> int:
+        """Tiles in memory at a time: one a thread, and one that is being read."""
+        return 1 if self.threads == 1 else self.threads + 1
+
+    def bytes_per_element(self, dtype: str, *, quantized: bool, copied: bool) -> float:
+        """Memory that one weight of a tile takes: by its dtype on disk, and whether it becomes four bits or is copied."""
+        if copied:
+            return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
+        return _BY_KERNELS[dtype] if quantized and self.kernels else _BY_TORCH
+
+
+def cut_into_tiles(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> tuple[list[TensorPlan], int]:
+    """The tensors, cut so that everything in flight fits the budget; and the predicted peak of memory in bytes.
+
+    What can't be cut may need more than the default budget, which then gives way. Raises `BadRecipe` where it needs
+    more than a budget that was asked for, naming it.
+    """
+    statistics = sorted((_statistics(tensor, recipe) for tensor in tensors), reverse=True)
+    factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
+    # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
+    reserved = FIXED + sum(statistics[:2]) + sum(factors[: resources.slots + 1])
+    room = ((resources.memory or DEFAULT) - reserved) / resources.slots
+    cut: list[TensorPlan] = []
+    largest, name = 0.0, ""
+    for tensor in tensors:
+        each = resources.bytes_per_element(
+            tensor.source.dtype, quantized=tensor.action == "quantize" and recipe.four_bit, copied=tensor.is_copy
+        )
+        if not tensor.indivisible:
+            block = recipe.block_size if tensor.action == "quantize" and recipe.four_bit else 1
+            most = max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, int(room / each)))
+            tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
+        cut.append(tensor)
+        if tensor.largest_tile * each > largest:
+            largest, name = tensor.largest_tile * each, tensor.name
+    memory = reserved + int(largest) * resources.slots
+    if resources.memory is not None and memory > resources.memory:
+        raise BadRecipe(
+            f"--memory {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
+            f"{resources.threads} threads"
+        )
+    return cut, memory
+
+
+def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
+    """Bytes that the absmax of a whole tensor and the sums of its rows take until it is finished."""
+    blocks = 0
+    if tensor.action == "quantize":
+        blocks = tensor.rows * tensor.columns // recipe.block_size if recipe.four_bit else tensor.rows
+    return 8 * blocks + (0 if tensor.is_copy else 80 * tensor.rows)
+
+
+def _factors(tensor: TensorPlan) -> int:
+    return 0 if tensor.pair is None else 6 * tensor.pair.rank * sum(tensor.pair.shape)

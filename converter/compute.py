@@ -1,0 +1,129 @@
+"""One tile, from the bytes that were read to the bytes that are written: merge, quantize, measure, write."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import NotFinite
+from converter.measure import row_sums
+from converter.merge import delta_rows, merge_tile
+from converter.tiles import as_bytes, refuse_not_finite, torch_dtype
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from converter.crew import Buffers
+    from converter.plan import TensorPlan
+    from converter.quantize import Quantizer
+    from converter.write import ShardWriter
+
+
+@dataclass(frozen=True)
+class TileResult:
+    """What is left of a tile when its codes are written."""
+
+    absmax: Tensor | None = None
+    """float32, of a quantized tile."""
+    sums: np.ndarray[Any, Any] | None = None
+    """The sums of its rows, as `measure.row_sums` gives them; None for bytes that were copied."""
+
+
+def convert_tile(
+    tensor: TensorPlan,
+    start: int,
+    end: int,
+    stored: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    quantizer: Quantizer,
+    buffers: Buffers,
+    writer: ShardWriter,
+) -> TileResult:
+    """Convert rows `start` to `end` of a tensor and write them.
+
+    `stored` holds them as the base does, on the host; `factors` are A (rank, in_features) and B (out_features, rank)
+    in float32, on the quantizer's device. Raises `NotFinite`.
+    """
+    if tensor.is_copy:
+        if tensor.checked:
+            refuse_not_finite(tensor.name, stored)
+        writer.write(tensor.name, start * tensor.columns * stored.element_size(), as_bytes(stored))
+        return TileResult()
+    with _own_stream(quantizer.device):
+        if tensor.action == "quantize" and quantizer.kernels:
+            return _by_kernels(tensor, start, end, stored, factors, quantizer, buffers, writer)
+        delta = None
+        if tensor.pair is not None and factors is not None:
+            delta = delta_rows(factors[0], factors[1][start:end], tensor.pair.scaling)
+        weight = stored.to(quantizer.device, non_blocking=True)
+        merged = merge_tile(weight, delta, quantizer.recipe.merge_precision, torch_dtype(quantizer.recipe.dtype))
+        if tensor.action == "quantize":
+            tile = quantizer.tile(tensor.name, merged.values)
+            first = start * tensor.columns // (2 if quantizer.recipe.four_bit else 1)
+            writer.write(tensor.name, first, as_bytes(tile.packed))
+            return TileResult(tile.absmax, row_sums(merged, tile.restored))
+        kept = merged.values.to(torch_dtype(tensor.dtype))
+        refuse_not_finite(tensor.name, kept)
+        first = start * tensor.columns * kept.element_size()
+        writer.write(tensor.name, first, as_bytes(kept.T if tensor.transpose else kept))
+        return TileResult(None, row_sums(merged, kept.float()))
+
+
+def _by_kernels(
+    tensor: TensorPlan,
+    start: int,
+    end: int,
+    stored: Tensor,
+    factors: tuple[Tensor, Tensor] | None,
+    quantizer: Quantizer,
+    buffers: Buffers,
+    writer: ShardWriter,
+) -> TileResult:
+    import numpy
+    import torch
+
+    from converter import kernels
+
+    recipe, rows, columns = quantizer.recipe, end - start, tensor.columns
+    delta = None
+    if tensor.pair is not None and factors is not None:
+        delta = buffers.take("delta", torch.float32, rows, columns)
+        torch.mm(factors[1][start:end], factors[0], out=delta)
+    if stored.dtype is torch.float16:
+        stored = stored.float()
+    flat = stored.contiguous().flatten()
+    packed = buffers.take("packed", torch.uint8, -(rows * columns // -2))
+    absmax = torch.empty(-(rows * columns // -recipe.block_size), dtype=torch.float32)
+    sums = numpy.empty((rows, kernels.SUMS))
+    rounding = kernels.EXACT
+    if recipe.merge_precision == "reference":
+        rounding = kernels.BFLOAT16 if recipe.dtype == "bfloat16" else kernels.FLOAT16
+    finite = kernels.quantize_rows(
+        (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy(),
+        None if delta is None else delta.numpy().ravel(),
+        tensor.pair.scaling if tensor.pair else 1.0,
+        columns,
+        quant_type=recipe.quant_type,
+        block=recipe.block_size,
+        rounding=rounding,
+        packed=packed.numpy(),
+        absmax=absmax.numpy(),
+        sums=sums,
+    )
+    if not finite:
+        raise NotFinite(f"{tensor.name}: holds a NaN or an infinity")
+    writer.write(tensor.name, start * columns // 2, as_bytes(packed))
+    return TileResult(absmax, sums if delta is not None else sums[:, :2])
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """On an accelerator, a queue of work for each tile, so that copies of one overlap the computation of another."""
+    import torch
+
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(device))
+    return stream

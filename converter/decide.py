@@ -1,0 +1,174 @@
+"""Deciding: a base, an adapter and a recipe become a plan, or are refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from converter.adapter import Adapter
+from converter.architecture import Architecture, Role, check_output, describe
+from converter.budget import Resources, cut_into_tiles
+from converter.config import output_config, refuse_unconvertible
+from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
+from converter.layout import lay_out, outputs_of, pack_shards, shard_names
+from converter.match import Match, match
+from converter.plan import Plan, ShardPlan, TensorPlan
+from converter.read import Checkpoint, TensorHeader, read_bytes
+from converter.recipe import Recipe
+from converter.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16"}
+
+
+def make_plan(
+    base: Checkpoint,
+    adapter: Adapter | None = None,
+    recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
+    *,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Decide everything that will happen to an opened base and adapter, or refuse.
+
+    Reads the adapter's values once, to check them; of the base, headers only. Raises a `ConversionRefused`.
+    """
+    refuse_unconvertible(base.config, base.folder.label, trust_remote_code=trust_remote_code)
+    recipe = recipe.resolved(_weights_dtype(base))
+    shapes = {tensor.name: tensor.shape for tensor in base}
+    architecture = describe(
+        base.config,
+        shapes,
+        quantize=recipe.quant_type != "none",
+        dtype=recipe.dtype,
+        keep=recipe.keep,
+        remote_code=trust_remote_code,
+    )
+    found = match(adapter, architecture, shapes) if adapter is not None else Match()
+    tensors = [
+        _plan_tensor(header, architecture.roles[header.name], recipe, found)
+        for header in sorted(base, key=lambda header: (header.file, header.offset))
+    ]
+    tensors += [
+        _plan_tensor(replace(base.tensors[source], name=name), Role(name, "linear", quantize=False), recipe, found)
+        for name, source in found.untied.items()
+    ]
+    if recipe.quant_type != "none" and not any(tensor.action == "quantize" for tensor in tensors):
+        raise Unsupported(
+            f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
+        )
+    tensors, memory = cut_into_tiles(tensors, recipe, resources)
+    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
+    side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
+    _check_tokenizer(side_files, adapter, architecture, tensors)
+    if architecture.known:
+        _check_statically(config, tensors)
+    unknown = sum(role.parameter is None for role in architecture.roles.values())
+    if unknown:
+        found.notes.append(
+            f"{unknown} tensors of the base are not part of {architecture.class_name}: copied as they are"
+        )
+    return Plan(
+        recipe=recipe,
+        class_name=architecture.class_name,
+        shards=_in_shards(tensors, recipe),
+        config=config,
+        side_files=side_files,
+        notes=tuple(found.notes + _notes_for_servers(tensors)),
+        base_bytes=base.nbytes,
+        adapter_digest=adapter.check_finite() if adapter is not None else None,
+        resources=resources,
+        memory=memory,
+        verifiable=architecture.known,
+    )
+
+
+def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match) -> TensorPlan:
+    name = header.name
+    pair = found.deltas.get(name)
+    replacement = found.replacements.get(name)
+    source = replacement if replacement is not None else header
+    if header.dtype.startswith("F8"):
+        raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
+    if (pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16"):
+        raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
+    transpose = role.kind == "conv1d" and (role.quantize or pair is not None)
+    turned_on_disk = role.kind == "conv1d" and role.quantize
+    shape = source.shape[::-1] if turned_on_disk else source.shape
+    if role.parameter is None or source.dtype not in _FLOATING:
+        dtype = source.dtype
+    else:
+        dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
+    computed = source.shape[::-1] if transpose else source.shape
+    rows = computed[0] if computed else 1
+    return TensorPlan(
+        name=name,
+        origin="base" if replacement is None else "adapter",
+        source=source,
+        action="quantize" if role.quantize else "keep",
+        pair=pair,
+        transpose=transpose,
+        shape=shape,
+        dtype=dtype,
+        tiles=(0, rows),
+        outputs=outputs_of(name, shape, dtype, recipe, quantize=role.quantize),
+        checked=role.parameter is not None,
+    )
+
+
+def _in_shards(tensors: list[TensorPlan], recipe: Recipe) -> tuple[ShardPlan, ...]:
+    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size)
+    shards = []
+    for file, indices in zip(shard_names(len(groups)), groups, strict=True):
+        members = tuple(tensors[index] for index in indices)
+        layout = lay_out(output for tensor in members for output in tensor.outputs)
+        shards.append(ShardPlan(file, members, layout))
+    return tuple(shards)
+
+
+def _weights_dtype(base: Checkpoint) -> str:
+    """The dtype that most of the base's bytes have."""
+    counter: Counter[str] = Counter()
+    for tensor in base:
+        counter[tensor.dtype] += tensor.nbytes
+    return max(sorted(counter), key=lambda dtype: counter[dtype])
+
+
+def _check_statically(config: Mapping[str, Any], tensors: list[TensorPlan]) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    problems = check_output(config, shapes, [tensor.name for tensor in tensors if tensor.action == "quantize"])
+    if problems:
+        raise Unsupported(f"the output would not load: {problems[0]} ({len(problems)} in all)")
+
+
+def _check_tokenizer(
+    side_files: tuple[SideFile, ...],
+    adapter: Adapter | None,
+    architecture: Architecture,
+    tensors: list[TensorPlan],
+) -> None:
+    """An adapter's tokenizer may have tokens that the embedding has no rows for."""
+    own = SideFile("tokenizer.json", "adapter")
+    rows = [tensor.shape[0] for tensor in tensors if tensor.name in architecture.embeddings and tensor.shape]
+    if adapter is None or own not in side_files or not rows:
+        return
+    largest = largest_token(read_bytes(adapter.folder, own.name, limit=MAX_SIDE_FILE_BYTES))
+    if largest >= min(rows):
+        raise AdapterMismatch(
+            f"{adapter.folder.label}: its tokenizer has a token {largest:,}, the embedding {min(rows):,} rows: "
+            "the adapter's file lacks the resized embedding"
+        )
+
+
+def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:
+    """VLLM fuses some weights, which must then be quantized all or not at all."""
+    actions = {tensor.name: tensor.action for tensor in tensors}
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for name, action in actions.items():
+            head, dot, tail = name.partition(f".{parts[0]}.")
+            if dot and any(actions.get(f"{head}.{part}.{tail}", action) != action for part in parts):
+                listed = ", ".join(parts)
+                return [f"{head}: {listed} are quantized in part; vLLM fuses them and needs all or none"]
+    return []

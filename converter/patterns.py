@@ -1,0 +1,70 @@
+"""An adapter's regular expressions, matched within a time limit.
+
+PEFT hands them to `re`, which can run for years on an expression such as `(a|aa)+$`, and cannot be stopped. No look at
+an expression tells the bad ones from the good ones that trainers really write. So `re` only says what is a valid
+expression, and the matching is done by `regex`: the same language, and a limit on the time, after which the adapter is
+refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from typing import Any
+
+from converter.errors import BadAdapter
+
+MAX_LENGTH = 20_000
+"""Characters of an expression; one that lists every module of a large model has about as many."""
+SECONDS = 10.0
+"""For everything that one adapter's expressions are matched against; a hundred thousand names take about one."""
+
+
+class Patterns:
+    """The expressions of one adapter's config, which messages call `where`. They share `SECONDS`."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._left = SECONDS
+
+    def search_from_start(self, expression: str, text: str) -> Any:
+        """What `re.match` gives, or `BadAdapter` for an expression that is none or takes too long."""
+        return self._timed("match", expression, text)
+
+    def covers(self, expression: str, text: str) -> bool:
+        """Whether `re.fullmatch` finds the expression to be all of the text."""
+        return self._timed("fullmatch", expression, text) is not None
+
+    def check(self, key: str, written: str, expression: str) -> None:
+        """Refuse what is not an expression: what becomes of `written`, a value of the option `key`."""
+        if len(expression) > MAX_LENGTH:
+            raise BadAdapter(
+                f"{self._where}: {key} has a pattern of {len(expression):,} characters, expected at most {MAX_LENGTH:,}"
+            )
+        try:
+            _compiled(expression)
+        except (re.error, RecursionError, OverflowError) as exc:
+            raise BadAdapter(f"{self._where}: {key} {written[:60]!r} is not a regular expression: {exc}") from exc
+
+    def _timed(self, method: str, expression: str, text: str) -> Any:
+        start = time.monotonic()
+        try:
+            return getattr(_compiled(expression), method)(text, timeout=max(self._left, 0.001))
+        except TimeoutError as exc:
+            raise BadAdapter(
+                f"{self._where}: the pattern {expression[:60]!r} takes longer than {SECONDS:g} s to match"
+            ) from exc
+        finally:
+            self._left -= time.monotonic() - start
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(expression: str) -> Any:
+    import regex
+
+    re.compile(expression)
+    try:
+        return regex.compile(expression)
+    except regex.error as exc:
+        raise re.error(str(exc)) from exc
