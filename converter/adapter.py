@@ -153,7 +153,7 @@ class Adapter:
         expressions = [_LAYER.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         matches = (self._patterns.search_from_start(expression, module) for expression in expressions)
         found = next((match for match in matches if match), None)
-        return found is not None and int(found["layer"]) in wanted
+        return found is not None and found["layer"] is not None and int(found["layer"]) in wanted
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.

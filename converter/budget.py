@@ -52,7 +52,7 @@ class Resources:
         return 1 if self.threads == 1 else self.threads + 1
 
     def bytes_per_element(self, dtype: str, *, quantized: bool, copied: bool) -> float:
-        """Memory that one weight of a tile takes: by its dtype on disk, and whether it becomes four bits or is copied."""
+        """Memory that one weight of a tile takes: by its dtype on disk, and whether it is quantized or copied."""
         if copied:
             return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
         return _BY_KERNELS[dtype] if quantized and self.kernels else _BY_TORCH

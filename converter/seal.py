@@ -138,6 +138,10 @@ class Staging:
                 if entry.name != _LOCK:
                     Path(entry.path).unlink()
 
+    def digest_soon(self, name: str) -> None:
+        """Begin to compute a finished file's sha256, while the next one is made."""
+        self._digests[name] = self._hasher.submit(_sha256, self.folder / name)
+
     def seal(
         self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
     ) -> None:
