@@ -7,15 +7,18 @@ weights and runs no code of the checkpoint. Names are checkpoint names; transfor
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from converter.errors import BadCheckpoint, BadRecipe, Unsupported
+from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, Unsupported
 from converter.silence import quietly
 
 if TYPE_CHECKING:
@@ -25,6 +28,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 Shape = tuple[int, ...]
+
+_NAME_CODE = ("auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels")
+_COUNTS = (
+    (re.compile(r"(?:num|n)_(?:[a-z]+_)*layers?|[a-z]+_layers|depth"), 128),
+    (re.compile(r"(?:[a-z]+_)*experts"), 4_096),
+    (re.compile(r"num_labels"), 1_000_000),
+)
+"""Options that cost time and memory while a model is built, and what is plausible whatever the checkpoint's size."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,30 @@ class Architecture:
     embeddings: frozenset[str] = frozenset()
     """Checkpoint names of the input embedding and of the output head, one that shares the input's tensor included."""
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, from which `from_json` makes an equal one."""
+        roles = {name: [role.parameter, role.kind, role.quantize, role.float32] for name, role in self.roles.items()}
+        return {
+            "class_name": self.class_name,
+            "roles": roles,
+            "skip_modules": None if self.skip_modules is None else list(self.skip_modules),
+            "tied": dict(self.tied),
+            "known": self.known,
+            "embeddings": sorted(self.embeddings),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        skip = value["skip_modules"]
+        return cls(
+            class_name=value["class_name"],
+            roles={name: Role(*role) for name, role in value["roles"].items()},
+            skip_modules=None if skip is None else tuple(skip),
+            tied=value["tied"],
+            known=value["known"],
+            embeddings=frozenset(value["embeddings"]),
+        )
+
     def tensor_of(self, parameter: str) -> str | None:
         """The checkpoint name of a tensor, given that name or the model's; None if there is no such tensor."""
         if parameter in self.roles:
@@ -61,12 +96,12 @@ class Architecture:
         return self._tensor_of_parameter.get(parameter)
 
     def module_names(self, tensor: str) -> tuple[str, ...]:
-        """The module that owns a tensor: as the checkpoint names it, then as the model does."""
+        """The module that owns a tensor: as the checkpoint names it, then as the model does, where that differs."""
         parameter = self.roles[tensor].parameter
-        names = [tensor.rpartition(".")[0]]
-        if parameter is not None and parameter.rpartition(".")[0] not in names:
-            names.append(parameter.rpartition(".")[0])
-        return tuple(names)
+        names = [tensor]
+        if parameter is not None and self._tensor_of_parameter.get(parameter) == tensor:
+            names.append(parameter)
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
     @cached_property
     def _tensor_of_parameter(self) -> dict[str, str]:
@@ -153,6 +188,29 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
         f"{name}: shape {list(tensors[name])}, transformers expects {list(expected)}" for name, expected in wrong_shapes
     ]
     return problems
+
+
+def answer(request: dict[str, Any]) -> Any:
+    """The answer, in JSON values, to a question in JSON values."""
+    question = request.pop("question")
+    if question == "describe":
+        shapes = {name: tuple(shape) for name, shape in request.pop("shapes").items()}
+        return describe(request.pop("config"), shapes, **request).as_json()
+    tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
+    return check_output(request["config"], tensors, request["quantized"])
+
+
+def serve() -> None:
+    """Answer the questions that standard input has, one a line; an error is an answer, too."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    sys.stdout = sys.stderr  # whatever the libraries print is no answer
+    for line in sys.stdin:
+        try:
+            reply = {"answer": answer(json.loads(line))}
+        except ConversionRefused as exc:
+            reply = {"error": type(exc).__name__, "message": str(exc)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
 
 
 class _Names:
@@ -271,26 +329,36 @@ def _meta_model(
         raise Unsupported(
             f"config.json: transformers {transformers.__version__} has no {class_name!r} of model type {model_type!r}"
         )
-    layers = _largest(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    if layers > max(len(tensors), 1):
-        raise BadCheckpoint(f"config.json: {layers:,} layers, but the checkpoint has only {len(tensors):,} tensors")
-    # Private keys can name kernels to fetch and code to import; none of them shapes the model.
-    plain = {key: value for key, value in config.items() if not key.startswith("_") and key != "auto_map"}
+    _refuse_absurd_counts(config, len(tensors))
     try:
         with quietly(), torch.device("meta"):
-            parsed = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
-            return model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[union-attr]
+            parsed = transformers.CONFIG_MAPPING[model_type].from_dict(_without_code(config))
+            model: PreTrainedModel = model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[union-attr]
     except Exception as exc:  # whatever a strange config raises in foreign code is the config's fault
         reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
         raise BadCheckpoint(f"config.json: transformers can't build {class_name} from it: {reason[:200]}") from exc
+    if next(model.parameters(), None) is None:
+        raise Unsupported(f"config.json: {class_name} is a class without weights")
+    return model
 
 
-def _largest(config: Mapping[str, Any], *keys: str) -> int:
-    found = [value for key in keys if isinstance(value := config.get(key), int)]
-    nested = config.get("text_config")
-    if isinstance(nested, Mapping):
-        found += [value for key in keys if isinstance(value := nested.get(key), int)]
-    return max(found, default=0)
+def _without_code(value: Any) -> Any:
+    """A config without the keys that name kernels to fetch and code to import; none of them shapes the model."""
+    if isinstance(value, Mapping):
+        return {
+            key: _without_code(part) for key, part in value.items() if not key.startswith("_") and key not in _NAME_CODE
+        }
+    return [_without_code(part) for part in value] if isinstance(value, list) else value
+
+
+def _refuse_absurd_counts(config: Mapping[str, Any], tensors: int, depth: int = 8) -> None:
+    """Refuse counts that no checkpoint of so many tensors has, before a model is built of them."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and depth:
+            _refuse_absurd_counts(value, tensors, depth - 1)
+        for pattern, plausible in _COUNTS:
+            if isinstance(value, int) and pattern.fullmatch(key) and value > max(plausible, tensors):
+                raise BadCheckpoint(f"config.json: {key} {value:,}, but the checkpoint has only {tensors:,} tensors")
 
 
 def _default_skips(model: PreTrainedModel, skip: list[str] | None) -> list[str]:

@@ -159,6 +159,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(_run(lambda: cli(arguments, prog_name="convert", standalone_mode=False), verbose=verbose, as_json=as_json))
 
 
+def console() -> NoReturn:
+    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second."""
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
 def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     """Run a command; its exit code. Errors become one line on stderr, and with --json an object on stdout."""
     # Read when the libraries are imported: nobody here compiles models, and no version check is wanted.

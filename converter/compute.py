@@ -49,7 +49,7 @@ def convert_tile(
     """
     if tensor.is_copy:
         if tensor.checked:
-            refuse_not_finite(tensor.name, stored)
+            refuse_not_finite(tensor.name, stored, kernels=quantizer.kernels)
         writer.write(tensor.name, start * tensor.columns * stored.element_size(), as_bytes(stored))
         return TileResult()
     with _own_stream(quantizer.device):

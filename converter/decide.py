@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from converter.adapter import Adapter
-from converter.architecture import Architecture, Role, check_output, describe
+from converter.architecture import Architecture, Role
+from converter.ask import check_output, describe, dismiss
 from converter.budget import Resources, cut_into_tiles
 from converter.config import output_config, refuse_unconvertible
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
@@ -18,6 +19,7 @@ from converter.plan import Plan, ShardPlan, TensorPlan
 from converter.read import Checkpoint, TensorHeader, read_bytes
 from converter.recipe import Recipe
 from converter.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
+from converter.tiles import torch_device
 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16"}
@@ -29,6 +31,7 @@ def make_plan(
     recipe: Recipe = Recipe(),
     resources: Resources = Resources(),
     *,
+    device: str = "auto",
     trust_remote_code: bool = False,
 ) -> Plan:
     """Decide everything that will happen to an opened base and adapter, or refuse.
@@ -59,12 +62,15 @@ def make_plan(
         raise Unsupported(
             f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
         )
+    processor = torch_device(device)
+    resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory = cut_into_tiles(tensors, recipe, resources)
     config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     if architecture.known:
         _check_statically(config, tensors)
+    dismiss()
     unknown = sum(role.parameter is None for role in architecture.roles.values())
     if unknown:
         found.notes.append(
@@ -79,6 +85,7 @@ def make_plan(
         notes=tuple(found.notes + _notes_for_servers(tensors)),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
+        device=str(processor),
         resources=resources,
         memory=memory,
         verifiable=architecture.known,

@@ -62,7 +62,11 @@ def remember(base: Checkpoint, digests: dict[str, str]) -> None:
         temporary.rename(path)
 
 
+def cache_folder() -> Path:
+    """Where this user's runs keep what they need not find out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4-converter"
+
+
 def _path(folder: LocalFolder) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:32]
-    return root / "nf4-converter" / f"{name}.json"
+    return cache_folder() / "digests" / f"{name}.json"

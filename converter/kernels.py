@@ -87,6 +87,19 @@ def quantize_rows(
     )
 
 
+def all_finite(bits: Array, exponent: int) -> bool:
+    """Whether no value is NaN or infinite: their bits, and those of the exponent, all of which NaN and infinity set."""
+    return not _some_have(bits, bits.dtype.type(exponent))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _some_have(bits, mask):  # type: ignore[no-untyped-def]
+    found = np.uint32(0)
+    for j in range(bits.size):
+        found |= np.uint32((bits[j] & mask) == mask)
+    return found != 0
+
+
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _round(bits: Array, count: int, rounding: int) -> None:
     """Round float32 values, given as their bits, to the nearest bfloat16 or float16; ties to even."""
@@ -112,49 +125,40 @@ def _round(bits: Array, count: int, rounding: int) -> None:
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _quantize_block(x, count, values, bounds, codes, restored, factor):  # type: ignore[no-untyped-def]
     """Codes of scaled values, and what they stand for: a code is the number of bounds below the value."""
+    # All bounds stay in registers, and the loop over the values vectorizes.
+    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = bounds
     for j in range(count):
-        codes[j] = 0
-    # Five bounds at a time stay in registers, and the loop over the values vectorizes.
-    for k in range(0, 15, 5):
-        b0, b1, b2, b3, b4 = bounds[k], bounds[k + 1], bounds[k + 2], bounds[k + 3], bounds[k + 4]
-        for j in range(count):
-            v = x[j]
-            codes[j] += np.int32(v > b0) + np.int32(v > b1) + np.int32(v > b2) + np.int32(v > b3) + np.int32(v > b4)
+        v = x[j]
+        low = np.int32(v > b0) + np.int32(v > b1) + np.int32(v > b2) + np.int32(v > b3) + np.int32(v > b4)
+        mid = np.int32(v > b5) + np.int32(v > b6) + np.int32(v > b7) + np.int32(v > b8) + np.int32(v > b9)
+        top = np.int32(v > b10) + np.int32(v > b11) + np.int32(v > b12) + np.int32(v > b13) + np.int32(v > b14)
+        codes[j] = low + mid + top
     for j in range(count):
         restored[j] = values[codes[j] & 15] * factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _tally(exact, restored, weight, moved, merged, count, missed, whole, along, shift, sums, row):  # type: ignore[no-untyped-def]
+# Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _tally(exact, restored, weight, moved, merged, count, sums, row):  # type: ignore[no-untyped-def]
     """Add the first `count` values to the row's sums."""
-    for j in range(count):
-        s, q = np.float64(exact[j]), np.float64(restored[j])
-        missed[j] = (q - s) * (q - s)
-        whole[j] = s * s
+    missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
     if merged:
         for j in range(count):
-            w, q, d = np.float64(weight[j]), np.float64(restored[j]), np.float64(moved[j])
-            along[j] = (q - w) * d
-            shift[j] = d * d
-    # Halves onto halves: an order that depends on the length alone, and that vectorizes.
-    while count > 1:
-        half = count // 2
-        rest = count - half
-        for j in range(half):
-            high = np.uintp(rest + j)
-            missed[j] += missed[high]
-            whole[j] += whole[high]
-        if merged:
-            for j in range(half):
-                high = np.uintp(rest + j)
-                along[j] += along[high]
-                shift[j] += shift[high]
-        count = rest
-    sums[row, 0] += missed[0]
-    sums[row, 1] += whole[0]
-    if merged:
-        sums[row, 2] += along[0]
-        sums[row, 3] += shift[0]
+            s, q = np.float64(exact[j]), np.float64(restored[j])
+            w, d = np.float64(weight[j]), np.float64(moved[j])
+            missed += (q - s) * (q - s)
+            whole += s * s
+            along += (q - w) * d
+            shift += d * d
+    else:
+        for j in range(count):
+            s, q = np.float64(exact[j]), np.float64(restored[j])
+            missed += (q - s) * (q - s)
+            whole += s * s
+    sums[row, 0] += missed
+    sums[row, 1] += whole
+    sums[row, 2] += along
+    sums[row, 3] += shift
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -184,8 +188,6 @@ def _quantize(  # type: ignore[no-untyped-def]
     rounded = rounded_bits.view(np.float32)
     codes = np.empty(block + 1, np.int32)
     restored = np.empty(block, np.float32)
-    missed, whole = np.empty(block, np.float64), np.empty(block, np.float64)
-    along, shift = np.empty(block, np.float64), np.empty(block, np.float64)
     scale_bits = np.empty(1, np.uint32)
     scale_value = scale_bits.view(np.float32)
     finite = True
@@ -244,12 +246,12 @@ def _quantize(  # type: ignore[no-untyped-def]
             packed[np.uintp(start // 2 + j)] = (codes[2 * j] << 4) | codes[2 * j + 1]
         first, row = 0, start // columns
         if start + count <= (row + 1) * columns:
-            _tally(exact, restored, weight, moved, merged, count, missed, whole, along, shift, sums, row)
+            _tally(exact, restored, weight, moved, merged, count, sums, row)
             continue
         while first < count:  # a block that lies in several rows
             row = (start + first) // columns
             last = min(count, (row + 1) * columns - start)
             e, r, w, m = exact[first:last], restored[first:last], weight[first:last], moved[first:last]
-            _tally(e, r, w, m, merged, last - first, missed, whole, along, shift, sums, row)
+            _tally(e, r, w, m, merged, last - first, sums, row)
             first = last
     return finite

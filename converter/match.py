@@ -41,6 +41,8 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
         target = _target(architecture, name)
         if target is None:
             raise AdapterMismatch(f"{name}: in the adapter, but the base has no such tensor: is it another base's?")
+        if target in found.replacements:
+            raise BadAdapter(f"{name}: the adapter has two tensors for {target}")
         _check_replacement(adapter, architecture, target, name)
         found.replacements[target] = tensor
     for module, pair in adapter.pairs.items():
@@ -53,6 +55,7 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
             raise BadAdapter(f"{module}: the adapter has two deltas for {target}")
         _check_targeted(adapter, architecture, module, target)
         found.deltas[target] = pair
+    _check_saved_whole(adapter, architecture, found)
     _untie(adapter, architecture, found)
     _check_shapes(architecture, found, shapes)
     _check_nothing_lost(adapter, architecture, found)
@@ -123,12 +126,11 @@ def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str,
             rows[name] = shapes[name][0]
     for name, source in found.untied.items():
         rows.setdefault(name, rows.get(source, shapes[source][0]))
-    resized_names = [n for n, count in rows.items() if n in shapes and count != shapes[n][0]]
-    if resized_names:
+    if any(count != shapes[found.untied.get(name, name)][0] for name, count in rows.items()):
         if len(set(rows.values())) > 1:
             listed = ", ".join(f"{name} {count:,}" for name, count in sorted(rows.items()))
             raise AdapterMismatch(f"the adapter resizes the vocabulary of one embedding only: rows are {listed}")
-        found.vocabulary = rows[resized_names[0]]
+        found.vocabulary = next(iter(rows.values()))
     for name, pair in found.deltas.items():
         base = found.untied.get(name, name)
         shape = found.replacements[name].shape if name in found.replacements else shapes[base]
@@ -141,6 +143,15 @@ def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str,
             )
 
 
+def _check_saved_whole(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+    """Refuse an adapter that lacks a tensor of a module which its config saves whole."""
+    owners = {name: architecture.module_names(name) for name in architecture.roles}
+    owners |= {name: (name.rpartition(".")[0],) for name in architecture.tied}
+    for name, modules in owners.items():
+        if name not in found.replacements and any(adapter.is_saved_whole(module) for module in modules):
+            raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
+
+
 def _check_nothing_lost(adapter: Adapter, architecture: Architecture, found: Match) -> None:
     """Refuse an adapter that lost tensors: some layers of a kind have theirs and others don't."""
     touched: dict[str, set[str]] = defaultdict(set)
@@ -150,11 +161,9 @@ def _check_nothing_lost(adapter: Adapter, architecture: Architecture, found: Mat
         kind = re.sub(r"\d+", "*", modules[0])
         if name in found.deltas:
             touched[kind].add(modules[0])
-        explicit = adapter.config.get("target_modules") not in (None, "all-linear")
+        explicit = adapter.config.get("target_modules") is not None
         if explicit and role.kind in ("linear", "conv1d") and any(adapter.targets(module) for module in modules):
             expected[kind].add(modules[0])
-        if name not in found.replacements and any(adapter.is_saved_whole(module) for module in modules):
-            raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
     for kind, modules_touched in touched.items():
         # Names that match but have no tensors at all are normal: a vision tower that wasn't trained.
         lost = sorted(expected[kind] - modules_touched)

@@ -56,7 +56,7 @@ class Tally:
 
         if not self._rows:
             return Fidelity(0.0, None)
-        totals = [math.fsum(column) for column in numpy.concatenate(self._rows).T]
+        totals = [float(total) for total in numpy.concatenate(self._rows).sum(axis=0)]
         missed, whole = totals[:2]
         error = math.sqrt(missed / whole) if whole else (0.0 if missed == 0 else math.inf)
         survival = totals[2] / totals[3] if len(totals) == 4 and totals[3] else None

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +86,10 @@ def convert(
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
-        processor = torch_device(device)
         plan = make_plan(
-            inputs.base, inputs.adapter, recipe, on(processor, resources), trust_remote_code=trust_remote_code
+            inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
         )
+        processor = torch_device(plan.device)
         destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
         if (known := already_made(destination, plan, inputs, processor.type)) is not None:
             return Report(destination.out, plan, known, {}, nothing_to_do=True)
@@ -135,11 +135,7 @@ def plan_conversion(
     the Hub no shard is downloaded."""
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
         plan = make_plan(
-            inputs.base,
-            inputs.adapter,
-            recipe,
-            on(torch_device(device), resources),
-            trust_remote_code=trust_remote_code,
+            inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
         )
         if out is not None:
             Destination(Path(out), inputs=inputs.folders, overwrite=overwrite).refuse_if_taken()
@@ -206,11 +202,6 @@ class _UnderWay:
             for name, value in quantizer.statistics(tensor.name, absmax, tensor.shape).items():
                 writer.write(name, 0, as_bytes(value))
         return Made(tensor.name, tally.fidelity(), self.digest.hexdigest(), tensor.source.nbytes)
-
-
-def on(device: torch.device, resources: Resources) -> Resources:
-    """The resources on a device: the CPU's kernels are of use on a CPU only."""
-    return replace(resources, kernels=resources.kernels and device.type == "cpu")
 
 
 def _crew(plan: Plan, device: torch.device) -> Crew:

@@ -108,6 +108,8 @@ class Plan:
     """What a user should know and nothing refuses."""
     base_bytes: int
     adapter_digest: str | None
+    device: str
+    """Where it computes: cpu, cuda, cuda:0, …"""
     resources: Resources
     """What it may use; no byte of the output depends on it."""
     memory: int

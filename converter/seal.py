@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from converter.architecture import check_output
+from converter.ask import check_output
 from converter.card import CARD, model_card
 from converter.errors import BadOutput, VerificationFailed
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object

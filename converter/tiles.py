@@ -83,9 +83,19 @@ def as_bytes(value: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def refuse_not_finite(name: str, values: Tensor) -> None:
-    """`NotFinite` if any value is NaN or infinite."""
-    if values.is_floating_point() and not bool(values.isfinite().all()):
+def refuse_not_finite(name: str, values: Tensor, *, kernels: bool = False) -> None:
+    """`NotFinite` if any value is NaN or infinite; `kernels`: without a mask as large as the values."""
+    if not values.is_floating_point():
+        return
+    integers = {"bfloat16": ("uint16", 0x7F80), "float16": ("uint16", 0x7C00), "float32": ("uint32", 0x7F800000)}
+    kind = integers.get(str(values.dtype).removeprefix("torch."))
+    if kernels and kind is not None and values.is_contiguous():
+        from converter.kernels import all_finite
+
+        finite = all_finite(values.view(torch_dtype(kind[0])).numpy().ravel(), kind[1])
+    else:
+        finite = bool(values.isfinite().all())
+    if not finite:
         raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")
 
 
