@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converter import ask, errors
+from converter.ask import _Child
+from converter.read import Checkpoint, LocalFolder
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> Checkpoint:
+    return Checkpoint(LocalFolder(tiny_base))
+
+
+def question(base: Checkpoint) -> dict[str, object]:
+    shapes = {tensor.name: tensor.shape for tensor in base}
+    return {"question": "describe", "config": base.config, "shapes": shapes, "quantize": True, "dtype": "bfloat16"}
+
+
+def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkpoint) -> None:
+    import json
+
+    child = _Child()
+    here = ask.answer(json.loads(json.dumps(question(base))))
+
+    there = child.ask(json.dumps(question(base)))
+    again = child.ask(json.dumps(question(base)))
+
+    child.end()
+    assert here == there == again
+
+
+def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoint) -> None:
+    import json
+
+    child = _Child()
+    unknown = question(base) | {"config": base.config | {"architectures": ["NoSuchModel"]}}
+
+    with pytest.raises(errors.Unsupported, match="has no 'NoSuchModel'"):
+        child.ask(json.dumps(unknown))
+
+    child.end()
+
+
+def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
+    child = _Child()
+    child._process.kill()
+
+    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
+        child.ask("{}")
+
+    child.end()
+
+
+def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in base}
+    first = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+    monkeypatch.setattr(ask, "_known", {})
+    monkeypatch.setattr(ask, "answer", lambda _: pytest.fail("asked again"))
+
+    second = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+    assert first == second
+    with pytest.raises(BaseException, match="asked again"):
+        ask.describe(base.config, shapes, quantize=True, dtype="float16")
+    monkeypatch.setattr(ask, "version", lambda name: f"another {name}")
+    with pytest.raises(BaseException, match="asked again"):
+        ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+
+def test_a_conversion_of_a_known_checkpoint_imports_neither_transformers_nor_bitsandbytes(
+    tiny_base: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from converter import convert; "
+        f"convert({str(tiny_base)!r}, {str(tiny_adapter)!r}, sys.argv[1]); "
+        "print(sorted({'transformers', 'bitsandbytes', 'huggingface_hub', 'peft'} & sys.modules.keys()))"
+    )
+
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
+
+    assert (run.stdout, run.stderr) == ("[]\n", "")

@@ -1,0 +1,156 @@
+"""The CPU kernels are held to bitsandbytes bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converter import kernels
+from converter.measure import row_sums
+from converter.merge import merge_tile
+from converter.quantize import Quantizer, dynamic_map, four_bit_map
+from converter.recipe import BLOCK_SIZES, Recipe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
+
+
+def run(
+    weight: torch.Tensor, product: torch.Tensor | None, scaling: float, quant_type: str, block: int, rounding: int
+) -> tuple[bool, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rows, columns = weight.shape
+    stored = weight.view(torch.uint16) if weight.dtype is torch.bfloat16 else weight
+    packed = np.empty(-(weight.numel() // -2), np.uint8)
+    absmax = np.empty(-(weight.numel() // -block), np.float32)
+    sums = np.empty((rows, kernels.SUMS))
+    finite = kernels.quantize_rows(
+        stored.numpy().ravel(),
+        None if product is None else product.numpy().ravel(),
+        scaling,
+        columns,
+        quant_type=quant_type,
+        block=block,
+        rounding=rounding,
+        packed=packed,
+        absmax=absmax,
+        sums=sums,
+    )
+    return finite, packed, absmax, sums
+
+
+cases = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 70),
+        "columns": st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 256])),
+        "dtype": st.sampled_from(list(DTYPES)),
+        "quant_type": st.sampled_from(["nf4", "fp4"]),
+        "block": st.sampled_from(BLOCK_SIZES),
+        "rounding": st.sampled_from(list(ROUNDINGS)),
+        "merged": st.booleans(),
+        "magnitude": st.integers(-30, 4),
+        "zeros": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases)
+def test_codes_and_absmax_equal_those_of_bitsandbytes_for_any_shape_dtype_and_block(case: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (case["rows"], case["columns"])
+    weight = (torch.randn(shape, generator=generator) * 10.0 ** case["magnitude"]).to(DTYPES[case["dtype"]])
+    if case["zeros"]:
+        weight.view(-1)[: weight.numel() // 2] = 0
+    product = torch.randn(shape, generator=generator) * 10.0 ** case["magnitude"] if case["merged"] else None
+    rounded = ROUNDINGS[case["rounding"]]
+    values = weight.to(rounded)
+    if product is not None:
+        values = (values.float() + product * 0.37).to(rounded)
+
+    finite, packed, absmax, _ = run(weight, product, 0.37, case["quant_type"], case["block"], case["rounding"])
+
+    expected, state = quantize_4bit(values, blocksize=case["block"], quant_type=case["quant_type"])
+    assert finite == bool(values.isfinite().all())
+    if finite:
+        assert np.array_equal(expected.numpy().ravel(), packed)
+        assert np.array_equal(state.absmax.numpy(), absmax)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (case["rows"], case["columns"])
+    weight = torch.randn(shape, generator=generator).to(DTYPES[case["dtype"]])
+    product = torch.randn(shape, generator=generator) if case["merged"] else None
+    delta = None if product is None else product * 0.5
+    recipe = Recipe(quant_type=case["quant_type"], block_size=case["block"], dtype="bfloat16")
+    merged = merge_tile(weight, delta, "float32", torch.bfloat16)
+    expected = row_sums(merged, Quantizer(recipe).tile("w", merged.values).restored)
+
+    _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], kernels.EXACT)
+
+    np.testing.assert_allclose(sums[:, : expected.shape[1]], expected, rtol=1e-12, atol=1e-300)
+
+
+def test_rows_give_the_same_bytes_alone_and_together() -> None:
+    weight = torch.randn(256, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    _, whole, absmax, sums = run(weight, None, 1.0, "nf4", 64, kernels.EXACT)
+    parts = [run(weight[start : start + 64], None, 1.0, "nf4", 64, kernels.EXACT) for start in range(0, 256, 64)]
+
+    assert np.array_equal(whole, np.concatenate([part[1] for part in parts]))
+    assert np.array_equal(absmax, np.concatenate([part[2] for part in parts]))
+    assert np.array_equal(sums, np.concatenate([part[3] for part in parts]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(bad: float, dtype: str) -> None:
+    for place in (0, 63, 64, 129):
+        weight = torch.ones(2, 65).to(DTYPES[dtype])
+        weight.view(-1)[place] = bad
+
+        finite, *_ = run(weight, None, 1.0, "nf4", 64, kernels.EXACT)
+
+        assert not finite
+
+
+@pytest.mark.parametrize("rounding", [kernels.BFLOAT16, kernels.FLOAT16])
+def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(rounding: int) -> None:
+    generator = np.random.default_rng(3)
+    exponents = np.repeat(np.arange(255, dtype=np.uint32) << 23, 256)
+    fractions = generator.integers(0, 1 << 23, exponents.size, dtype=np.uint32)
+    fractions[::4] &= 0xFFFF0000  # halves, for ties
+    fractions[1::4] &= 0xFFFFE000
+    bits = exponents | fractions | (generator.integers(0, 2, exponents.size, dtype=np.uint32) << 31)
+    values = torch.from_numpy(bits.view(np.float32).copy())
+    expected = values.to(ROUNDINGS[rounding]).float()
+
+    kernels._round(bits, bits.size, rounding)
+
+    assert torch.equal(expected.view(torch.int32), torch.from_numpy(bits.view(np.int32)))
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [("uint16", 0x7F80), ("uint16", 0x7C00), ("uint32", 0x7F800000)])
+def test_the_check_for_finite_values_knows_the_exponents(dtype: str, exponent: int) -> None:
+    bits = np.arange(1000).astype(dtype)
+
+    assert kernels.all_finite(bits, exponent)
+    bits[321] |= exponent
+    assert not kernels.all_finite(bits, exponent)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_code_tables_are_those_of_bitsandbytes(quant_type: str) -> None:
+    expected = get_4bit_type(quant_type, device="cpu")
+
+    assert torch.equal(expected.view(torch.int32), four_bit_map(quant_type).view(torch.int32))
+    assert torch.equal(create_dynamic_map().view(torch.int32), dynamic_map().view(torch.int32))
