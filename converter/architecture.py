@@ -335,7 +335,7 @@ def _meta_model(
             parsed = transformers.CONFIG_MAPPING[model_type].from_dict(_without_code(config))
             model: PreTrainedModel = model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[union-attr]
     except Exception as exc:  # whatever a strange config raises in foreign code is the config's fault
-        reason = str(exc).splitlines()[0] if str(exc) else type(exc).__name__
+        reason = " ".join(str(exc).split()) or type(exc).__name__
         raise BadCheckpoint(f"config.json: transformers can't build {class_name} from it: {reason[:200]}") from exc
     if next(model.parameters(), None) is None:
         raise Unsupported(f"config.json: {class_name} is a class without weights")
@@ -358,7 +358,8 @@ def _refuse_absurd_counts(config: Mapping[str, Any], tensors: int, depth: int = 
             _refuse_absurd_counts(value, tensors, depth - 1)
         for pattern, plausible in _COUNTS:
             if isinstance(value, int) and pattern.fullmatch(key) and value > max(plausible, tensors):
-                raise BadCheckpoint(f"config.json: {key} {value:,}, but the checkpoint has only {tensors:,} tensors")
+                found = f"{key} {f'{value:,}'[:40]}"
+                raise BadCheckpoint(f"config.json: {found}, but the checkpoint has only {tensors:,} tensors")
 
 
 def _default_skips(model: PreTrainedModel, skip: list[str] | None) -> list[str]:

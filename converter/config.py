@@ -17,7 +17,9 @@ from converter.recipe import Recipe
 
 def refuse_unconvertible(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
     """Refuse a base whose config says that its weights are quantized, or that it needs code of its own."""
-    for part in (config, config.get("text_config") or {}):
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, Mapping):
+            continue
         quantization = part.get("quantization_config") or part.get("compression_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"

@@ -55,10 +55,11 @@ _SECRETS = (
 
 def is_hub_id(reference: str) -> bool:
     """Whether `reference` names a repository ("org/name" or "name") and not a path; an existing path wins."""
-    return not os.path.lexists(reference) and _is_repo_id(reference)
+    return not os.path.lexists(reference) and is_repo_id(reference)
 
 
-def _is_repo_id(text: str) -> bool:
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a repository's name: "org/name" or "name"."""
     # https://huggingface.co/docs/huggingface_hub/package_reference/utilities, validate_repo_id
     fits = _REPO_ID.fullmatch(text) is not None and len(text) <= MAX_REPO_ID
     return fits and "--" not in text and ".." not in text and not text.endswith(".git")
@@ -81,7 +82,7 @@ class HubFolder:
     """
 
     def __init__(self, repo_id: str, revision: str | None = None, *, offline: bool = False) -> None:
-        if not _is_repo_id(repo_id):
+        if not is_repo_id(repo_id):
             raise HubNotFound(f"{repo_id[:120]!r} is not the name of a repository, such as org/name")
         self.repo_id = repo_id
         self.revision = DEFAULT_REVISION if revision is None else revision

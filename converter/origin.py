@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from converter.digests import recall, remember, tensor_digest
+from converter.hub import is_repo_id
 from converter.receipt import Origin, fingerprint
 from converter.side_files import read_side_files
 
@@ -32,10 +33,16 @@ def origin_of(plan: Plan, inputs: Inputs, device: str, digests: Mapping[str, str
         },
         device=device,
         base_commit=inputs.base_commit,
-        base_name=inputs.base_id or (inputs.adapter.base_name if inputs.adapter else None),
+        base_name=inputs.base_id or _id_of_base(inputs),
         adapter_commit=inputs.adapter_commit,
         adapter_name=inputs.adapter_id,
     )
+
+
+def _id_of_base(inputs: Inputs) -> str | None:
+    """What the adapter calls its base, unless that is a path: a place is no content, and nobody else's business."""
+    name = inputs.adapter.base_name if inputs.adapter else None
+    return name if name is not None and is_repo_id(name) else None
 
 
 def already_made(destination: Destination, plan: Plan, inputs: Inputs, device: str) -> str | None:

@@ -18,7 +18,7 @@ from converter.errors import BadAdapter
 MAX_LENGTH = 20_000
 """Characters of an expression; one that lists every module of a large model has about as many."""
 SECONDS = 10.0
-"""For everything that one adapter's expressions are matched against; a hundred thousand names take about one."""
+"""Of computing, for everything that one adapter's expressions are matched against; a hundred thousand names take about one."""
 
 
 class Patterns:
@@ -48,7 +48,7 @@ class Patterns:
             raise BadAdapter(f"{self._where}: {key} {written[:60]!r} is not a regular expression: {exc}") from exc
 
     def _timed(self, method: str, expression: str, text: str) -> Any:
-        start = time.monotonic()
+        start = time.thread_time()
         try:
             return getattr(_compiled(expression), method)(text, timeout=max(self._left, 0.001))
         except TimeoutError as exc:
@@ -56,7 +56,7 @@ class Patterns:
                 f"{self._where}: the pattern {expression[:60]!r} takes longer than {SECONDS:g} s to match"
             ) from exc
         finally:
-            self._left -= time.monotonic() - start
+            self._left -= time.thread_time() - start
 
 
 @functools.lru_cache(maxsize=1024)

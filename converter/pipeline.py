@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from converter.compute import TileResult, convert_tile
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.digests import remember
+from converter.estimate import estimate
 from converter.inputs import Inputs, Reference
 from converter.measure import Fidelity, Tally
 from converter.origin import already_made, origin_of
@@ -131,15 +132,18 @@ def plan_conversion(
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What `convert` would do with the same arguments: its plan, and its refusals. Nothing is written, and of a base on
-    the Hub no shard is downloaded."""
+    """What `convert` would do with the same arguments: its plan, and its refusals.
+
+    Nothing is written, and of a base on the Hub no shard is downloaded. The plan has an estimate of the time, from
+    short samples of reading and computing.
+    """
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
         plan = make_plan(
             inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
         )
         if out is not None:
             Destination(Path(out), inputs=inputs.folders, overwrite=overwrite).refuse_if_taken()
-        return plan
+        return replace(plan, estimate=estimate(plan, inputs.base))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from converter.adapter import LoraPair
 from converter.budget import Resources
+from converter.estimate import Estimate
 from converter.layout import Output, ShardLayout
 from converter.read import TensorHeader
 from converter.recipe import Recipe
@@ -114,6 +115,8 @@ class Plan:
     """What it may use; no byte of the output depends on it."""
     memory: int
     """Predicted peak of memory above what Python and its libraries take, in bytes."""
+    estimate: Estimate | None = None
+    """How long it will take; known to a dry run, which samples it."""
     verifiable: bool = True
     """Whether transformers can be asked what it makes of the output; not so where the base's own code defines it."""
 
@@ -139,7 +142,7 @@ class Plan:
     def digest(self) -> str:
         """sha256 of what will happen to each tensor, of the layout and of the recipe."""
         whole = self.as_json()
-        for prediction in ("memory_bytes", "notes", "counts"):
+        for prediction in ("memory_bytes", "notes", "counts", "estimate"):
             del whole[prediction]
         for shard in whole["shards"]:
             for tensor in shard["tensors"]:
@@ -156,6 +159,7 @@ class Plan:
             "base_bytes": self.base_bytes,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory,
+            "estimate": None if self.estimate is None else self.estimate.as_json(),
             "counts": self.counts(),
             "notes": list(self.notes),
             "config": dict(self.config),

@@ -39,7 +39,7 @@ class Origin:
     base_commit: str | None = None
     """Of a base on the Hub."""
     base_name: str | None = None
-    """Its id on the Hub, or what the adapter calls its base."""
+    """Its id on the Hub; of a folder, the id by which the adapter calls its base."""
     adapter_commit: str | None = None
     adapter_name: str | None = None
     """Its id on the Hub."""
@@ -87,9 +87,15 @@ def write_receipt(
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
     """The receipt of a finished conversion; None where there is none, or none that can be understood."""
+    local = LocalFolder(folder)
     try:
-        receipt = read_json(LocalFolder(folder), RECEIPT)
+        receipt = read_json(local, RECEIPT)
     except ConverterError:
         return None
-    complete = receipt.get("format") == FORMAT and isinstance(receipt.get("files"), dict)
-    return receipt if complete and isinstance(receipt.get("fingerprint"), str) else None
+    finally:
+        local.close()
+    files = receipt.get("files")
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+        return None
+    understood = receipt.get("format") == FORMAT and isinstance(receipt.get("fingerprint"), str)
+    return receipt if understood else None

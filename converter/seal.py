@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LOCK = ".lock"
 _INSIDE = ".partial"
+_REPLACED = "replaced"
 _PRESENT_IN_EMPTY = frozenset({"lost+found", _INSIDE})  # a mounted volume's own folder, and a dead run's staging
 
 
@@ -52,8 +53,9 @@ class Destination:
         if self.out.exists():
             if not self.out.is_dir():
                 raise BadOutput(f"{out}: exists and is not a folder")
-            self._occupied = bool({entry.name for entry in os.scandir(self.out)} - _PRESENT_IN_EMPTY)
+            names = {entry.name for entry in os.scandir(self.out)}
             self.receipt = read_receipt(self.out)
+            self._occupied = bool(names - _PRESENT_IN_EMPTY) and not self._is_half_moved_in(names)
             # A mount can't be renamed, nor can a name be changed in a folder that isn't ours to write.
             self._inside = not self._occupied or self.out.is_mount() or not os.access(self.out.parent, os.W_OK)
 
@@ -77,32 +79,64 @@ class Destination:
         return self.out / _INSIDE if self._inside else self.out.with_name(self.out.name + ".partial")
 
     def accept(self) -> None:
-        """Make the whole staging folder OUT."""
+        """Make the whole staging folder OUT. Its lock holds until it has the name, so that no other run touches it."""
         with writing(self.out):
             if self._inside:
                 self._move_in()
             elif self._occupied:
-                _exchange(self.staging, self.out)
-                sync_folder(self.out.parent)
-                shutil.rmtree(self.staging)
+                self._swap()
             else:
                 self.staging.rename(self.out)
+                (self.out / _LOCK).unlink()
             sync_folder(self.out.parent)
 
-    def _move_in(self) -> None:
-        if self.receipt is not None:
-            # Without config.json the folder is no checkpoint, neither the old nor the new one.
-            for name in (CONFIG, *self.receipt["files"], RECEIPT):
-                with contextlib.suppress(FileNotFoundError):
-                    (self.out / Path(name).name).unlink()
-            sync_folder(self.out)
-        names = sorted(entry.name for entry in os.scandir(self.staging))
-        for name in sorted(names, key=lambda name: name == CONFIG):
-            if name == CONFIG:
-                sync_folder(self.out)
-            (self.staging / name).rename(self.out / name)
-        sync_folder(self.out)
+    def _swap(self) -> None:
+        # The same lock in both folders: whichever is OUT.partial is a staging folder, should this run die now.
+        with contextlib.suppress(OSError):
+            (self.out / _LOCK).hardlink_to(self.staging / _LOCK)
+        try:
+            _exchange(self.staging, self.out)
+            sync_folder(self.out.parent)
+        finally:
+            (self.out / _LOCK).unlink(missing_ok=True)
+        _clear(self.staging)
         self.staging.rmdir()
+
+    def _move_in(self) -> None:
+        """Move one file after the other; what fails or is interrupted is undone.
+
+        The old config.json leaves first and the new one comes last: in between the folder is no checkpoint.
+        """
+        new = sorted({entry.name for entry in os.scandir(self.staging)} - {_LOCK}, key=_arrival)
+        moves = [(self.staging / name, self.out / name) for name in new]
+        if self.receipt is not None:
+            aside = self.staging / _REPLACED
+            aside.mkdir()
+            own = {entry.name for entry in os.scandir(self.out)} & self._names_in_receipt()
+            moves[:0] = [(self.out / name, aside / name) for name in sorted(own, key=_arrival, reverse=True)]
+        try:
+            for source, target in moves:
+                if target == self.out / CONFIG:
+                    sync_folder(self.out)
+                source.rename(target)
+        except BaseException:
+            for source, target in reversed(moves):
+                if target.exists() and not source.exists():
+                    target.rename(source)
+            raise
+        sync_folder(self.out)
+        _clear(self.staging)
+        self.staging.rmdir()
+
+    def _is_half_moved_in(self, names: set[str]) -> bool:
+        """Whether OUT is what a run left that died while it moved its files in."""
+        if self.receipt is None or _INSIDE not in names or CONFIG in names:
+            return False
+        return names <= _PRESENT_IN_EMPTY | self._names_in_receipt()
+
+    def _names_in_receipt(self) -> set[str]:
+        assert self.receipt is not None  # noqa: S101  (asked only of conversions)
+        return {RECEIPT, *self.receipt["files"]}
 
     def _is_whole(self) -> bool:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
@@ -131,12 +165,13 @@ class Staging:
             self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _clear(self.folder, but=_LOCK)  # what a run that died left
             except BlockingIOError:
                 os.close(self._lock)
                 raise BadOutput(f"{self.folder}: another conversion is writing it") from None
-            for entry in os.scandir(self.folder):  # what a run that died left
-                if entry.name != _LOCK:
-                    Path(entry.path).unlink()
+            except BaseException:
+                os.close(self._lock)
+                raise
 
     def digest_soon(self, name: str) -> None:
         """Begin to compute a finished file's sha256, while the next one is made."""
@@ -159,8 +194,8 @@ class Staging:
             if entry.name != _LOCK
         }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity))
-        (self.folder / _LOCK).unlink()
-        sync_folder(self.folder)
+        with writing(self.folder):
+            sync_folder(self.folder)
         self._destination.accept()
         self._sealed = True
 
@@ -229,6 +264,22 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _arrival(name: str) -> tuple[bool, bool, str]:
+    """Order of moving in: the receipt, which names all files, first; config.json, which makes a checkpoint, last."""
+    return name != RECEIPT, name == CONFIG, name
+
+
+def _clear(folder: Path, *, but: str | None = None) -> None:
+    """Empty a staging folder; the lock, by which it is known as one, goes last."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name == _LOCK):
+        if entry.name == but:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            Path(entry.path).unlink()
+
+
 def _exchange(one: Path, other: Path) -> None:
     """Swap two folders' names in one step, so that neither is ever absent; in two steps where the system can't."""
     at_fdcwd, exchange = -100, 2
@@ -241,5 +292,9 @@ def _exchange(one: Path, other: Path) -> None:
             raise OSError(code, os.strerror(code))
     aside = other.with_name(other.name + ".replaced")
     other.rename(aside)
-    one.rename(other)
+    try:
+        one.rename(other)
+    except BaseException:
+        aside.rename(other)
+        raise
     aside.rename(one)

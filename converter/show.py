@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from converter.estimate import WRITE_RATE
 from converter.pipeline import Progress, Report
 from converter.plan import Plan, TensorPlan
 
@@ -43,9 +44,20 @@ def plan_text(plan: Plan, *, verbose: bool = False) -> str:
         f"read {amount(plan.base_bytes)}, write at most {amount(plan.output_bytes)} in {files}, "
         f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
         f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
+        *_estimate_lines(plan),
         "dry run: nothing was written",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _estimate_lines(plan: Plan) -> list[str]:
+    if plan.estimate is None:
+        return []
+    read, compute, write = (duration(s) for s in (plan.estimate.read, plan.estimate.compute, plan.estimate.write))
+    return [
+        f"time: about {duration(plan.estimate.seconds)}: reading {read} and computing {compute} by samples taken now, "
+        f"writing {write} to a disk that takes {amount(WRITE_RATE)}/s; they overlap"
+    ]
 
 
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
@@ -65,6 +77,8 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
         f"in {seconds:.1f} s, peak memory {amount(figures['peak_memory_bytes'])}"
     )
     lines.append(", ".join(f"{count} {what}" for what, count in figures["tensors"].items() if count))
+    if figures["computed_by"] != "kernels":
+        lines.append(f"computed by {figures['computed_by']}")
     for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
         if figure := figures[key]:
             lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
@@ -88,6 +102,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "predicted_memory_bytes": report.plan.memory,
+        "computed_by": _computed_by(report.plan),
         "tensors": {
             "merged": counts.get("merged", 0),
             "quantized": counts.get("quantize", 0),
@@ -152,6 +167,14 @@ def amount(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: 1 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes (VmHWM)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -161,6 +184,12 @@ def _memory() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def _computed_by(plan: Plan) -> str:
+    if plan.device == "cpu" and plan.recipe.four_bit:
+        return "kernels" if plan.resources.kernels else "bitsandbytes, several times slower: numba is not installed"
+    return f"torch and bitsandbytes on {plan.device}"
 
 
 def _figures(values: dict[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
