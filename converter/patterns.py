@@ -18,7 +18,7 @@ from converter.errors import BadAdapter
 MAX_LENGTH = 20_000
 """Characters of an expression; one that lists every module of a large model has about as many."""
 SECONDS = 10.0
-"""Of computing, for everything that one adapter's expressions are matched against; a hundred thousand names take about one."""
+"""Of computing, for all that one adapter's expressions are matched against; a hundred thousand names take about two."""
 
 
 class Patterns:
