@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from converter import errors
-from converter.architecture import Architecture, Shape, answer
+from converter.answers import answer
+from converter.architecture import Architecture, Shape
 from converter.digests import cache_folder
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
 _KEPT_ANSWERS = 64
-_CHILD = "from converter.architecture import serve; serve()"
+_CHILD = "from converter.answers import serve; serve()"
 
 _known: dict[str, Any] = {}
 
@@ -40,13 +41,13 @@ def describe(
     keep: Iterable[str] = (),
     remote_code: bool = False,
 ) -> Architecture:
-    """`architecture.describe`, asked once."""
+    """`answers.describe`, asked once."""
     request = {"config": config, "shapes": shapes, "quantize": quantize, "dtype": dtype, "keep": list(keep)}
     return Architecture.from_json(_ask({"question": "describe", **request, "remote_code": remote_code}))
 
 
 def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:
-    """`architecture.check_output`, asked once: of a sealed folder that is what was planned, the plan's answer holds."""
+    """`answers.check_output`, asked once: of a sealed folder that is what was planned, the plan's answer holds."""
     request = {"config": config, "tensors": tensors, "quantized": sorted(quantized)}
     problems: list[str] = _ask({"question": "check_output", **request})
     return problems

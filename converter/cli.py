@@ -180,7 +180,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         return exc.exit_code
     except click.ClickException as exc:
         exc.show()
-        return exc.exit_code
+        return _tell(exc.format_message(), exc.exit_code, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
     except _Terminated:
@@ -201,6 +201,10 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
 
 def _say(message: str, code: int, *, as_json: bool) -> int:
     click.echo(f"error: {message}", err=True)
+    return _tell(message, code, as_json=as_json)
+
+
+def _tell(message: str, code: int, *, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"error": message, "exit_code": code}))
     return code

@@ -159,7 +159,7 @@ class Staging:
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
-            if self.folder.exists() and not (self.folder / _LOCK).exists() and any(os.scandir(self.folder)):
+            if self.folder.exists() and not (self.folder / _LOCK).exists() and os.listdir(self.folder):
                 raise BadOutput(f"{self.folder}: exists, is not empty and not a staging folder of this tool")
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

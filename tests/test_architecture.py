@@ -15,7 +15,8 @@ import transformers
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig
 
-from converter.architecture import Architecture, check_output, describe
+from converter.answers import check_output, describe
+from converter.architecture import Architecture
 from converter.config import output_config, quantization_config, refuse_unconvertible
 from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, Unsupported
 from converter.recipe import Recipe

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
-from converter.architecture import describe
+from converter.answers import describe
 from converter.errors import AdapterMismatch, BadAdapter, ConversionRefused, Unsupported
 from converter.match import Match, match
 from converter.read import Checkpoint, LocalFolder
