@@ -33,6 +33,9 @@ golden: .venv/ready  ## write the expected receipts anew; read the diff before y
 real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py
 
+bench: .venv/ready  ## measure time and memory beside the usual flow; a quarter of an hour, 20 GB of disk
+	$(BIN)/python benchmarks/bench.py
+
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, as PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -37,8 +37,32 @@ class _Size(click.ParamType[int]):
         return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-class _Terminated(BaseException):
-    """SIGTERM: unwinds as an interrupt from the keyboard does."""
+class _Signalled(BaseException):
+    """A signal that ends the process at once; unwinds as an interrupt from the keyboard does."""
+
+    def __init__(self, signum: int) -> None:
+        self.exit_code = 128 + signum
+        super().__init__(f"{signal.Signals(signum).name}: nothing was written to OUT")
+
+
+class _Signals:
+    """The first signal ends a conversion between two tiles, where someone asks for it; any other ends it at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._received: int | None = None
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._receive)
+
+    def __call__(self) -> int | None:
+        """The signal that was received, if any."""
+        self._asked = True
+        return self._received
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        if not self._asked or self._received is not None:
+            raise _Signalled(signum)
+        self._received = signum
 
 
 @click.group(
@@ -86,6 +110,7 @@ class _Terminated(BaseException):
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no shard.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion, once the new one is whole.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what a run left that died.")
 @click.option("--offline", is_flag=True, help="Take Hub ids from the local cache only.")
 @click.option("--trust-remote-code", is_flag=True, help="Copy the Python files that the base names; never run them.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -113,8 +138,9 @@ def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     from converter.show import print_json, progress_bar, summary, summary_json
 
     recipe, resources = _recipe(options), _resources(options)
+    stop = _Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
-        report = convert(recipe=recipe, resources=resources, progress=progress, **options)
+        report = convert(recipe=recipe, resources=resources, progress=progress, stop=stop, **options)
     if as_json:
         print_json(summary_json(report, clock()))
     elif not quiet:
@@ -126,6 +152,7 @@ def _dry_run(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     from converter.show import plan_json, plan_text, print_json
 
     recipe, resources = _recipe(options), _resources(options)
+    del options["resume"]
     plan = plan_conversion(recipe=recipe, resources=resources, **options)
     if as_json:
         print_json(plan_json(plan))
@@ -153,7 +180,6 @@ def _resources(options: dict[str, Any]) -> Resources:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; ends the process with 0 done, 1 failed, 2 refused, 130 and 143 for signals."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
     verbose = "-v" in arguments or "--verbose" in arguments
     as_json = "--json" in arguments
     sys.exit(_run(lambda: cli(arguments, prog_name="convert", standalone_mode=False), verbose=verbose, as_json=as_json))
@@ -183,8 +209,8 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         return _tell(exc.format_message(), exc.exit_code, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
-    except _Terminated:
-        return _say("terminated: nothing was written to OUT", 143, as_json=as_json)
+    except _Signalled as exc:
+        return _say(str(exc), exc.exit_code, as_json=as_json)
     except Exception as exc:
         from converter.errors import ConverterError, printable
 
@@ -208,7 +234,3 @@ def _tell(message: str, code: int, *, as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps({"error": message, "exit_code": code}))
     return code
-
-
-def _terminate(_signum: int, _frame: FrameType | None) -> None:
-    raise _Terminated

@@ -17,7 +17,8 @@
         ├── InputChanged         a file shrank, vanished or changed while it was being read
         ├── WriteFailed          the disk said no
         ├── VerificationFailed   what was written is not what a loader would build
-        └── HubFailed            the connection or the server failed
+        ├── HubFailed            the connection or the server failed
+        └── Interrupted          a signal asked for an end; exit code 130 or 143
 
 A message is one line: the file or tensor, what was found, what was expected.
 """
@@ -102,6 +103,14 @@ class VerificationFailed(ConversionFailed):
 
 class HubFailed(ConversionFailed):
     """The connection or the server failed."""
+
+
+class Interrupted(ConversionFailed):
+    """A signal asked for an end, which came between two tiles."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 def printable(text: str) -> str:

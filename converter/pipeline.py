@@ -5,13 +5,14 @@ Start reading here.
 
 from __future__ import annotations
 
+import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -20,11 +21,13 @@ from converter.compute import TileResult, convert_tile
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.digests import remember
+from converter.errors import Interrupted, WriteFailed
 from converter.estimate import estimate
 from converter.inputs import Inputs, Reference
+from converter.journal import Entry, job_of
 from converter.measure import Fidelity, Tally
 from converter.origin import already_made, origin_of
-from converter.plan import Plan, TensorPlan
+from converter.plan import Plan, ShardPlan, TensorPlan
 from converter.quantize import Quantizer
 from converter.receipt import fingerprint
 from converter.recipe import Recipe
@@ -32,9 +35,6 @@ from converter.seal import Destination, Staging
 from converter.side_files import read_side_files
 from converter.tiles import as_bytes, read_factors, read_tile, torch_device
 from converter.write import ShardWriter
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,16 @@ def convert(
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
+    resume: bool = True,
     progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], int | None] = lambda: None,
 ) -> Report:
     """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`.
 
     `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
     `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
-    earlier conversion. `out` appears only whole.
+    earlier conversion. `out` appears only whole. `resume`: go on with what a run of the same job left that died.
+    `stop` is asked before each tile; once it gives the number of a signal, the conversion ends with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
@@ -97,23 +100,24 @@ def convert(
         destination.refuse_if_taken()
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
-        with Staging(destination) as staging, one_thread(), inputs.unchanged():
+        job, shards = job_of(plan, inputs), [shard.file for shard in plan.shards]
+        with Staging(destination, job, shards, resume=resume) as staging, one_thread():
             quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
-            fidelity: dict[str, Fidelity] = {}
-            digests: dict[str, str] = {}
+            made: dict[str, Made] = {}
             done = 0
-            for shard in plan.shards:
-                with ShardWriter(staging.folder, shard) as writer, _crew(plan, processor) as crew:
-                    for made in convert_tensors(shard.tensors, inputs, quantizer, writer, crew):
-                        fidelity[made.name], digests[made.name] = made.fidelity, made.digest
-                        done += made.nbytes
-                        progress(Progress("converting", done, plan.base_bytes, made.name))
-                    writer.finish()
-                staging.digest_soon(shard.file)
+            with inputs.unchanged():
+                for shard in plan.shards:
+                    with closing(convert_shard(shard, plan, inputs, quantizer, staging, stop)) as tensors:
+                        for tensor in tensors:
+                            made[tensor.name] = tensor
+                            done += tensor.nbytes
+                            progress(Progress("converting", done, plan.base_bytes, tensor.name))
 
             progress(Progress("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file))
+            digests = {name: tensor.digest for name, tensor in made.items()}
             remember(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
             origin = origin_of(plan, inputs, processor.type, digests)
+            fidelity = {tensor.name: made[tensor.name].fidelity for tensor in plan.tensors()}
             staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
         return Report(destination.out, plan, fingerprint(plan, origin), fidelity)
 
@@ -158,8 +162,50 @@ class Made:
     """How many those were."""
 
 
+def convert_shard(
+    shard: ShardPlan,
+    plan: Plan,
+    inputs: Inputs,
+    quantizer: Quantizer,
+    staging: Staging,
+    stop: Callable[[], int | None],
+) -> Generator[Made, None, None]:
+    """Make one output file: what an earlier run has made of it is taken over, what is made is noted in the journal."""
+    journal = staging.journal
+    with ShardWriter(staging.folder, shard, journal.written(shard.file)) as writer, _crew(plan) as crew:
+        left = [tensor for tensor in shard.tensors if tensor.name not in writer.resumed]
+        for tensor in shard.tensors:
+            if tensor.name in writer.resumed:
+                entry = journal.entries[tensor.name]
+                yield Made(tensor.name, Fidelity(entry.error, entry.survival), entry.digest, tensor.source.nbytes)
+        try:
+            for made in convert_tensors(left, inputs, quantizer, writer, crew, stop):
+                figures, pieces, states = made.fidelity, writer.pieces(made.name), writer.states(made.name)
+                journal.add(Entry(made.name, shard.file, pieces, states, figures.error, figures.survival, made.digest))
+                yield made
+                if journal.is_due():
+                    writer.sync()
+                    journal.commit()
+            writer.sync()
+            journal.commit()
+        except (Interrupted, WriteFailed) as exc:
+            with suppress(WriteFailed):
+                writer.sync()
+                journal.commit()
+            if journal.entries:
+                exc.args = (f"{exc}; what is done is kept in {staging.folder}: the same command goes on with it",)
+            raise
+        writer.finish()
+    staging.digest_soon(shard.file)
+
+
 def convert_tensors(
-    tensors: Iterable[TensorPlan], inputs: Inputs, quantizer: Quantizer, writer: ShardWriter, crew: Crew
+    tensors: Iterable[TensorPlan],
+    inputs: Inputs,
+    quantizer: Quantizer,
+    writer: ShardWriter,
+    crew: Crew,
+    stop: Callable[[], int | None],
 ) -> Iterator[Made]:
     """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew."""
     under_way: deque[_UnderWay] = deque()
@@ -169,12 +215,13 @@ def convert_tensors(
         current = _UnderWay(tensor)
         under_way.append(current)
         for start, end in tensor.spans():
+            if (signum := stop()) is not None:
+                raise Interrupted(signum, f"{signal.Signals(signum).name} while {tensor.name} was made")
             buffers = crew.buffers()
             stored, raw = read_tile(tensor, folder, start, end, buffers)
             current.digest.update(raw)
-            current.tiles.append(
-                crew.submit(buffers, convert_tile, tensor, start, end, stored, factors, quantizer, buffers, writer)
-            )
+            job = (tensor, start, end, stored, factors, quantizer, buffers, writer)
+            current.tiles.append(crew.submit(buffers, convert_tile, *job))
         while under_way and under_way[0].is_done():
             yield under_way.popleft().finish(quantizer, writer)
     while under_way:
@@ -208,9 +255,9 @@ class _UnderWay:
         return Made(tensor.name, tally.fidelity(), self.digest.hexdigest(), tensor.source.nbytes)
 
 
-def _crew(plan: Plan, device: torch.device) -> Crew:
+def _crew(plan: Plan) -> Crew:
     # Copies to and from an accelerator overlap its work only from memory that is pinned.
-    return Crew(plan.resources.threads, plan.resources.slots, pinned=device.type == "cuda")
+    return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +22,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from converter.ask import check_output
 from converter.card import CARD, model_card
-from converter.errors import BadOutput, VerificationFailed
+from converter.errors import BadOutput, Interrupted, VerificationFailed, WriteFailed
+from converter.journal import JOURNAL, Journal
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
-from converter.write import sync_folder, write_file, writing
+from converter.write import UNFINISHED, sync_folder, write_file, writing
 
 if TYPE_CHECKING:
     from converter.measure import Fidelity
     from converter.plan import Plan
 
 _LOCK = ".lock"
+_OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"
 _REPLACED = "replaced"
 _PRESENT_IN_EMPTY = frozenset({"lost+found", _INSIDE})  # a mounted volume's own folder, and a dead run's staging
@@ -61,7 +63,11 @@ class Destination:
 
     def holds(self, fingerprint: str) -> bool:
         """Whether OUT is a finished conversion of this fingerprint, with all its files there in their sizes."""
-        return self.receipt is not None and self.receipt["fingerprint"] == fingerprint and self._is_whole()
+        if self.receipt is None or self.receipt["fingerprint"] != fingerprint or not self._is_whole():
+            return False
+        with contextlib.suppress(OSError):
+            self._tidy()  # a run that died right after it gave OUT its name
+        return True
 
     def refuse_if_taken(self) -> None:
         """`BadOutput` unless OUT is free, or holds a conversion that `--overwrite` may replace."""
@@ -87,8 +93,12 @@ class Destination:
                 self._swap()
             else:
                 self.staging.rename(self.out)
-                (self.out / _LOCK).unlink()
+                self._tidy()
             sync_folder(self.out.parent)
+
+    def _tidy(self) -> None:
+        for name in _OURS:
+            (self.out / name).unlink(missing_ok=True)
 
     def _swap(self) -> None:
         # The same lock in both folders: whichever is OUT.partial is a staging folder, should this run die now.
@@ -98,7 +108,7 @@ class Destination:
             _exchange(self.staging, self.out)
             sync_folder(self.out.parent)
         finally:
-            (self.out / _LOCK).unlink(missing_ok=True)
+            self._tidy()
         _clear(self.staging)
         self.staging.rmdir()
 
@@ -107,7 +117,7 @@ class Destination:
 
         The old config.json leaves first and the new one comes last: in between the folder is no checkpoint.
         """
-        new = sorted({entry.name for entry in os.scandir(self.staging)} - {_LOCK}, key=_arrival)
+        new = sorted({entry.name for entry in os.scandir(self.staging)} - _OURS, key=_arrival)
         moves = [(self.staging / name, self.out / name) for name in new]
         if self.receipt is not None:
             aside = self.staging / _REPLACED
@@ -148,9 +158,15 @@ class Destination:
 
 
 class Staging:
-    """The locked staging folder of one run. Leaving it without `seal` removes it."""
+    """The locked staging folder of one run, with the journal of what is done.
 
-    def __init__(self, destination: Destination) -> None:
+    Left without `seal` it stays for the next run of the same job, if something is done and the reason was not a fault
+    of the inputs. `resume` false: what an earlier run left is discarded.
+    """
+
+    def __init__(
+        self, destination: Destination, job: Mapping[str, Any], shards: Iterable[str], *, resume: bool
+    ) -> None:
         self._destination = destination
         self.folder = destination.staging
         self._sealed = False
@@ -165,7 +181,9 @@ class Staging:
             self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _clear(self.folder, but=_LOCK)  # what a run that died left
+                kept = {_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)} if resume else {_LOCK}
+                _clear(self.folder, but=kept)
+                self.journal = Journal(self.folder, job)
             except BlockingIOError:
                 os.close(self._lock)
                 raise BadOutput(f"{self.folder}: another conversion is writing it") from None
@@ -191,7 +209,7 @@ class Staging:
         files = {
             entry.name: (entry.stat().st_size, self._digest(entry.name))
             for entry in os.scandir(self.folder)
-            if entry.name != _LOCK
+            if entry.name not in _OURS
         }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity))
         with writing(self.folder):
@@ -210,7 +228,9 @@ class Staging:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hasher.shutdown(cancel_futures=True)
-        if not self._sealed:
+        self.journal.close()
+        faulty = kind is not None and issubclass(kind, Exception) and not issubclass(kind, WriteFailed | Interrupted)
+        if not self._sealed and (faulty or not self.journal.entries):
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
@@ -269,10 +289,10 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
     return name != RECEIPT, name == CONFIG, name
 
 
-def _clear(folder: Path, *, but: str | None = None) -> None:
+def _clear(folder: Path, *, but: Collection[str] = ()) -> None:
     """Empty a staging folder; the lock, by which it is known as one, goes last."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name == _LOCK):
-        if entry.name == but:
+        if entry.name in but:
             continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)

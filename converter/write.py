@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
+
+import xxhash
 
 from converter.errors import WriteFailed
 from converter.layout import header_json
@@ -24,6 +28,22 @@ UNFINISHED = ".unfinished"
 
 FLUSH_BYTES = 64_000_000
 """Written bytes after which the disk is set to work, so that it doesn't wait for the end."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of an output tensor that were written at once."""
+
+    output: str
+    start: int
+    """Bytes from the tensor's start."""
+    length: int
+    digest: str
+    """xxh3-64 of the bytes."""
+
+
+Written = Mapping[str, tuple[Sequence[Piece], Mapping[str, str]]]
+"""Tensor name → its pieces, and its quant states by output name."""
 
 
 class _Flusher:
@@ -71,10 +91,24 @@ class _Flusher:
 
 
 class ShardWriter:
-    """One output file. `write` puts bytes at a tensor's place, `finish` the header; leaving without it discards."""
+    """One output file. `write` puts bytes at a tensor's place, `finish` the header.
 
-    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+    Left without `finish`, what was written stays for a run that is told of it by `written` (tensor name → its pieces
+    and quant states); that run looks at every piece before it relies on it, and says in `resumed` which tensors are
+    there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: ShardPlan,
+        written: Written | None = None,
+    ) -> None:
         self._plan = plan
+        self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
+        self._pieces: dict[str, list[Piece]] = defaultdict(list)
+        self._lost = False
+        self.resumed: set[str] = set()
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
         self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
@@ -84,15 +118,40 @@ class ShardWriter:
         self._finished = False
         self._flusher: _Flusher | None = None
         with writing(self._temporary):
+            if written and self._path.exists():
+                self._temporary = self._path  # it was finished, but for what comes after it
+            going_on = bool(written) and self._temporary.exists()
             # The mode is the umask's business: files of mode 0600 break shared machines and containers.
-            self._descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if going_on else os.O_TRUNC)
+            self._descriptor = os.open(self._temporary, flags, 0o666)
             try:
-                _reserve(self._descriptor, plan.layout.size)
+                if going_on and written:
+                    self._resume(written)
+                if self._temporary != self._path:
+                    _reserve(self._descriptor, plan.layout.size)
                 large = plan.layout.size > FLUSH_BYTES
                 self._flusher = _Flusher(self._descriptor) if large else None
             except BaseException:
                 self._discard()
                 raise
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier run gave the file its name, and all of it is there."""
+        return self._temporary == self._path and self.resumed == {tensor.name for tensor in self._plan.tensors}
+
+    def pieces(self, tensor: str) -> tuple[Piece, ...]:
+        """What was written of a tensor, quant states excepted."""
+        return tuple(self._pieces[tensor])
+
+    def states(self, tensor: str) -> dict[str, str]:
+        """A tensor's quant states."""
+        return {name: raw.decode() for name, raw in self._states.items() if self._owner[name] == tensor}
+
+    def sync(self) -> None:
+        """Make durable what was written."""
+        with writing(self._temporary):
+            self._synchronize(os.fdatasync)
 
     def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
         """Put `raw` at byte `start` of a tensor; the number of bytes. A quant state, whose place depends on the length
@@ -103,12 +162,18 @@ class ShardWriter:
             raise AssertionError(f"{name}: bytes {start} to {start + len(raw)} of {self._outputs[name].nbytes}")
         if name in self._left:
             self._put(raw, self._plan.layout.offsets[name] + start)
+            piece = Piece(name, start, len(raw), xxhash.xxh3_64_hexdigest(raw))
             with self._counting:
                 self._left[name] -= len(raw)
+                self._pieces[self._owner[name]].append(piece)
         return len(raw)
 
     def finish(self) -> int:
         """Write quant states and header, make the file durable, give it its name. Its size in bytes."""
+        if self.is_finished:
+            self._finished = True
+            self._close()
+            return self._path.stat().st_size
         layout = self._plan.layout
         start = 8 + layout.header_bytes
         placed: list[tuple[Output, int, int]] = [
@@ -129,10 +194,10 @@ class ShardWriter:
             raise AssertionError(f"{self._plan.file}: header of {len(header)} bytes, room for {layout.header_bytes}")
         self._put(len(header).to_bytes(8, "little") + header, 0)
         with writing(self._temporary):
-            if self._flusher is not None:
-                self._flusher.end()
+            if (flusher := self._flusher) is not None:
+                self._synchronize(lambda _: flusher.end())
             os.ftruncate(self._descriptor, end)
-            os.fsync(self._descriptor)
+            self._synchronize(os.fsync)
             self._close()
             commit(self._temporary, self._path)
         self._finished = True
@@ -144,8 +209,45 @@ class ShardWriter:
             while view:
                 count = os.pwrite(self._descriptor, view, offset)
                 view, offset = view[count:], offset + count
-            if self._flusher is not None:
-                self._flusher.wrote(len(raw))
+            if (flusher := self._flusher) is not None:
+                self._synchronize(lambda _: flusher.wrote(len(raw)))
+
+    def _synchronize(self, by: Callable[[int], None]) -> None:
+        try:
+            by(self._descriptor)
+        except OSError:
+            # What the disk has now is unknown, and asking again would say that all is well: the file is lost.
+            self._lost = True
+            raise
+
+    def _resume(self, written: Written) -> None:
+        """Count as written what is still there as it was written."""
+        for tensor in self._plan.tensors:
+            if tensor.name not in written:
+                continue
+            pieces, states = written[tensor.name]
+            left = {output.name: output.nbytes for output in tensor.outputs if not output.is_state}
+            if not all(piece.output in left and self._is_there(piece) for piece in pieces):
+                continue
+            for piece in pieces:
+                left[piece.output] -= piece.length
+            if any(left.values()) or set(states) != {output.name for output in tensor.outputs if output.is_state}:
+                continue
+            self._left |= left
+            self._states |= {name: raw.encode() for name, raw in states.items()}
+            self._pieces[tensor.name] = list(pieces)
+            self.resumed.add(tensor.name)
+
+    def _is_there(self, piece: Piece) -> bool:
+        digest, at = xxhash.xxh3_64(), self._plan.layout.offsets[piece.output] + piece.start
+        end = at + piece.length
+        while at < end:
+            raw = os.pread(self._descriptor, min(8 << 20, end - at), at)
+            if not raw:
+                return False
+            digest.update(raw)
+            at += len(raw)
+        return bool(digest.hexdigest() == piece.digest)
 
     def _close(self) -> None:
         # Once only: a close that fails has closed all the same, and the number may by now be another file's.
@@ -153,15 +255,16 @@ class ShardWriter:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _discard(self) -> None:
-        # The folder is staging: what stays there harms nobody, and must not hide what went wrong.
+    def _discard(self, *, lost: bool = True) -> None:
+        # Whatever fails here must not hide what went wrong.
         with contextlib.suppress(OSError):
             if self._flusher is not None:
                 self._flusher.end()
         with contextlib.suppress(OSError):
             self._close()
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
+        if lost and self._temporary != self._path:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +273,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._finished:
-            self._discard()
+            self._discard(lost=self._lost)
 
 
 def write_file(path: Path, raw: bytes) -> None:

@@ -1,0 +1,234 @@
+"""Measure conversions beside today's flow and beside the plain work of reading and writing, in fresh processes.
+
+    python benchmarks/bench.py [--quick] [--work build/bench] [--runs 3] [--picture PATH] [--keep]
+
+Makes the models, measures, and deletes them; prints a Markdown table, and writes every run into `result.json` and a
+picture into the work folder. The full run needs 20 GB of disk and a quarter of an hour; `--quick` does the smallest
+model alone.
+"""
+
+from __future__ import annotations
+
+# Nothing heavy is imported before the last measurement: a large parent takes memory from what it measures.
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from measure import REPO, Measured, measure
+from plain import evict
+from report import table
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("nf4-converter", "torch", "numba", "numpy", "transformers", "peft", "bitsandbytes", "safetensors")
+REFERENCE_NEEDS = 3.1
+"""Memory that the reference flow takes, as a multiple of the base."""
+
+Runs = list[dict[str, Any]]
+
+
+@dataclass
+class Bench:
+    """One run of the benchmark."""
+
+    work: Path
+    runs: int
+    keep: bool
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def script(self, name: str, *arguments: object) -> Measured:
+        """Run one of the scripts beside this one."""
+        return self._run([sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)])
+
+    def convert(self, *arguments: object, status: int = 0) -> Measured:
+        """Run the command line."""
+        return self._run([sys.executable, "-m", "converter", *map(str, arguments)], status)
+
+    def forget(self) -> None:
+        """Make the next conversion the first one of this user: no compiled kernels, no answers remembered."""
+        for folder in self._caches().values():
+            remove(Path(folder))
+
+    def model(self, name: str) -> Path:
+        """The folder of a model, made where it is missing, and out of the file cache."""
+        self.say(f"making the model {name}")
+        self.script("models", name, self.work / name)
+        return self.work / name
+
+    def say(self, what: str) -> None:
+        print(f"bench: {what}", file=sys.stderr, flush=True)
+
+    def _caches(self) -> dict[str, str]:
+        return {"XDG_CACHE_HOME": str(self.work / "cache"), "NUMBA_CACHE_DIR": str(self.work / "numba")}
+
+    def _run(self, command: list[str], status: int = 0) -> Measured:
+        os.sync()  # what was written or deleted before is no part of it
+        run = measure(command, self._caches())
+        if run.status != status:
+            tail = "\n".join(run.errors.strip().splitlines()[-15:])
+            raise SystemExit(f"bench: exit status {run.status}, expected {status}: {' '.join(command)}\n{tail}")
+        return run
+
+
+def measure_imports(bench: Bench) -> None:
+    """The floor of every conversion, and the commands that should take next to nothing."""
+    bench.say("imports, and commands that take no conversion")
+    bench.forget()
+    bench.script("imports")  # brings the libraries into the file cache, compiles the kernels
+    bench.result["imports"] = [figures(bench.script("imports")) for _ in range(bench.runs)]
+    bench.result["help"] = [figures(bench.convert("--help")) for _ in range(bench.runs)]
+    nowhere = ("--base", "./nowhere", "--out", bench.work / "out")
+    bench.result["refusal"] = [figures(bench.convert(*nowhere, status=2)) for _ in range(bench.runs)]
+
+
+def measure_stages(bench: Bench) -> None:
+    """Each stage that computes, alone."""
+    bench.say("each stage alone")
+    bench.result["stages"] = json.loads(bench.script("stages").output)
+
+
+def measure_model(bench: Bench, name: str, *, reference: bool = True) -> None:
+    """All that is measured of one model."""
+    folder, out = bench.model(name), bench.work / "out"
+    inputs = ("--base", folder / "base", "--adapter", folder / "adapter")
+    base_bytes = size(folder / "base")
+
+    def converted(*, cold: bool) -> dict[str, Any]:
+        if cold:
+            evict(folder / "base")
+        run = bench.convert(*inputs, "--out", out, "--json")
+        summary = json.loads(run.output)
+        remove(out)
+        kept = ("output_bytes", "predicted_memory_bytes")
+        return figures(run) | {key: summary[key] for key in kept}
+
+    bench.say(f"{name}: conversions and plain work")
+    bench.forget()
+    first = converted(cold=True)
+    found: dict[str, Any] = {
+        "base_bytes": base_bytes,
+        "output_bytes": first["output_bytes"],
+        "predicted_memory_bytes": first["predicted_memory_bytes"],
+        "first": [first],
+        "cold": [],
+        "read cold": [],
+        "read cached": [],
+        "write": [],
+    }
+    for _ in range(bench.runs):  # in turns, because disks have moods
+        evict(folder / "base")
+        found["read cold"].append(json.loads(bench.script("plain", "read", folder / "base").output))
+        written = bench.script("plain", "write", out, first["output_bytes"])
+        found["write"].append(json.loads(written.output))
+        out.unlink()
+        found["cold"].append(converted(cold=True))
+    found["read cached"] = [json.loads(bench.script("plain", "read", folder / "base").output)]
+    found["cached"] = [converted(cold=False) for _ in range(bench.runs)]
+    found["reference"] = measure_reference(bench, name, inputs, base_bytes) if reference else []
+    bench.result["models"][name] = found
+    if not bench.keep:
+        remove(folder)
+
+
+def measure_reference(bench: Bench, name: str, inputs: tuple[object, ...], base_bytes: int) -> Runs:
+    """Today's flow, once; not at all where there isn't the memory for it."""
+    need = REFERENCE_NEEDS * base_bytes
+    if (available := available_memory()) < need:
+        bench.say(f"{name}: no reference flow: it needs {need / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free")
+        return []
+    bench.say(f"{name}: the reference flow")
+    merged, out = bench.work / "merged", bench.work / "reference"
+    evict(Path(str(inputs[1])))
+    try:
+        return [figures(bench.script("reference_flow", *inputs, "--merged", merged, "--out", out))]
+    finally:
+        remove(merged)
+        remove(out)
+
+
+def measure_plan(bench: Bench) -> None:
+    """The plan for a model of 70 billion parameters, of which there are headers only."""
+    folder = bench.model("70")
+    bench.say("the plan of a 70B")
+    bench.forget()
+    command = ("--base", folder / "base", "--adapter", folder / "adapter", "--dry-run")
+    bench.result["plan of a 70B"] = {
+        "first": [figures(bench.convert(*command))],
+        "again": [figures(bench.convert(*command)) for _ in range(bench.runs)],
+    }
+    remove(folder)
+
+
+def figures(run: Measured) -> dict[str, Any]:
+    """What is kept of a run."""
+    kept = asdict(run)
+    for key in ("status", "output", "errors"):
+        del kept[key]
+    return kept
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def conditions() -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "processors": len(os.sched_getaffinity(0)),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="the smallest model alone")
+    parser.add_argument("--work", type=Path, default=REPO / "build" / "bench", help="default: build/bench")
+    parser.add_argument("--runs", type=int, help="of each command; the median counts (default: 3, --quick: 2)")
+    parser.add_argument("--picture", type=Path, help="default: performance.png in the work folder")
+    parser.add_argument("--keep", action="store_true", help="keep the models for the next run")
+    args = parser.parse_args()
+    runs: int = args.runs if args.runs is not None else 2 if args.quick else 3
+    if runs < 1:
+        parser.error("--runs: at least 1")
+    work: Path = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(work, runs, args.keep, conditions() | {"quick": args.quick, "models": {}})
+
+    measure_imports(bench)
+    measure_stages(bench)
+    for name in ["0.3"] if args.quick else ["0.3", "1.1", "3.2"]:
+        measure_model(bench, name)
+    if not args.quick:
+        bench.runs = 1
+        measure_model(bench, "wide", reference=False)
+        measure_plan(bench)
+    bench.forget()
+
+    (work / "result.json").write_text(json.dumps(bench.result, indent=2) + "\n")
+    print(table(bench.result))
+    from picture import draw
+
+    draw(bench.result, args.picture or work / "performance.png")
+
+
+if __name__ == "__main__":
+    main()

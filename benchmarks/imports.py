@@ -1,0 +1,40 @@
+"""What a conversion imports, and nothing done with it: the floor of its time and memory.
+
+Loads the compiled kernels, too, by calling each once on one block.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from converter import cli, kernels, quantize, recipe, show  # noqa: F401
+
+BLOCK = 64
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    base, delta = np.zeros(BLOCK, np.uint16), np.zeros(BLOCK, np.float32)
+    packed, absmax, sums = np.empty(BLOCK // 2, np.uint8), np.empty(1, np.float32), np.empty((1, kernels.SUMS))
+    kernels.quantize_rows(
+        base,
+        delta,
+        1.0,
+        BLOCK,
+        quant_type="nf4",
+        block=BLOCK,
+        rounding=kernels.EXACT,
+        packed=packed,
+        absmax=absmax,
+        sums=sums,
+    )
+    kernels.all_finite(base, 0x7F80)
+    quantize.Quantizer(recipe.Recipe().resolved("bfloat16")).statistics("w.weight", torch.zeros(256), (128, 128))
+
+
+if __name__ == "__main__":
+    main()
+    os._exit(0)  # as the command line ends

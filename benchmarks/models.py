@@ -1,0 +1,200 @@
+"""Llamas of random weights in the shapes of real models, and LoRA adapters for them, for the benchmark.
+
+Written by hand, a few MB at a time: making a model needs neither its memory nor torch. The same bytes come each time.
+
+    python benchmarks/models.py 1.1 build/bench/1.1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+RANK = 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_POOL = 1 << 24
+"""Different random values; a model repeats them from changing places."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The shape of a model, and how it is kept on disk."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    head_size: int
+    tied: bool = False
+    shard: int = 500_000_000
+    """Bytes in one file, at most, unless one tensor has more."""
+    hollow: bool = False
+    """Headers only: files of the right length that take no room."""
+
+    def linears(self) -> Shapes:
+        """Every linear layer that an adapter changes: name → (out_features, in_features)."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        shapes: Shapes = {}
+        for layer in range(self.layers):
+            attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+            shapes[f"{attention}.q_proj"] = (queries, self.hidden)
+            shapes[f"{attention}.k_proj"] = shapes[f"{attention}.v_proj"] = (keys, self.hidden)
+            shapes[f"{attention}.o_proj"] = (self.hidden, queries)
+            shapes[f"{mlp}.gate_proj"] = shapes[f"{mlp}.up_proj"] = (self.intermediate, self.hidden)
+            shapes[f"{mlp}.down_proj"] = (self.hidden, self.intermediate)
+        return shapes
+
+    def tensors(self) -> Shapes:
+        """Every tensor of the base, in the order in which it is stored."""
+        shapes: Shapes = {"model.embed_tokens.weight": (self.vocabulary, self.hidden)}
+        shapes |= {f"{name}.weight": shape for name, shape in self.linears().items()}
+        for layer in range(self.layers):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"model.layers.{layer}.{norm}.weight"] = (self.hidden,)
+        shapes["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            shapes["lm_head.weight"] = (self.vocabulary, self.hidden)
+        return shapes
+
+    def config(self) -> dict[str, object]:
+        """The base's config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+
+
+MODELS = {
+    "0.3": Llama(1024, 4096, 16, 16, 4, 32_000, 64),
+    "1.1": Llama(2048, 5632, 22, 32, 4, 32_000, 64),  # TinyLlama
+    "3.2": Llama(3072, 8192, 28, 24, 8, 128_256, 128, tied=True),  # Llama 3.2 3B
+    # Two weights of 128,256 × 8,192 that transformers quantizes, 2.1 GB each; an output head it would leave alone.
+    "wide": Llama(8192, 1024, 1, 2004, 1, 4_096, 64),
+    "70": Llama(8192, 28_672, 80, 64, 8, 128_256, 128, shard=5_000_000_000, hollow=True),  # Llama 3 70B
+}
+
+
+def make(name: str, folder: Path) -> None:
+    """Make base and adapter of one of `MODELS` in `folder`, unless they are there."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model = MODELS[name]
+    try:
+        _make_base(model, partial / "base")
+        _make_adapter(model, partial / "adapter")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_base(model: Llama, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    values = None if model.hollow else (_pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
+    groups: list[Shapes] = [{}]
+    for name, shape in model.tensors().items():
+        held = 2 * sum(math.prod(other) for other in groups[-1].values())
+        if groups[-1] and held + 2 * math.prod(shape) > model.shard:
+            groups.append({})
+        groups[-1][name] = shape
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        _write(folder / file, group, "BF16", 2, values)
+        weight_map |= dict.fromkeys(group, file)
+    total = 2 * sum(math.prod(shape) for shape in model.tensors().values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(model.config()))
+
+
+def _make_adapter(model: Llama, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    shapes: Shapes = {}
+    for name, (rows, columns) in model.linears().items():
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
+    _write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else _pool())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": list(TARGETS),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _pool() -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(_POOL, np.float32) * np.float32(0.02)
+
+
+def _write(path: Path, shapes: Shapes, dtype: str, width: int, values: NDArray[np.generic] | None) -> None:
+    """A safetensors file, durable; without `values` its header alone is written."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * width
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw = raw.ljust(-(len(raw) // -8) * 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        if values is not None:
+            for number, shape in enumerate(shapes.values()):
+                for piece in _pieces(values, math.prod(shape), start=7919 * number):
+                    file.write(piece.data)
+        file.flush()
+        os.truncate(file.fileno(), 8 + len(raw) + end)
+        os.fsync(file.fileno())
+
+
+def _pieces(values: NDArray[np.generic], count: int, *, start: int) -> Iterator[NDArray[np.generic]]:
+    """`count` values, beginning somewhere in the pool, which is gone through in circles."""
+    start %= values.size
+    while count:
+        piece = values[start : start + count]
+        yield piece
+        count, start = count - piece.size, 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path, help="gets a base and an adapter")
+    args = parser.parse_args()
+    make(args.model, args.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The benchmark's result as Markdown: what was to be reached, then what was measured of each model and each stage.
+
+    python benchmarks/report.py build/bench/result.json
+
+prints them anew from an earlier run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+BUDGET = 512_000_000
+SHORT = 0.5
+"""Seconds for a command that converts nothing."""
+
+Result = dict[str, Any]
+
+
+def table(result: Result) -> str:
+    """All tables."""
+    parts = [_conditions(result), _goals(result), _models(result), _stages(result), _commands(result)]
+    return "\n\n".join(parts)
+
+
+def seconds(runs: Sequence[dict[str, Any]]) -> float:
+    """The median of the wall time."""
+    return float(median(run["seconds"] for run in runs))
+
+
+def peak(runs: Sequence[dict[str, Any]], key: str = "peak") -> int:
+    """The largest peak of memory."""
+    return max(int(run[key]) for run in runs)
+
+
+def plain_seconds(model: Result) -> float:
+    """The base read with a cold cache, and the output's bytes written and synced."""
+    return seconds(model["read cold"]) + seconds(model["write"])
+
+
+def _conditions(result: Result) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return (
+        f"Python {result['python']}, {versions}; {result['processors']} processors, "
+        f"{result['memory'] / 1e9:.0f} GB of memory."
+    )
+
+
+def _goals(result: Result) -> str:
+    models, imports = result["models"], result["imports"]
+    lines: list[Sequence[str]] = []
+
+    def goal(
+        what: str, model: str, value: Callable[[Result], float], most: float, show: Callable[[float], str]
+    ) -> None:
+        if model in models:
+            found = value(models[model])
+            lines.append((what, show(found), f"≤ {show(most)}", "yes" if found <= most else "no"))
+
+    def share(value: float) -> str:
+        return f"1/{1 / value:.1f}"
+
+    def times(value: float) -> str:
+        return f"{value:.2f} ×"
+
+    for name, most in (("1.1", 1 / 10), ("3.2", 1 / 20)):
+        if models.get(name, {}).get("reference"):
+            for kind, text in (("cold", "with start-up"), ("first", "the very first conversion of a user")):
+                goal(
+                    f"{name} B, {text}, to the reference flow",
+                    name,
+                    lambda model, kind=kind: seconds(model[kind]) / seconds(model["reference"]),  # type: ignore[misc]
+                    most,
+                    share,
+                )
+    goal(
+        "3.2 B, without start-up, to the plain work",
+        "3.2",
+        lambda model: (seconds(model["cold"]) - seconds(imports)) / plain_seconds(model),
+        1.5,
+        times,
+    )
+    for name in models:
+        what = "one tensor of 2.1 GB" if name == "wide" else f"{name} B"
+        goal(
+            f"{what}, peak memory above the imports' {_mb(peak(imports))}",
+            name,
+            lambda model: peak(_conversions(model)) - peak(imports),
+            BUDGET,
+            _mb,
+        )
+    if "3.2" in models:
+        smallest = peak(_conversions(models["0.3"]))
+        goal("3.2 B to 0.3 B, peak memory", "3.2", lambda model: peak(_conversions(model)) / smallest, 1.05, times)
+    return _markdown(("", "measured", "to reach", "reached"), lines)
+
+
+def _models(result: Result) -> str:
+    lines = []
+    for name, model in result["models"].items():
+        rows = [
+            ("converter, first time", model["first"]),
+            ("converter", model["cold"]),
+            ("converter, base in the file cache", model["cached"]),
+            ("reference flow", model["reference"]),
+        ]
+        for what, runs in rows:
+            if runs:
+                spread = f"{min(r['seconds'] for r in runs):.1f}–{max(r['seconds'] for r in runs):.1f}"
+                cells = [name, what, f"{seconds(runs):.1f} s", spread if len(runs) > 1 else ""]
+                memory = [_mb(peak(runs)), _mb(peak(runs, "anonymous"))]
+                children = _mb(peak(runs, "children")) if peak(runs, "children") else ""
+                lines.append((*cells, f"{median(r['cpu_seconds'] for r in runs):.1f} s", *memory, children))
+        plain = [
+            (f"reading {_gb(model['base_bytes'])}, cold", model["read cold"]),
+            (f"reading {_gb(model['base_bytes'])}, cached", model["read cached"]),
+            (f"writing and syncing {_gb(model['output_bytes'])}", model["write"]),
+        ]
+        for what, runs in plain:
+            spread = f"{min(r['seconds'] for r in runs):.1f}–{max(r['seconds'] for r in runs):.1f}"
+            lines.append((name, what, f"{seconds(runs):.1f} s", spread if len(runs) > 1 else "", *[""] * 4))
+    header = ("model", "", "time", "from–to", "CPU time", "VmHWM", "RssAnon", "its children")
+    return _markdown(header, lines)
+
+
+def _stages(result: Result) -> str:
+    lines = [
+        (stage, threads, f"{rate:.2f} GB/s")
+        for stage, rates in result["stages"].items()
+        for threads, rate in rates.items()
+    ]
+    for what in ("read cold", "read cached", "write"):
+        model = list(result["models"].values())[-1]
+        runs = model[what]
+        lines.append((what, "", f"{median(run['bytes'] / run['seconds'] for run in runs) / 1e9:.2f} GB/s"))
+    return _markdown(("stage alone", "", "bytes of the base; of the output where it writes"), lines)
+
+
+def _commands(result: Result) -> str:
+    plans = result.get("plan of a 70B", {})
+    rows = [
+        ("imports of a conversion", result["imports"], None),
+        ("`convert --help`", result["help"], SHORT),
+        ("refusal of a missing folder", result["refusal"], SHORT),
+        ("plan of a 70B, first time", plans.get("first"), None),
+        ("plan of a 70B", plans.get("again"), None),
+    ]
+    lines = [
+        (
+            what,
+            f"{seconds(runs):.2f} s",
+            _mb(peak(runs)),
+            _mb(peak(runs, "children")) if peak(runs, "children") else "",
+            f"< {most} s" if most else "",
+        )
+        for what, runs, most in rows
+        if runs
+    ]
+    return _markdown(("command", "time", "VmHWM", "its children", "to reach"), lines)
+
+
+def _conversions(model: Result) -> list[dict[str, Any]]:
+    return [*model["first"], *model["cold"], *model["cached"]]
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("result", type=Path)
+    print(table(json.loads(parser.parse_args().result.read_text())))

@@ -1,0 +1,149 @@
+"""The journal of a staging folder: which tensors are durably written, so that a run that died can be continued.
+
+One JSON object a line. The first says which job it is; each other one names a tensor, the bytes that stand for it and
+their digests, and what was learnt while it was made. A line is written when what it speaks of is durable, and is
+durable itself before anything relies on it. A last line that was torn is no line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadOutput
+from converter.read import LocalFolder
+from converter.receipt import versions
+from converter.write import Piece, Written, sync_folder, writing
+
+if TYPE_CHECKING:
+    from converter.inputs import Inputs
+    from converter.plan import Plan
+
+JOURNAL = ".journal"
+SECONDS = 3.0
+"""How much of a run may be lost."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is written."""
+
+    tensor: str
+    shard: str
+    pieces: tuple[Piece, ...]
+    states: Mapping[str, str]
+    """Quant state → its JSON; its place is known only when the shard is finished."""
+    error: float
+    survival: float | None
+    digest: str
+    """xxh3-128 of the bytes that were read."""
+
+
+def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other's work.
+
+    Of a local base: headers, sizes and modification times. Its contents are known only when they have been read.
+    """
+    base = inputs.base
+    headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
+    identity: Any = inputs.hub_digests()
+    if isinstance(base.folder, LocalFolder) and not identity:
+        identity = {shard: base.folder.identity(shard)[:2] for shard in base.shards}
+    return {
+        "plan": plan.digest,
+        "base": hashlib.sha256(json.dumps([headers, identity], sort_keys=True).encode()).hexdigest(),
+        "adapter": plan.adapter_digest,
+        "device": plan.device,
+        "versions": versions(),
+    }
+
+
+class Journal:
+    """The journal in a staging folder that is locked. What an earlier run of the same job left is in `entries`.
+
+    Raises `BadOutput`, saying what differs, if the folder holds the work of another job.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        self._path = folder / JOURNAL
+        self.entries: dict[str, Entry] = {}
+        """By tensor."""
+        self._new: list[Entry] = []
+        self._committed = time.monotonic()
+        kept = self._read(job)
+        with writing(self._path):
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            os.ftruncate(self._descriptor, kept)
+            os.lseek(self._descriptor, kept, os.SEEK_SET)
+            if not kept:
+                self._append([{"journal": _FORMAT, "job": job}])
+            sync_folder(folder)
+
+    def add(self, entry: Entry) -> None:
+        """Note a tensor; `commit` makes it count."""
+        self._new.append(entry)
+
+    def is_due(self) -> bool:
+        """Whether what was noted is worth the disk's time."""
+        return time.monotonic() - self._committed >= SECONDS
+
+    def commit(self) -> None:
+        """Make what was noted durable. Its tensors must be so already."""
+        with writing(self._path):
+            self._append([asdict(entry) for entry in self._new])
+        self.entries |= {entry.tensor: entry for entry in self._new}
+        self._new = []
+        self._committed = time.monotonic()
+
+    def written(self, shard: str) -> Written:
+        """What was written of a shard."""
+        return {e.tensor: (e.pieces, e.states) for e in self.entries.values() if e.shard == shard}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+    def _append(self, lines: list[dict[str, Any]]) -> None:
+        raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        while raw:
+            raw = raw[os.write(self._descriptor, raw) :]
+        os.fdatasync(self._descriptor)
+
+    def _read(self, job: Mapping[str, Any]) -> int:
+        """Take in what is there; the number of bytes that are whole lines."""
+        try:
+            raw = self._path.read_bytes()
+        except FileNotFoundError:
+            return 0
+        except OSError as exc:
+            raise BadOutput(f"{self._path}: {exc.strerror}") from exc
+        whole = raw[: raw.rfind(b"\n") + 1]
+        length = 0
+        for number, line in enumerate(whole.splitlines(keepends=True)):
+            try:
+                value = json.loads(line)
+                if number == 0:
+                    self._check_job(value["job"] if value["journal"] == _FORMAT else {}, job)
+                else:
+                    pieces = tuple(Piece(**piece) for piece in value.pop("pieces"))
+                    self.entries[value["tensor"]] = Entry(pieces=pieces, **value)
+            except (ValueError, KeyError, TypeError):
+                return length  # what follows a line that can't be read is not relied on
+            length += len(line)
+        return length
+
+    def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+        differing = [key for key in job if found.get(key) != json.loads(json.dumps(job[key]))]
+        if differing:
+            raise BadOutput(
+                f"{self._path.parent}: holds the unfinished work of another conversion, of which "
+                f"{', '.join(differing)} differ; --no-resume discards it"
+            )
