@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,6 +36,22 @@ class _Size(click.ParamType[int]):
         if found is None or found[2].upper() not in _UNITS:
             self.fail(f"{value!r} is not a size such as 5GB or 512MiB", param, ctx)
         return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class _Share(click.ParamType[float]):
+    """5%, 0.05: a share of the whole."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            self.fail(f"{value!r} is not a share such as 5% or 0.05", param, ctx)
+        return share
 
 
 class _Signalled(BaseException):
@@ -133,6 +150,34 @@ def cli(context: click.Context, /, **options: Any) -> None:
     (_dry_run if options.pop("dry_run") else _convert)(**options)
 
 
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PATH|ID", help="Make it again from this base, and compare.")
+@click.option("--base-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
+@click.option("--adapter", metavar="PATH|ID", help="The adapter that is merged in.")
+@click.option("--adapter-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
+@click.option("--sample", type=_Share(), default="100%", show_default=True, help="Of the tensors that are made again.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …")
+@click.option("--offline", is_flag=True, help="Take Hub ids from the local cache only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@click.option("--verbose", "-v", is_flag=True, help="Show tracebacks.")
+def verify(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Look at a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
+    from converter.show import print_json, progress_bar, verification_json, verification_text
+    from converter.verify import verify as look
+
+    del options["verbose"]  # read from the command line itself
+    with progress_bar(shown=not quiet and not as_json) as (progress, _):
+        found = look(out, progress=progress, **options)
+    if as_json:
+        print_json(verification_json(found))
+    elif not quiet or not found.is_good:
+        click.echo(verification_text(out, found), nl=False)
+    if not found.is_good:
+        raise click.exceptions.Exit(1)
+
+
 def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     from converter.pipeline import convert
     from converter.show import print_json, progress_bar, summary, summary_json
@@ -201,9 +246,9 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        command()
-    except click.exceptions.Exit as exc:
-        return exc.exit_code
+        # click gives back the code with which a command exits.
+        code = command()
+        return code if isinstance(code, int) else 0
     except click.ClickException as exc:
         exc.show()
         return _tell(exc.format_message(), exc.exit_code, as_json=as_json)
@@ -222,7 +267,6 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         where = traceback.extract_tb(exc.__traceback__)[-1]
         name = f"{type(exc).__name__} in {os.path.basename(where.filename)}:{where.lineno}"  # noqa: PTH119
         return _say(f"{name}: {printable(str(exc))} (-v shows where)", 1, as_json=as_json)
-    return 0
 
 
 def _say(message: str, code: int, *, as_json: bool) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from converter.crew import Buffers
     from converter.plan import TensorPlan
     from converter.quantize import Quantizer
-    from converter.write import ShardWriter
+    from converter.write import Writer
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def convert_tile(
     factors: tuple[Tensor, Tensor] | None,
     quantizer: Quantizer,
     buffers: Buffers,
-    writer: ShardWriter,
+    writer: Writer,
 ) -> TileResult:
     """Convert rows `start` to `end` of a tensor and write them.
 
@@ -80,7 +80,7 @@ def _by_kernels(
     factors: tuple[Tensor, Tensor] | None,
     quantizer: Quantizer,
     buffers: Buffers,
-    writer: ShardWriter,
+    writer: Writer,
 ) -> TileResult:
     import numpy
     import torch

@@ -34,7 +34,7 @@ from converter.recipe import Recipe
 from converter.seal import Destination, Staging
 from converter.side_files import read_side_files
 from converter.tiles import as_bytes, read_factors, read_tile, torch_device
-from converter.write import ShardWriter
+from converter.write import ShardWriter, Writer
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,9 @@ def convert_tensors(
     tensors: Iterable[TensorPlan],
     inputs: Inputs,
     quantizer: Quantizer,
-    writer: ShardWriter,
+    writer: Writer,
     crew: Crew,
-    stop: Callable[[], int | None],
+    stop: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Made]:
     """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew."""
     under_way: deque[_UnderWay] = deque()
@@ -239,7 +239,7 @@ class _UnderWay:
     def is_done(self) -> bool:
         return all(tile.done() for tile in self.tiles)
 
-    def finish(self, quantizer: Quantizer, writer: ShardWriter) -> Made:
+    def finish(self, quantizer: Quantizer, writer: Writer) -> Made:
         """Wait for the tiles, and write what takes the whole tensor: its quant state."""
         import torch
 

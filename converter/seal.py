@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from converter.measure import Fidelity
     from converter.plan import Plan
 
+SUMS = "SHA256SUMS"
+"""Of every other file, for `sha256sum -c`."""
 _LOCK = ".lock"
 _OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"
@@ -49,6 +51,8 @@ class Destination:
             if self.out == real or self.out in real.parents or real in self.out.parents:
                 raise BadOutput(f"{out}: is, holds or lies inside the input {folder}; choose a folder of its own")
         self.receipt: dict[str, Any] | None = None
+        self.accepted = False
+        """Whether OUT is the new one; what is in staging then is of no more use."""
         self._overwrite = overwrite
         self._occupied = False
         self._inside = False
@@ -93,6 +97,7 @@ class Destination:
                 self._swap()
             else:
                 self.staging.rename(self.out)
+                self.accepted = True
                 self._tidy()
             sync_folder(self.out.parent)
 
@@ -106,6 +111,7 @@ class Destination:
             (self.out / _LOCK).hardlink_to(self.staging / _LOCK)
         try:
             _exchange(self.staging, self.out)
+            self.accepted = True
             sync_folder(self.out.parent)
         finally:
             self._tidy()
@@ -134,6 +140,7 @@ class Destination:
                 if target.exists() and not source.exists():
                     target.rename(source)
             raise
+        self.accepted = True
         sync_folder(self.out)
         _clear(self.staging)
         self.staging.rmdir()
@@ -146,7 +153,7 @@ class Destination:
 
     def _names_in_receipt(self) -> set[str]:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
-        return {RECEIPT, *self.receipt["files"]}
+        return {RECEIPT, SUMS, *self.receipt["files"]}
 
     def _is_whole(self) -> bool:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
@@ -212,6 +219,9 @@ class Staging:
             if entry.name not in _OURS
         }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity))
+        digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: _sha256(self.folder / RECEIPT)}
+        sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        write_file(self.folder / SUMS, sums.encode())
         with writing(self.folder):
             sync_folder(self.folder)
         self._destination.accept()
@@ -230,7 +240,8 @@ class Staging:
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
         faulty = kind is not None and issubclass(kind, Exception) and not issubclass(kind, WriteFailed | Interrupted)
-        if not self._sealed and (faulty or not self.journal.entries):
+        useless = faulty or not self.journal.entries or self._destination.accepted
+        if not self._sealed and useless:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 

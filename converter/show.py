@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from converter.estimate import WRITE_RATE
 from converter.pipeline import Progress, Report
 from converter.plan import Plan, TensorPlan
+from converter.verify import Verification
 
 Clock = Callable[[], float]
 
@@ -113,6 +115,24 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "survival": _figures(survivals, min),
         "notes": list(report.plan.notes),
     }
+
+
+def verification_text(out: Path, found: Verification) -> str:
+    """What was looked at, and what is wrong."""
+    looked = [f"{found.tensors} tensors read"]
+    if found.has_receipt:
+        looked.insert(0, f"{found.files} files as the receipt says" if found.is_good else f"{found.files} files")
+    if found.recomputed:
+        looked.append(f"{found.recomputed} made again and compared")
+    lines = [f"{out}: {', '.join(looked)}: {'good' if found.is_good else f'{len(found.problems)} problems'}"]
+    if not found.has_receipt:
+        lines.append("note: no receipt; not made by this tool, or not finished")
+    return "\n".join([*lines, *found.problems]) + "\n"
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """The same, as JSON values."""
+    return {"good": found.is_good, **asdict(found)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import xxhash
 
@@ -88,6 +88,13 @@ class _Flusher:
             except OSError as exc:
                 self._failure = exc
                 return
+
+
+class Writer(Protocol):
+    """Takes the bytes of output tensors, a piece at a time, in any order and from several threads."""
+
+    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
+        """Take `raw` as the bytes of a tensor from its byte `start`; the number of bytes."""
 
 
 class ShardWriter:

@@ -1,0 +1,253 @@
+"""Is this OUT whole, unchanged and loadable; and is it what its base and adapter give?
+
+Works on what this tool made, and, as far as that goes, on any checkpoint that transformers and bitsandbytes wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.ask import check_output
+from converter.budget import Resources
+from converter.crew import Crew
+from converter.decide import make_plan
+from converter.errors import BadCheckpoint, ConversionRefused, NotFinite
+from converter.inputs import Inputs, Reference
+from converter.layout import Output
+from converter.pipeline import Progress, convert_tensors, one_thread
+from converter.plan import Plan, TensorPlan
+from converter.quantize import Quantizer
+from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
+from converter.receipt import RECEIPT, read_receipt
+from converter.recipe import Recipe
+from converter.seal import SUMS
+from converter.tiles import refuse_not_finite, torch_device, torch_dtype
+
+_STATE = ".quant_state.bitsandbytes__"
+_PIECE = 8 << 20
+
+
+@dataclass
+class Verification:
+    """What was looked at, and what is wrong with it."""
+
+    problems: list[str] = field(default_factory=list)
+    """One line each; empty: nothing was found."""
+    files: int = 0
+    """Files whose size and sha256 were held against the receipt."""
+    tensors: int = 0
+    """Tensors that were read for NaN and infinity."""
+    recomputed: int = 0
+    """Tensors that were made again from base and adapter, and compared byte by byte."""
+    has_receipt: bool = False
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems
+
+
+def verify(
+    out: Path,
+    base: Reference | None = None,
+    adapter: Reference | None = None,
+    *,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    sample: float = 1.0,
+    resources: Resources = Resources(),
+    device: str = "auto",
+    offline: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Verification:
+    """Look at a checkpoint: digests, structure, values; with `base` or `adapter`, make it again and compare.
+
+    `sample` is the share of tensors that are made again, chosen by their names. Raises a `ConversionRefused` where
+    there is nothing to look at: no folder, another base.
+    """
+    folder = LocalFolder(out)
+    receipt = read_receipt(out)
+    found = Verification(has_receipt=receipt is not None)
+    if receipt is not None:
+        _check_files(out, receipt, found)
+    try:
+        with Checkpoint(folder) as written:
+            quantized = _check_structure(written, found)
+            _check_values(written, quantized, found, progress)
+            if base is not None or adapter is not None:
+                with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
+                    recipe = _recipe_of(written, receipt, quantized)
+                    plan = make_plan(inputs.base, inputs.adapter, recipe, resources, device=device)
+                    inputs.fetch()
+                    _compare(written, plan, inputs, sample, found, progress)
+    except BadCheckpoint as exc:
+        found.problems.append(str(exc))
+    return found
+
+
+def _check_files(out: Path, receipt: dict[str, Any], found: Verification) -> None:
+    for name, expected in sorted(receipt["files"].items()):
+        path = out / Path(name).name
+        if path.is_symlink() or not path.is_file():
+            found.problems.append(f"{name}: missing")
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if (size, digest) != (expected.get("bytes"), expected.get("sha256")):
+            found.problems.append(f"{name}: {size:,} bytes, sha256 {digest[:12]}…, the receipt says otherwise")
+        found.files += 1
+    known = {RECEIPT, SUMS, *receipt["files"]}
+    extra = sorted(name for name in LocalFolder(out).names() - known if name.endswith(".safetensors"))
+    found.problems += [f"{name}: not in the receipt, and loaders would read it" for name in extra]
+
+
+def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict[str, Any]]:
+    """Quantized weights, with their quant states: those whose parts are all there, in their shapes."""
+    quantized: dict[str, dict[str, Any]] = {}
+    for name, tensor in written.tensors.items():
+        weight, mark, quant_type = name.partition(_STATE)
+        if mark:
+            try:
+                state = _read_state(written, tensor)
+                problem = _problem_of_weight(written, weight, quant_type, state)
+            except (BadCheckpoint, KeyError, TypeError, ValueError) as exc:
+                problem, state = f"its quant state can't be read: {exc}", {}
+            if problem:
+                found.problems.append(f"{weight}: {problem}")
+            quantized[weight] = state
+        elif name.endswith(".SCB"):
+            quantized[f"{name.removesuffix('.SCB')}.weight"] = {"quant_type": "int8"}
+    shapes = {
+        name: tuple(quantized.get(name, {}).get("shape", tensor.shape))
+        for name, tensor in written.tensors.items()
+        if f"{name.partition('.weight.')[0]}.weight" not in quantized or name in quantized
+        if not name.endswith((".SCB", ".weight_format"))
+    }
+    try:
+        found.problems += check_output(written.config, shapes, quantized)
+    except ConversionRefused as exc:
+        found.problems.append(str(exc))
+    return quantized
+
+
+def _read_state(written: Checkpoint, tensor: TensorHeader) -> dict[str, Any]:
+    raw = bytearray(tensor.nbytes)
+    written.folder.read_into(tensor.file, tensor.offset, memoryview(raw))
+    return parse_json_object(bytes(raw), tensor.name)
+
+
+def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state: dict[str, Any]) -> str | None:
+    count, block = math.prod(state["shape"]), int(state["blocksize"])
+    blocks = -(count // -block)
+    nested = "nested_offset" in state
+    expected = {"": ("U8", (-(count // -2), 1)), ".absmax": ("U8" if nested else "F32", (blocks,))}
+    expected[".quant_map"] = ("F32", (16,))
+    if nested:
+        expected[".nested_absmax"] = ("F32", (-(blocks // -int(state["nested_blocksize"])),))
+        expected[".nested_quant_map"] = ("F32", (256,))
+    if state["quant_type"] != quant_type:
+        return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
+    for part, (dtype, shape) in expected.items():
+        tensor = written.tensors.get(weight + part)
+        if tensor is None:
+            return f"{weight + part} is missing"
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            return f"{weight + part} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+    files = {written.tensors[weight + part].file for part in expected}
+    return f"its tensors lie in {len(files)} shards, which transformers 4.46 can't load" if len(files) > 1 else None
+
+
+def _check_values(
+    written: Checkpoint,
+    quantized: dict[str, dict[str, Any]],
+    found: Verification,
+    progress: Callable[[Progress], None],
+) -> None:
+    import torch
+
+    done = 0
+    for tensor in written:
+        if tensor.name not in quantized and tensor.dtype in ("F32", "F16", "BF16"):
+            try:
+                for start in range(0, tensor.nbytes, _PIECE):
+                    raw = bytearray(min(_PIECE, tensor.nbytes - start))
+                    written.folder.read_into(tensor.file, tensor.offset + start, memoryview(raw))
+                    refuse_not_finite(tensor.name, torch.frombuffer(raw, dtype=torch_dtype(tensor.dtype)))
+            except NotFinite as exc:
+                found.problems.append(str(exc))
+            found.tensors += 1
+        done += tensor.nbytes
+        progress(Progress("looking", done, written.nbytes, tensor.name))
+
+
+def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: dict[str, dict[str, Any]]) -> Recipe:
+    """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
+    if receipt is not None:
+        stated = receipt["recipe"]
+        return Recipe(**stated | {"keep": tuple(stated["keep"])})
+    state = next(iter(quantized.values()), None) or {"quant_type": "none"}
+    return Recipe(
+        quant_type=state["quant_type"],
+        double_quant="nested_offset" in state,
+        block_size=state.get("blocksize", 64),
+        dtype=state.get("dtype") or written.config.get("dtype") or written.config.get("torch_dtype") or "bfloat16",
+        merge_precision="reference",
+    )
+
+
+class _Comparer:
+    """Takes what a conversion would write, and holds it against what is written."""
+
+    def __init__(self, written: Checkpoint, tensors: list[TensorPlan]) -> None:
+        self._written = written
+        self._outputs: dict[str, Output] = {output.name: output for t in tensors for output in t.outputs}
+        self.different: dict[str, str] = {}
+
+    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
+        tensor = self._written.tensors.get(name)
+        if tensor is None:
+            self.different[name] = "missing"
+            return len(raw)
+        there = bytearray(len(raw))
+        if start + len(raw) > tensor.nbytes or (self._outputs[name].is_state and len(raw) != tensor.nbytes):
+            self.different[name] = f"{tensor.nbytes:,} bytes, expected {max(start + len(raw), 1):,}"
+        else:
+            self._written.folder.read_into(tensor.file, tensor.offset + start, memoryview(there))
+            if memoryview(there) != memoryview(raw):
+                self.different.setdefault(name, "differs from what base and adapter give")
+        return len(raw)
+
+
+def _compare(
+    written: Checkpoint,
+    plan: Plan,
+    inputs: Inputs,
+    sample: float,
+    found: Verification,
+    progress: Callable[[Progress], None],
+) -> None:
+    tensors = [tensor for tensor in plan.tensors() if _is_sampled(tensor.name, sample)]
+    comparer = _Comparer(written, tensors)
+    quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
+    with one_thread(), Crew(plan.resources.threads, plan.resources.slots) as crew:
+        total = sum(tensor.source.nbytes for tensor in tensors)
+        done = 0
+        for made in convert_tensors(tensors, inputs, quantizer, comparer, crew):
+            found.recomputed += 1
+            done += made.nbytes
+            progress(Progress("comparing", done, total, made.name))
+    found.problems += [f"{name}: {what}" for name, what in sorted(comparer.different.items())]
+    planned = {output.name for tensor in plan.tensors() for output in tensor.outputs}
+    found.problems += [
+        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned)
+    ]
+
+
+def _is_sampled(name: str, share: float) -> bool:
+    """Whether a tensor is among the `share` that is looked at: the same ones each time, spread over the model."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < share * 2**32
