@@ -58,8 +58,10 @@ class Resources:
         return _BY_KERNELS[dtype] if quantized and self.kernels else _BY_TORCH
 
 
-def cut_into_tiles(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> tuple[list[TensorPlan], int]:
-    """The tensors, cut so that everything in flight fits the budget; and the predicted peak of memory in bytes.
+def cut_into_tiles(
+    tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources
+) -> tuple[list[TensorPlan], int, list[str]]:
+    """The tensors, cut so that everything in flight fits the budget; the predicted peak of memory in bytes; notes.
 
     What can't be cut may need more than the default budget, which then gives way. Raises `BadRecipe` where it needs
     more than a budget that was asked for, naming it.
@@ -88,7 +90,12 @@ def cut_into_tiles(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Res
             f"--memory {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
             f"{resources.threads} threads"
         )
-    return cut, memory
+    notes = []
+    if resources.memory is None and memory > DEFAULT:
+        notes.append(
+            f"memory: {memory:,} bytes instead of {DEFAULT:,}: {name} is needed whole, by {resources.slots} tiles"
+        )
+    return cut, memory, notes
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:

@@ -64,7 +64,7 @@ def make_plan(
         )
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
-    tensors, memory = cut_into_tiles(tensors, recipe, resources)
+    tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
     config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
@@ -82,7 +82,7 @@ def make_plan(
         shards=_in_shards(tensors, recipe),
         config=config,
         side_files=side_files,
-        notes=tuple(found.notes + _notes_for_servers(tensors)),
+        notes=tuple(found.notes + notes + _notes_for_servers(tensors)),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
         device=str(processor),

@@ -15,6 +15,7 @@
     └── ConversionFailed         it went wrong on the way; exit code 1
         ├── NotFinite            a NaN or an infinity where a weight should be
         ├── InputChanged         a file shrank, vanished or changed while it was being read
+        ├── ReadFailed           the disk said no
         ├── WriteFailed          the disk said no
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
@@ -91,6 +92,10 @@ class NotFinite(ConversionFailed):
 
 class InputChanged(ConversionFailed):
     """An input shrank, vanished or changed while it was being read."""
+
+
+class ReadFailed(ConversionFailed):
+    """The disk could not give an input's bytes."""
 
 
 class WriteFailed(ConversionFailed):

@@ -1,8 +1,9 @@
 """The journal of a staging folder: which tensors are durably written, so that a run that died can be continued.
 
-One JSON object a line. The first says which job it is; each other one names a tensor, the bytes that stand for it and
-their digests, and what was learnt while it was made. A line is written when what it speaks of is durable, and is
-durable itself before anything relies on it. A last line that was torn is no line.
+A line is a digest and a JSON object. The first says which job it is; each other one names a tensor, the bytes that
+stand for it and their digests, and what was learnt while it was made. A line is written when what it speaks of is
+durable, and is durable itself before anything relies on it. A line that doesn't fit its digest is no line, nor is what
+follows it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from converter.errors import BadOutput
 from converter.read import LocalFolder
 from converter.receipt import versions
-from converter.write import Piece, Written, sync_folder, writing
+from converter.write import Piece, Written, write_file, writing
 
 if TYPE_CHECKING:
     from converter.inputs import Inputs
@@ -77,15 +81,15 @@ class Journal:
         self.entries: dict[str, Entry] = {}
         """By tensor."""
         self._new: list[Entry] = []
+        self._failure: OSError | None = None
         self._committed = time.monotonic()
-        kept = self._read(job)
+        self._read(job)
+        # A new file: in the old one something torn may stand at the end, or a sync may have failed.
+        write_file(
+            self._path, b"".join([_line({"journal": _FORMAT, "job": job}), *map(_line_of, self.entries.values())])
+        )
         with writing(self._path):
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            os.ftruncate(self._descriptor, kept)
-            os.lseek(self._descriptor, kept, os.SEEK_SET)
-            if not kept:
-                self._append([{"journal": _FORMAT, "job": job}])
-            sync_folder(folder)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def add(self, entry: Entry) -> None:
         """Note a tensor; `commit` makes it count."""
@@ -98,7 +102,14 @@ class Journal:
     def commit(self) -> None:
         """Make what was noted durable. Its tensors must be so already."""
         with writing(self._path):
-            self._append([asdict(entry) for entry in self._new])
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._append(b"".join(map(_line_of, self._new)))
+            except OSError as exc:
+                # Half a line may be there; or the disk hasn't got it, and asking again would say that all is well.
+                self._failure = exc
+                raise
         self.entries |= {entry.tensor: entry for entry in self._new}
         self._new = []
         self._committed = time.monotonic()
@@ -107,38 +118,37 @@ class Journal:
         """What was written of a shard."""
         return {e.tensor: (e.pieces, e.states) for e in self.entries.values() if e.shard == shard}
 
+    def forget(self, shard: str) -> None:
+        """Rely no more on what was written of a shard."""
+        self.entries = {tensor: entry for tensor, entry in self.entries.items() if entry.shard != shard}
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
 
-    def _append(self, lines: list[dict[str, Any]]) -> None:
-        raw = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    def _append(self, raw: bytes) -> None:
         while raw:
             raw = raw[os.write(self._descriptor, raw) :]
         os.fdatasync(self._descriptor)
 
-    def _read(self, job: Mapping[str, Any]) -> int:
-        """Take in what is there; the number of bytes that are whole lines."""
+    def _read(self, job: Mapping[str, Any]) -> None:
+        """Take in what is there, up to the first line that isn't as it was written."""
         try:
-            raw = self._path.read_bytes()
+            raw = _read_plain(self._path)
         except FileNotFoundError:
-            return 0
+            return
         except OSError as exc:
             raise BadOutput(f"{self._path}: {exc.strerror}") from exc
-        whole = raw[: raw.rfind(b"\n") + 1]
-        length = 0
-        for number, line in enumerate(whole.splitlines(keepends=True)):
-            try:
-                value = json.loads(line)
-                if number == 0:
-                    self._check_job(value["job"] if value["journal"] == _FORMAT else {}, job)
-                else:
-                    pieces = tuple(Piece(**piece) for piece in value.pop("pieces"))
-                    self.entries[value["tensor"]] = Entry(pieces=pieces, **value)
-            except (ValueError, KeyError, TypeError):
-                return length  # what follows a line that can't be read is not relied on
-            length += len(line)
-        return length
+        for number, line in enumerate(raw.splitlines(keepends=True)):
+            digest, _, text = line.partition(b" ")
+            if not text.endswith(b"\n") or digest.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
+                return
+            value = json.loads(text)
+            if number == 0:
+                self._check_job(value["job"] if value["journal"] == _FORMAT else {}, job)
+            else:
+                pieces = tuple(Piece(**piece) for piece in value.pop("pieces"))
+                self.entries[value["tensor"]] = Entry(pieces=pieces, **value)
 
     def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         differing = [key for key in job if found.get(key) != json.loads(json.dumps(job[key]))]
@@ -147,3 +157,20 @@ class Journal:
                 f"{self._path.parent}: holds the unfinished work of another conversion, of which "
                 f"{', '.join(differing)} differ; --no-resume discards it"
             )
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    raw = (json.dumps(value) + "\n").encode()
+    return f"{xxhash.xxh3_64_hexdigest(raw)} ".encode() + raw
+
+
+def _line_of(entry: Entry) -> bytes:
+    return _line(asdict(entry))
+
+
+def _read_plain(path: Path) -> bytes:
+    """A plain file; no link is followed, and no pipe waited for."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BadOutput(f"{path}: not a plain file")
+        return file.read()

@@ -21,7 +21,7 @@ from converter.compute import TileResult, convert_tile
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.digests import remember
-from converter.errors import Interrupted, WriteFailed
+from converter.errors import Interrupted, ReadFailed, WriteFailed
 from converter.estimate import estimate
 from converter.inputs import Inputs, Reference
 from converter.journal import Entry, job_of
@@ -96,7 +96,7 @@ def convert(
         processor = torch_device(plan.device)
         destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
         if (known := already_made(destination, plan, inputs, processor.type)) is not None:
-            return Report(destination.out, plan, known, {}, nothing_to_do=True)
+            return Report(Path(out), plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
@@ -119,7 +119,7 @@ def convert(
             origin = origin_of(plan, inputs, processor.type, digests)
             fidelity = {tensor.name: made[tensor.name].fidelity for tensor in plan.tensors()}
             staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
-        return Report(destination.out, plan, fingerprint(plan, origin), fidelity)
+        return Report(Path(out), plan, fingerprint(plan, origin), fidelity)
 
 
 def plan_conversion(
@@ -188,10 +188,12 @@ def convert_shard(
                     journal.commit()
             writer.sync()
             journal.commit()
-        except (Interrupted, WriteFailed) as exc:
+        except (Interrupted, ReadFailed, WriteFailed) as exc:
             with suppress(WriteFailed):
                 writer.sync()
                 journal.commit()
+            if writer.is_lost:
+                journal.forget(shard.file)
             if journal.entries:
                 exc.args = (f"{exc}; what is done is kept in {staging.folder}: the same command goes on with it",)
             raise

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from converter.errors import BadCheckpoint, ConversionRefused, InputChanged
+from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, ReadFailed
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -82,7 +82,8 @@ class Folder(Protocol):
         """Bytes of one file; `BadCheckpoint` if it is not a plain file of this folder."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before."""
+        """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before, `ReadFailed`
+        if the disk fails."""
 
     def close(self) -> None:
         """Let go of open files."""
@@ -122,7 +123,7 @@ class LocalFolder:
             try:
                 count = os.preadv(descriptor, [buffer[done:]], offset + done)
             except OSError as exc:
-                raise InputChanged(f"{self.path / name}: reading at byte {offset + done}: {exc.strerror}") from exc
+                raise ReadFailed(f"{self.path / name}: reading at byte {offset + done}: {exc.strerror}") from exc
             if count == 0:
                 raise InputChanged(f"{self.path / name}: ends at byte {offset + done}, expected {offset + len(buffer)}")
             done += count

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from converter.ask import check_output
 from converter.card import CARD, model_card
-from converter.errors import BadOutput, Interrupted, VerificationFailed, WriteFailed
+from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
 from converter.journal import JOURNAL, Journal
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
-from converter.write import UNFINISHED, sync_folder, write_file, writing
+from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
 
 if TYPE_CHECKING:
     from converter.measure import Fidelity
@@ -38,6 +38,7 @@ _LOCK = ".lock"
 _OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"
 _REPLACED = "replaced"
+_INPUTS_AT_FAULT = (ConversionRefused, InputChanged, NotFinite, VerificationFailed)
 _PRESENT_IN_EMPTY = frozenset({"lost+found", _INSIDE})  # a mounted volume's own folder, and a dead run's staging
 
 
@@ -184,13 +185,14 @@ class Staging:
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
             if self.folder.exists() and not (self.folder / _LOCK).exists() and os.listdir(self.folder):
                 raise BadOutput(f"{self.folder}: exists, is not empty and not a staging folder of this tool")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                kept = {_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)} if resume else {_LOCK}
-                _clear(self.folder, but=kept)
-                self.journal = Journal(self.folder, job)
+                if not resume:
+                    _clear(self.folder, but={_LOCK})
+                self.journal = Journal(self.folder, job)  # may refuse; then the other job's files stay
+                _clear(self.folder, but={_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
             except BlockingIOError:
                 os.close(self._lock)
                 raise BadOutput(f"{self.folder}: another conversion is writing it") from None
@@ -239,8 +241,8 @@ class Staging:
     ) -> None:
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
-        faulty = kind is not None and issubclass(kind, Exception) and not issubclass(kind, WriteFailed | Interrupted)
-        useless = faulty or not self.journal.entries or self._destination.accepted
+        at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
+        useless = at_fault or not self.journal.entries or self._destination.accepted
         if not self._sealed and useless:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)

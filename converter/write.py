@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections import defaultdict
@@ -54,18 +55,31 @@ class _Flusher:
         self._waiting = 0
         self._ended = False
         self._failure: OSError | None = None
+        self._syncing = threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
         self._thread.start()
 
     def wrote(self, count: int) -> None:
         """Take note of `count` bytes; raises what an earlier flush met with."""
+        if self._failure is not None:
+            raise self._failure
         with self._changed:
-            if self._failure is not None:
-                raise self._failure
             self._waiting += count
             if self._waiting >= FLUSH_BYTES:
                 self._changed.notify()
+
+    def sync(self) -> None:
+        """Make durable what was written. The system tells of a failure only once, to whoever asks first: one asks at a
+        time, and all hear of it."""
+        with self._syncing:
+            if self._failure is not None:
+                raise self._failure
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as exc:
+                self._failure = exc
+                raise
 
     def end(self) -> None:
         """Stop; raises what a flush met with, for a failed one can't be repeated: the file is lost."""
@@ -84,9 +98,8 @@ class _Flusher:
                     return
                 self._waiting = 0
             try:
-                os.fdatasync(self._descriptor)
-            except OSError as exc:
-                self._failure = exc
+                self.sync()
+            except OSError:
                 return
 
 
@@ -126,7 +139,7 @@ class ShardWriter:
         self._flusher: _Flusher | None = None
         with writing(self._temporary):
             if written and self._path.exists():
-                self._temporary = self._path  # it was finished, but for what comes after it
+                self._temporary = self._path  # an earlier run finished it
             going_on = bool(written) and self._temporary.exists()
             # The mode is the umask's business: files of mode 0600 break shared machines and containers.
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if going_on else os.O_TRUNC)
@@ -134,18 +147,27 @@ class ShardWriter:
             try:
                 if going_on and written:
                     self._resume(written)
+                if self._temporary == self._path and not self._is_whole():
+                    self._temporary = folder / (plan.file + UNFINISHED)
+                    self._path.rename(self._temporary)
                 if self._temporary != self._path:
                     _reserve(self._descriptor, plan.layout.size)
+                    sync_folder(folder)
                 large = plan.layout.size > FLUSH_BYTES
                 self._flusher = _Flusher(self._descriptor) if large else None
             except BaseException:
-                self._discard()
+                self._discard(lost=not going_on)
                 raise
 
     @property
     def is_finished(self) -> bool:
         """Whether an earlier run gave the file its name, and all of it is there."""
-        return self._temporary == self._path and self.resumed == {tensor.name for tensor in self._plan.tensors}
+        return self._temporary == self._path
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a sync failed: what the disk has is unknown, and the file won't stay."""
+        return self._lost
 
     def pieces(self, tensor: str) -> tuple[Piece, ...]:
         """What was written of a tensor, quant states excepted."""
@@ -158,7 +180,8 @@ class ShardWriter:
     def sync(self) -> None:
         """Make durable what was written."""
         with writing(self._temporary):
-            self._synchronize(os.fdatasync)
+            flusher = self._flusher
+            self._synchronize(os.fdatasync if flusher is None else lambda _: flusher.sync())
 
     def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
         """Put `raw` at byte `start` of a tensor; the number of bytes. A quant state, whose place depends on the length
@@ -181,25 +204,13 @@ class ShardWriter:
             self._finished = True
             self._close()
             return self._path.stat().st_size
-        layout = self._plan.layout
-        start = 8 + layout.header_bytes
-        placed: list[tuple[Output, int, int]] = [
-            (self._outputs[name], offset - start, self._outputs[name].nbytes) for name, offset in layout.offsets.items()
-        ]
-        end = layout.states_offset
-        states = [output.name for output in self._outputs.values() if output.is_state]
-        unwritten = [name for name, left in self._left.items() if left] + [n for n in states if n not in self._states]
+        unwritten = [name for name, left in self._left.items() if left] or self._states_missing()
         if unwritten:
             raise AssertionError(f"{self._plan.file}: {unwritten[0]} was not written")
-        for name in states:
-            raw = self._states[name]
-            self._put(raw, end)
-            placed.append((self._outputs[name], end - start, len(raw)))
-            end += len(raw)
-        header = header_json(placed).ljust(layout.header_bytes)
-        if len(header) > layout.header_bytes:
-            raise AssertionError(f"{self._plan.file}: header of {len(header)} bytes, room for {layout.header_bytes}")
-        self._put(len(header).to_bytes(8, "little") + header, 0)
+        header, states = self._frame()
+        end = self._plan.layout.states_offset + len(states)
+        self._put(states, self._plan.layout.states_offset)
+        self._put(header, 0)
         with writing(self._temporary):
             if (flusher := self._flusher) is not None:
                 self._synchronize(lambda _: flusher.end())
@@ -209,6 +220,27 @@ class ShardWriter:
             commit(self._temporary, self._path)
         self._finished = True
         return end
+
+    def _states_missing(self) -> list[str]:
+        return [output.name for output in self._outputs.values() if output.is_state and output.name not in self._states]
+
+    def _frame(self) -> tuple[bytes, bytes]:
+        """What stands before the tensors, and the quant states, which stand behind them."""
+        layout = self._plan.layout
+        start = 8 + layout.header_bytes
+        placed: list[tuple[Output, int, int]] = [
+            (self._outputs[name], offset - start, self._outputs[name].nbytes) for name, offset in layout.offsets.items()
+        ]
+        states = b""
+        for output in self._outputs.values():
+            if output.is_state:
+                raw = self._states[output.name]
+                placed.append((output, layout.states_offset + len(states) - start, len(raw)))
+                states += raw
+        header = header_json(placed).ljust(layout.header_bytes)
+        if len(header) > layout.header_bytes:
+            raise AssertionError(f"{self._plan.file}: header of {len(header)} bytes, room for {layout.header_bytes}")
+        return len(header).to_bytes(8, "little") + header, states
 
     def _put(self, raw: bytes | memoryview, offset: int) -> None:
         view = memoryview(raw)
@@ -220,6 +252,8 @@ class ShardWriter:
                 self._synchronize(lambda _: flusher.wrote(len(raw)))
 
     def _synchronize(self, by: Callable[[int], None]) -> None:
+        if self._lost:
+            raise OSError(errno.EIO, "a sync failed before")
         try:
             by(self._descriptor)
         except OSError:
@@ -249,12 +283,28 @@ class ShardWriter:
         digest, at = xxhash.xxh3_64(), self._plan.layout.offsets[piece.output] + piece.start
         end = at + piece.length
         while at < end:
-            raw = os.pread(self._descriptor, min(8 << 20, end - at), at)
+            raw = self._read(min(8 << 20, end - at), at)
             if not raw:
                 return False
             digest.update(raw)
             at += len(raw)
         return bool(digest.hexdigest() == piece.digest)
+
+    def _is_whole(self) -> bool:
+        """Whether all of a finished file is there, to its last byte."""
+        if self.resumed != {tensor.name for tensor in self._plan.tensors}:
+            return False
+        header, states = self._frame()
+        end = self._plan.layout.states_offset
+        ends = os.fstat(self._descriptor).st_size == end + len(states)
+        return ends and self._read(len(header), 0) == header and self._read(len(states), end) == states
+
+    def _read(self, count: int, offset: int) -> bytes:
+        """Of what an earlier run wrote; nothing where the disk can't give it back, for then it is made anew."""
+        try:
+            return os.pread(self._descriptor, count, offset)
+        except OSError:
+            return b""
 
     def _close(self) -> None:
         # Once only: a close that fails has closed all the same, and the number may by now be another file's.
@@ -262,14 +312,16 @@ class ShardWriter:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _discard(self, *, lost: bool = True) -> None:
+    def _discard(self, *, lost: bool) -> None:
         # Whatever fails here must not hide what went wrong.
-        with contextlib.suppress(OSError):
-            if self._flusher is not None:
+        if self._flusher is not None:
+            try:
                 self._flusher.end()
+            except OSError:
+                lost = True
         with contextlib.suppress(OSError):
             self._close()
-        if lost and self._temporary != self._path:
+        if lost:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
 
@@ -286,8 +338,9 @@ class ShardWriter:
 def write_file(path: Path, raw: bytes) -> None:
     """A small file: its bytes, made durable, then its name."""
     temporary = path.with_name(path.name + UNFINISHED)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     with writing(path):
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
@@ -298,6 +351,14 @@ def commit(temporary: Path, path: Path) -> None:
     """Give a durable file its name, and make the name durable."""
     temporary.rename(path)
     sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, and their names durable."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -323,8 +384,6 @@ def _reserve(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as exc:
-        import errno
-
         if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)  # a filesystem that can't reserve

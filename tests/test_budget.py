@@ -55,3 +55,13 @@ def test_a_budget_that_was_asked_for_is_kept_or_refused_with_what_is_needed(tmp_
         pytest.raises(BadRecipe, match=r"--memory 70,000,000: [\d,]+ bytes are needed, because of "),
     ):
         make_plan(inputs.base, None, Recipe(), Resources(memory=70_000_000))
+
+
+def test_the_default_gives_way_to_a_tensor_that_can_not_be_cut_and_says_so(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "gpt2", n_embd=2048, n_layer=1)
+
+    with Inputs(base, None) as inputs:
+        plan = make_plan(inputs.base, resources=Resources(threads=2, kernels=False))
+
+    assert plan.memory > DEFAULT
+    assert any("memory: " in note and "is needed whole" in note for note in plan.notes)
