@@ -61,6 +61,10 @@ class Bench:
         self.script("models", name, self.work / name)
         return self.work / name
 
+    def save(self) -> None:
+        """Write what was measured so far: what is measured later may fail."""
+        (self.work / "result.json").write_text(json.dumps(self.result, indent=2) + "\n")
+
     def say(self, what: str) -> None:
         print(f"bench: {what}", file=sys.stderr, flush=True)
 
@@ -132,6 +136,7 @@ def measure_model(bench: Bench, name: str, *, reference: bool = True) -> None:
     found["cached"] = [converted(cold=False) for _ in range(bench.runs)]
     found["reference"] = measure_reference(bench, name, inputs, base_bytes) if reference else []
     bench.result["models"][name] = found
+    bench.save()
     if not bench.keep:
         remove(folder)
 
@@ -222,8 +227,7 @@ def main() -> None:
         measure_model(bench, "wide", reference=False)
         measure_plan(bench)
     bench.forget()
-
-    (work / "result.json").write_text(json.dumps(bench.result, indent=2) + "\n")
+    bench.save()
     print(table(bench.result))
     from picture import draw
 

@@ -97,17 +97,19 @@ MODELS = {
     "1.1": Llama(2048, 5632, 22, 32, 4, 32_000, 64),  # TinyLlama
     "3.2": Llama(3072, 8192, 28, 24, 8, 128_256, 128, tied=True),  # Llama 3.2 3B
     # Two weights of 128,256 × 8,192 that transformers quantizes, 2.1 GB each; an output head it would leave alone.
-    "wide": Llama(8192, 1024, 1, 2004, 1, 4_096, 64),
+    "wide": Llama(8192, 1024, 1, 128, 1, 4_096, 1002),
     "70": Llama(8192, 28_672, 80, 64, 8, 128_256, 128, shard=5_000_000_000, hollow=True),  # Llama 3 70B
 }
 
 
 def make(name: str, folder: Path) -> None:
-    """Make base and adapter of one of `MODELS` in `folder`, unless they are there."""
-    if folder.is_dir():
-        return
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+    """Make base and adapter of one of `MODELS` in `folder`, unless they are there in this shape."""
     model = MODELS[name]
+    config = folder / "base" / "config.json"
+    if config.is_file() and config.read_text() == json.dumps(model.config()):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         _make_base(model, partial / "base")
         _make_adapter(model, partial / "adapter")

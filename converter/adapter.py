@@ -86,6 +86,7 @@ class Adapter:
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
         self._patterns = Patterns(f"{folder.label}: {CONFIG}")
+        self._lists: dict[str, frozenset[str]] = {}
         self._check_config()
         self.pairs: dict[str, LoraPair] = {}
         """By module name."""
@@ -138,15 +139,15 @@ class Adapter:
 
         `peft.tuners.tuners_utils.check_target_module_exists`
         """
-        if self._excluded(module) or self._names(self.config.get("exclude_modules"), module):
+        if self._excluded(module) or self._names("exclude_modules", module):
             return False
         target = self.config.get("target_modules")
         if isinstance(target, str) and target.lower() == "all-linear":
             return True  # resolved by what the modules are; that the file has their tensors is what says it here
-        if not self._names(target, module):
+        if not self._names("target_modules", module):
             return False
         layers = self.config.get("layers_to_transform")
-        if layers is None or layers == [] or isinstance(target, str) or (isinstance(target, list) and module in target):
+        if layers in (None, [], "") or isinstance(target, str) or module in self._listed("target_modules"):
             return True
         wanted = [layers] if isinstance(layers, int) else layers
         patterns = _as_list(self.config.get("layers_pattern"))
@@ -218,11 +219,19 @@ class Adapter:
         names = self._strings("modules_to_save")
         return any(self._patterns.search_from_start(_around(name), module) for name in names)
 
-    def _names(self, value: object, module: str) -> bool:
+    def _names(self, key: str, module: str) -> bool:
         """Whether an expression is all of the module's path, or a list has it or an end of it."""
-        if isinstance(value, str):
+        if isinstance(value := self.config.get(key), str):
             return self._patterns.covers(value, module)
-        return isinstance(value, list) and any(module == name or module.endswith(f".{name}") for name in value)
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in self._listed(key) for start in range(len(parts)))
+
+    def _listed(self, key: str) -> frozenset[str]:
+        """The names of a list, which may be long, for looking up."""
+        if key not in self._lists:
+            value = self.config.get(key)
+            self._lists[key] = frozenset(value) if isinstance(value, list) else frozenset()
+        return self._lists[key]
 
     def _by_pattern(self, key: str, module: str, default: object) -> object:
         patterns: Mapping[str, object] = self.config.get(key) or {}

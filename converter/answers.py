@@ -140,9 +140,6 @@ def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[
 _NOT_LINEAR = re.compile(r"(?i)embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier")
 
 
-_NOT_LINEAR = re.compile(r"(?i)embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier")
-
-
 def _described_by_names(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], *, quantize: bool, keep: tuple[str, ...]
 ) -> Architecture:

@@ -26,6 +26,9 @@ A message is one line: the file or tensor, what was found, what was expected.
 
 from __future__ import annotations
 
+MAX_MESSAGE = 1_600
+"""Characters of a message; paths may be long."""
+
 
 class ConverterError(Exception):
     """Anything this package raises on purpose."""
@@ -33,7 +36,7 @@ class ConverterError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(shortened(printable(message)))
 
 
 class ConversionRefused(ConverterError):
@@ -116,6 +119,11 @@ class Interrupted(ConversionFailed):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle, if it is long: an input may have a megabyte where a name is expected."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 2 :]}"
 
 
 def printable(text: str) -> str:

@@ -135,4 +135,7 @@ def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folde
             return HubFolder(text, revision, offline=offline)
         except (HubRefused, HubFailed) as exc:
             raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
-    return LocalFolder(Path(text).expanduser())
+    try:
+        return LocalFolder(Path(text).expanduser())
+    except RuntimeError as exc:  # a home folder of nobody
+        raise ConversionRefused(f"{text}: {exc}") from exc

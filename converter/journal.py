@@ -143,12 +143,15 @@ class Journal:
             digest, _, text = line.partition(b" ")
             if not text.endswith(b"\n") or digest.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
                 return
-            value = json.loads(text)
-            if number == 0:
-                self._check_job(value["job"] if value["journal"] == _FORMAT else {}, job)
-            else:
-                pieces = tuple(Piece(**piece) for piece in value.pop("pieces"))
-                self.entries[value["tensor"]] = Entry(pieces=pieces, **value)
+            try:
+                value = json.loads(text)
+                if number == 0:
+                    self._check_job(dict(value["job"]) if value["journal"] == _FORMAT else {}, job)
+                else:
+                    entry = _entry(value)
+                    self.entries[entry.tensor] = entry
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return
 
     def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         differing = [key for key in job if found.get(key) != json.loads(json.dumps(job[key]))]
@@ -162,6 +165,23 @@ class Journal:
 def _line(value: Mapping[str, Any]) -> bytes:
     raw = (json.dumps(value) + "\n").encode()
     return f"{xxhash.xxh3_64_hexdigest(raw)} ".encode() + raw
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    """What a line says; `TypeError` or `KeyError` where it is none of ours, whatever its digest."""
+    pieces = tuple(
+        Piece(str(p["output"]), _size(p["start"]), _size(p["length"]), str(p["digest"])) for p in value["pieces"]
+    )
+    states = {str(name): str(state) for name, state in dict(value["states"]).items()}
+    survival = None if value["survival"] is None else float(value["survival"])
+    tensor, shard, digest = (str(value[key]) for key in ("tensor", "shard", "digest"))
+    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError
+    return value
 
 
 def _line_of(entry: Entry) -> bytes:

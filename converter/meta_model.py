@@ -26,12 +26,6 @@ _COUNTS = (
     (re.compile(r"num_labels"), 1_000_000),
 )
 """Options that cost time and memory while a model is built, and what is plausible whatever the checkpoint's size."""
-_COUNTS = (
-    (re.compile(r"(?:num|n)_(?:[a-z]+_)*layers?|[a-z]+_layers|depth"), 128),
-    (re.compile(r"(?:[a-z]+_)*experts"), 4_096),
-    (re.compile(r"num_labels"), 1_000_000),
-)
-"""Options that cost time and memory while a model is built, and what is plausible whatever the checkpoint's size."""
 
 
 def meta_model(

@@ -11,12 +11,15 @@ from __future__ import annotations
 import functools
 import re
 import time
+import warnings
 from typing import Any
 
 from converter.errors import BadAdapter
 
 MAX_LENGTH = 20_000
 """Characters of an expression; one that lists every module of a large model has about as many."""
+MAX_COUNT = 5_000
+"""Expressions of one adapter; one that gives every module a rank of its own has about a thousand."""
 SECONDS = 10.0
 """Of computing, for all that one adapter's expressions are matched against; a hundred thousand names take about two."""
 
@@ -27,6 +30,7 @@ class Patterns:
     def __init__(self, where: str) -> None:
         self._where = where
         self._left = SECONDS
+        self._count = 0
 
     def search_from_start(self, expression: str, text: str) -> Any:
         """What `re.match` gives, or `BadAdapter` for an expression that is none or takes too long."""
@@ -38,6 +42,9 @@ class Patterns:
 
     def check(self, key: str, written: str, expression: str) -> None:
         """Refuse what is not an expression: what becomes of `written`, a value of the option `key`."""
+        self._count += 1
+        if self._count > MAX_COUNT:
+            raise BadAdapter(f"{self._where}: more than {MAX_COUNT:,} patterns and saved modules")
         if len(expression) > MAX_LENGTH:
             raise BadAdapter(
                 f"{self._where}: {key} has a pattern of {len(expression):,} characters, expected at most {MAX_LENGTH:,}"
@@ -50,7 +57,9 @@ class Patterns:
     def _timed(self, method: str, expression: str, text: str) -> Any:
         start = time.thread_time()
         try:
-            return getattr(_compiled(expression), method)(text, timeout=max(self._left, 0.001))
+            if self._left <= 0:
+                raise TimeoutError
+            return getattr(_compiled(expression), method)(text, timeout=self._left)
         except TimeoutError as exc:
             raise BadAdapter(
                 f"{self._where}: the pattern {expression[:60]!r} takes longer than {SECONDS:g} s to match"
@@ -59,11 +68,12 @@ class Patterns:
             self._left -= time.thread_time() - start
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=MAX_COUNT)
 def _compiled(expression: str) -> Any:
     import regex
 
-    re.compile(expression)
+    with warnings.catch_warnings(action="ignore"):  # what they think of an expression is not for the user
+        re.compile(expression)
     try:
         return regex.compile(expression)
     except regex.error as exc:

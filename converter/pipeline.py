@@ -98,6 +98,7 @@ def convert(
         if (known := already_made(destination, plan, inputs, processor.type)) is not None:
             return Report(Path(out), plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
+        destination.refuse_if_too_full(plan.output_bytes)
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
         job, shards = job_of(plan, inputs), [shard.file for shard in plan.shards]
@@ -146,7 +147,9 @@ def plan_conversion(
             inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
         )
         if out is not None:
-            Destination(Path(out), inputs=inputs.folders, overwrite=overwrite).refuse_if_taken()
+            destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
+            destination.refuse_if_taken()
+            destination.refuse_if_too_full(plan.output_bytes)
         return replace(plan, estimate=estimate(plan, inputs.base))
 
 

@@ -23,8 +23,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit
-MAX_JSON_BYTES = 50_000_000  # an index of half a million tensors
-MAX_TENSORS = 500_000  # in one checkpoint; the largest public ones have about 100,000
+MAX_JSON_BYTES = 50_000_000  # an index of all the tensors that are allowed
+MAX_TENSORS = 200_000  # in one checkpoint; the largest public ones have about 100,000
+MAX_JSON_VALUES = 3_000_000  # in one file; what Python makes of a value takes up to 300 bytes
+MAX_JSON_DEPTH = 64  # what copies or writes JSON again is recursive
 MAX_NAME_LENGTH = 512
 MAX_RANK = 8
 
@@ -181,6 +183,9 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object from bytes; `where` begins the message of the `BadCheckpoint` raised for anything else."""
+    # Counted before they are made; commas and brackets in strings count, too, for no real file comes near the limit.
+    if sum(raw.count(mark) for mark in b",[{") > MAX_JSON_VALUES:
+        raise BadCheckpoint(f"{where}: more than {MAX_JSON_VALUES:,} values")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -204,7 +209,20 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
         raise BadCheckpoint(f"{where}: not valid JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{where}: holds {type(value).__name__}, expected an object")
+    if _is_deeper(value, MAX_JSON_DEPTH):
+        raise BadCheckpoint(f"{where}: nested too deeply")
     return value
+
+
+def _is_deeper(value: object, depth: int) -> bool:
+    """Whether objects and arrays are nested more than `depth` deep."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        parts = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [inner for part in parts for inner in part if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def read_header(folder: Folder, name: str) -> dict[str, TensorHeader]:

@@ -84,6 +84,15 @@ class Destination:
             what = "another conversion" if self._is_whole() else "a conversion with missing or changed files"
             raise BadOutput(f"{self.out}: holds {what}; --overwrite replaces it")
 
+    def refuse_if_too_full(self, nbytes: int) -> None:
+        """`BadOutput` if the disk has no room for `nbytes`, what an earlier run has left there counted in."""
+        there = next(folder for folder in (self.staging, *self.staging.parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        if there == self.staging:
+            free += sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(there))
+        if free < nbytes:
+            raise BadOutput(f"{self.out}: {nbytes:,} bytes are needed, the disk has {free:,} free")
+
     @property
     def staging(self) -> Path:
         """Where OUT's parts gather; on OUT's filesystem."""

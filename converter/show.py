@@ -167,7 +167,7 @@ def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], C
                 description=progress.stage,
                 completed=progress.done,
                 total=progress.total,
-                memory=f"{amount(_memory())} · {progress.name}",
+                memory=f"{amount(_memory())} of memory",
             )
 
         yield show, clock

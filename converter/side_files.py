@@ -12,6 +12,9 @@ from converter.errors import BadCheckpoint, ConversionRefused
 from converter.read import Folder, read_bytes, read_json
 
 MAX_SIDE_FILE_BYTES = 200_000_000
+"""Of one file, and of all of them: they are in memory when they are copied."""
+MAX_TOKENIZER_VALUES = 6_000_000
+"""A vocabulary of a million pieces has three million."""
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
 _TOKENIZER = (
@@ -36,7 +39,14 @@ _OTHERS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-_MAY_NAME_CODE = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+_MAY_NAME_CODE = (
+    "config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,14 @@ def choose(base: Folder, adapter: Folder | None, *, trust_remote_code: bool) -> 
                 )
             if module in folder.names():
                 chosen[module] = SideFile(module, "adapter" if folder is adapter else "base")
+    total = 0
+    for side in chosen.values():
+        total += (base if side.origin == "base" or adapter is None else adapter).size(side.name)
+        if total > MAX_SIDE_FILE_BYTES:
+            raise BadCheckpoint(
+                f"{base.label}: {side.name} and other files beside the weights have more than "
+                f"{MAX_SIDE_FILE_BYTES:,} bytes"
+            )
     return tuple(chosen[name] for name in sorted(chosen))
 
 
@@ -84,6 +102,8 @@ def read_side_files(files: Iterable[SideFile], folder_of: Callable[[str], Folder
 
 def largest_token(raw: bytes) -> int:
     """The largest id in a tokenizer.json."""
+    if sum(raw.count(mark) for mark in b",[{") > MAX_TOKENIZER_VALUES:
+        raise BadCheckpoint(f"tokenizer.json: not a tokenizer: more than {MAX_TOKENIZER_VALUES:,} values")
     try:
         tokenizer: dict[str, Any] = json.loads(raw)
         vocabulary = tokenizer["model"]["vocab"]
@@ -91,20 +111,21 @@ def largest_token(raw: bytes) -> int:
         ids = [len(vocabulary) - 1] if isinstance(vocabulary, list) else list(vocabulary.values())
         ids += [token["id"] for token in tokenizer.get("added_tokens") or ()]
         return max(int(number) for number in ids)
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise BadCheckpoint(f"tokenizer.json: not a tokenizer: {type(exc).__name__} {exc}") from exc
 
 
 def _code_named_by(config: Mapping[str, Any]) -> list[str]:
-    """Files of this folder that an `auto_map` names: "modeling_x.XForCausalLM" means modeling_x.py."""
-    auto_map = config.get("auto_map")
-    if not isinstance(auto_map, Mapping):
-        return []
+    """What an `auto_map` names: "modeling_x.XForCausalLM" means the file modeling_x.py of this folder.
+
+    With "--" in it, it is code of another repository, and given as it is. A list is a tokenizer's, in the old way.
+    """
+    auto_map = config.get("auto_map") or {}
     values: list[object] = []
-    for value in auto_map.values():
+    for value in auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]:
         values += value if isinstance(value, list) else [value]
-    named = [value for value in values if isinstance(value, str) and "--" not in value]
-    return sorted({f"{value.partition('.')[0]}.py" for value in named})
+    named = [value for value in values if isinstance(value, str)]
+    return sorted({value if "--" in value else f"{value.partition('.')[0]}.py" for value in named})
 
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:

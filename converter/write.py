@@ -141,9 +141,7 @@ class ShardWriter:
             if written and self._path.exists():
                 self._temporary = self._path  # an earlier run finished it
             going_on = bool(written) and self._temporary.exists()
-            # The mode is the umask's business: files of mode 0600 break shared machines and containers.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if going_on else os.O_TRUNC)
-            self._descriptor = os.open(self._temporary, flags, 0o666)
+            self._descriptor = _open_again(self._temporary) if going_on else create(self._temporary)
             try:
                 if going_on and written:
                     self._resume(written)
@@ -338,13 +336,28 @@ class ShardWriter:
 def write_file(path: Path, raw: bytes) -> None:
     """A small file: its bytes, made durable, then its name."""
     temporary = path.with_name(path.name + UNFINISHED)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     with writing(path):
-        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+        with os.fdopen(create(temporary), "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
         commit(temporary, path)
+
+
+def create(path: Path) -> int:
+    """A descriptor of a new file, whatever stood in its place: what a link or a pipe leads to is not written to."""
+    path.unlink(missing_ok=True)
+    # The mode is the umask's business: files of mode 0600 break shared machines and containers.
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _open_again(path: Path) -> int:
+    """A descriptor of a file that an earlier run began; one with a second name may be precious to someone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+    return descriptor
 
 
 def commit(temporary: Path, path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
 
 import converter.read
-from converter.errors import BadCheckpoint, ConversionRefused, InputChanged
+from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, ReadFailed
 from converter.read import (
     CONFIG,
     DTYPE_BYTES,
@@ -783,7 +783,7 @@ def test_a_disk_that_cannot_read_is_an_error_that_names_the_file_and_the_place(
 
     monkeypatch.setattr(os, "preadv", fail)
 
-    with pytest.raises(InputChanged, match="file: reading at byte 3: Input/output error") as caught:
+    with pytest.raises(ReadFailed, match="file: reading at byte 3: Input/output error") as caught:
         folder.read_into(path.name, 3, memoryview(bytearray(1)))
 
     assert_one_line(caught.value)

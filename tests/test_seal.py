@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
-from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, WriteFailed
+from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
+from converter.quantize import Quantizer
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.models import load, save_adapter, save_base
 from tests.reference import tensors_of
@@ -208,6 +209,12 @@ def test_an_earlier_conversion_stays_as_it_was_until_the_new_one_is_whole_whatev
         assert visible(out) == whole
         assert killed or not out.with_name("out.partial").exists()
 
+        # What a killed run may have left beside a whole OUT is known as ours, and in nobody's way.
+        convert(*inputs, out, OTHER, ONE_THREAD, overwrite=True)
+
+        assert contents(out) == contents(earlier)
+        assert not out.with_name("out.partial").exists()
+
 
 @both
 def test_a_volume_with_an_earlier_conversion_is_never_a_mixture_whatever_fails(
@@ -235,19 +242,23 @@ def test_a_volume_with_an_earlier_conversion_is_never_a_mixture_whatever_fails(
         assert visible(out) == whole | found
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_an_interruption_leaves_nothing(
-    base: Path, adapter: Path, out: Path, interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt, VerificationFailed("it would not load")])
+def test_whatever_goes_wrong_at_the_last_look_leaves_no_out(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, reason: Any
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise interruption
+    def fail(*_: object) -> None:
+        raise reason
 
-    monkeypatch.setattr("converter.seal.verify", interrupt)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("converter.seal.verify", fail)
+        with pytest.raises((RuntimeError, KeyboardInterrupt, VerificationFailed)):
+            convert(base, adapter, out)
 
-    with pytest.raises(interruption):
-        convert(base, adapter, out)
+    assert not out.exists()
 
-    assert list(out.parent.iterdir()) == []
+    convert(base, adapter, out)
+
+    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])
@@ -686,6 +697,29 @@ def test_equal_inputs_give_equal_folders_wherever_they_are(
     assert adapter.exists()
 
 
+def test_the_number_of_threads_that_torch_has_changes_nothing(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The mean of many absmax depends on how many threads share them, so that it must be one.
+    seen: set[int] = set()
+    statistics = Quantizer.statistics
+
+    def watched(*arguments: Any) -> dict[str, torch.Tensor]:
+        seen.add(torch.get_num_threads())
+        return statistics(*arguments)
+
+    monkeypatch.setattr(Quantizer, "statistics", watched)
+    torch.set_num_threads(3)
+    try:
+        convert(base, adapter, out)
+
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {1}
+    assert contents(out) == whole
+
+
 def test_no_file_of_out_tells_a_place_or_a_time(base: Path, adapter: Path, whole: dict[str, bytes]) -> None:
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
@@ -709,10 +743,18 @@ def test_permissions_are_those_that_the_umask_gives(base: Path, adapter: Path, o
 def test_the_receipt_knows_size_and_sha256_of_every_file(whole: dict[str, bytes]) -> None:
     receipt = json.loads(whole["conversion.json"])
 
-    others = {name: raw for name, raw in whole.items() if name != "conversion.json"}
+    others = {name: raw for name, raw in whole.items() if name not in ("conversion.json", "SHA256SUMS")}
     assert receipt["files"] == {
         name: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for name, raw in others.items()
     }
+
+
+def test_the_usual_tool_can_check_the_files(whole: dict[str, bytes]) -> None:
+    others = {name: raw for name, raw in sorted(whole.items()) if name != "SHA256SUMS"}
+
+    # One line a file, as `sha256sum --check SHA256SUMS` reads them.
+    lines = [f"{hashlib.sha256(raw).hexdigest()}  {name}\n" for name, raw in others.items()]
+    assert whole["SHA256SUMS"].decode() == "".join(lines)
 
 
 @pytest.mark.parametrize("merge_precision", ["float32", "reference"])
@@ -828,12 +870,18 @@ def test_what_a_user_needs_beside_the_weights_is_copied_and_nothing_else(
 
     convert(base, inputs[1], out)
 
-    assert sorted(contents(out)) == sorted(
-        [
-            *("LICENSE", "README.md", "USE_POLICY.md", "chat_template.jinja", "config.json", "conversion.json"),
-            *("generation_config.json", "model.safetensors", "preprocessor_config.json"),
-        ]
-    )
+    assert contents(out).keys() == {
+        *(
+            "SHA256SUMS",
+            "LICENSE",
+            "README.md",
+            "USE_POLICY.md",
+            "chat_template.jinja",
+            "config.json",
+            "conversion.json",
+        ),
+        *("generation_config.json", "model.safetensors", "preprocessor_config.json"),
+    }
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
 
 

@@ -1,15 +1,20 @@
-"""Writing a shard: what a reader finds in it, when it has its name, and what is left when the disk fails."""
+"""Writing a shard: what a reader finds in it, when it has its name, what is left when the disk fails, and what a later
+run makes of that.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import signal
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from converter.errors import WriteFailed
 from converter.layout import Output, lay_out
 from converter.plan import ShardPlan, TensorPlan
 from converter.read import DTYPE_BYTES, LocalFolder, TensorHeader, read_header
-from converter.write import UNFINISHED, ShardWriter, write_file
+from converter.write import UNFINISHED, ShardWriter, Written, write_file
 
 FILE = "model.safetensors"
 WEIGHT = Output("a.weight", "U8", (32, 1))
@@ -102,6 +107,19 @@ def assert_one_line(error: WriteFailed, path: Path) -> None:
     assert str(path) in str(error)
 
 
+def fails_once(monkeypatch: pytest.MonkeyPatch, call: str) -> list[str]:
+    """A sync fails, and those after it say that all is well, as the kernel does. The names of the files synced."""
+    asked: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        asked.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        if len(asked) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, sync)
+    return asked
+
+
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """The kernel refuses to make this process's files longer."""
@@ -135,9 +153,11 @@ def closing_fails(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     close = os.close
 
     def close_and_fail(descriptor: int) -> None:
-        closed.append(descriptor)
+        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
         close(descriptor)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if plain:
+            closed.append(descriptor)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "close", close_and_fail)
     return closed
@@ -269,11 +289,11 @@ def test_a_file_is_durable_before_it_has_its_name_and_its_name_after(
 
     write_shard(tmp_path)
 
-    assert seen == [("file", {FILE + UNFINISHED}), ("folder", {FILE})]
+    assert seen == [("folder", {FILE + UNFINISHED}), ("file", {FILE + UNFINISHED}), ("folder", {FILE})]
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
-def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(
+def test_a_file_whose_writing_was_interrupted_stays_without_its_name(
     interruption: type[BaseException], tmp_path: Path
 ) -> None:
     def interrupt(writer: ShardWriter) -> None:
@@ -282,13 +302,13 @@ def test_nothing_is_left_of_a_file_whose_writing_was_interrupted(
     with pytest.raises(interruption):
         write_shard(tmp_path, end=interrupt)
 
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {FILE + UNFINISHED}
 
 
-def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path: Path) -> None:
+def test_a_file_that_was_not_finished_stays_without_its_name(tmp_path: Path) -> None:
     write_shard(tmp_path, end=lambda _: None)
 
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {FILE + UNFINISHED}
 
 
 def test_what_a_dead_run_left_is_overwritten(tmp_path: Path) -> None:
@@ -312,7 +332,7 @@ def test_a_file_of_which_a_tensor_was_not_written_is_not_finished(absent: Output
     with pytest.raises(AssertionError, match=rf"model\.safetensors: {absent.name} was not written"):
         write_shard(tmp_path, but=absent)
 
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {FILE + UNFINISHED}
 
 
 def test_a_file_of_which_a_tensor_was_written_in_part_is_not_finished(tmp_path: Path) -> None:
@@ -356,21 +376,21 @@ def test_permissions_are_what_the_umask_leaves(
 
 
 @pytest.mark.parametrize(
-    ("call", "code"),
+    ("call", "code", "left"),
     [
-        ("open", errno.EROFS),
-        ("posix_fallocate", errno.ENOSPC),
-        ("pwrite", errno.ENOSPC),
-        ("pwrite", errno.EIO),
-        ("ftruncate", errno.EIO),
-        ("fsync", errno.EIO),
-        ("fsync", errno.EDQUOT),
-        ("rename", errno.EIO),
+        ("open", errno.EROFS, set()),
+        ("posix_fallocate", errno.ENOSPC, set()),
+        ("pwrite", errno.ENOSPC, {FILE + UNFINISHED}),
+        ("pwrite", errno.EIO, {FILE + UNFINISHED}),
+        ("ftruncate", errno.EIO, {FILE + UNFINISHED}),
+        ("fsync", errno.EIO, set()),
+        ("fsync", errno.EDQUOT, set()),
+        ("rename", errno.EIO, {FILE + UNFINISHED}),
     ],
-    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value if isinstance(value, str) else "",
 )
-def test_a_failing_disk_is_an_error_that_names_the_file_and_nothing_is_left(
-    call: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failing_disk_is_an_error_that_names_the_file_which_gets_no_name(
+    call: str, code: int, left: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, call, fail(code))
 
@@ -378,7 +398,7 @@ def test_a_failing_disk_is_an_error_that_names_the_file_and_nothing_is_left(
         write_shard(tmp_path)
 
     assert_one_line(caught.value, tmp_path / FILE)
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == left
 
 
 def test_a_file_that_fails_while_it_is_closed_is_closed_once_and_left_without_its_name(
@@ -388,13 +408,62 @@ def test_a_file_that_fails_while_it_is_closed_is_closed_once_and_left_without_it
         write_shard(tmp_path)
 
     assert len(closing_fails) == 1
+    assert names(tmp_path) == {FILE + UNFINISHED}
+
+
+def test_a_failure_to_close_does_not_hide_what_went_wrong_before(tmp_path: Path, closing_fails: list[int]) -> None:
+    with pytest.raises(AssertionError, match="was not written"):
+        write_shard(tmp_path, but=NORM)
+
+    assert len(closing_fails) == 1
+    assert names(tmp_path) == {FILE + UNFINISHED}
+
+
+@pytest.mark.parametrize(("call", "end"), [("fdatasync", ShardWriter.sync), ("fsync", ShardWriter.finish)])
+def test_a_file_of_which_a_sync_failed_is_never_synced_again_and_is_gone(
+    call: str, end: Callable[[ShardWriter], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer:
+        write_all(writer)
+        asked = fails_once(monkeypatch, call)
+        for attempt in (end, ShardWriter.sync, ShardWriter.finish, end):
+            with pytest.raises(WriteFailed) as caught:
+                attempt(writer)
+            assert_one_line(caught.value, tmp_path / FILE)
+
+        assert writer.is_lost
+
+    assert asked == [FILE + UNFINISHED]
     assert names(tmp_path) == set()
 
 
-@pytest.mark.usefixtures("closing_fails")
-def test_a_failure_to_close_does_not_hide_what_went_wrong_before(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="was not written"):
-        write_shard(tmp_path, but=NORM)
+@pytest.mark.parametrize("end", [ShardWriter.sync, ShardWriter.finish])
+def test_a_sync_that_fails_behind_the_writers_backs_is_told_by_the_next_one(
+    end: Callable[[ShardWriter], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.write, "FLUSH_BYTES", 40)
+    asked = fails_once(monkeypatch, "fdatasync")
+    with ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer:
+        with contextlib.suppress(WriteFailed):
+            write_all(writer)
+        deadline = time.monotonic() + 20
+        while not asked and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+        with pytest.raises(WriteFailed, match="Input/output error"):
+            end(writer)
+
+    assert asked == [FILE + UNFINISHED]
+    assert names(tmp_path) == set()
+
+
+def test_a_file_of_which_an_unasked_sync_failed_is_gone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter.write, "FLUSH_BYTES", 40)
+    asked = fails_once(monkeypatch, "fdatasync")
+    with ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer, contextlib.suppress(WriteFailed):
+        write_all(writer)
+        while not asked:
+            time.sleep(0.001)
 
     assert names(tmp_path) == set()
 
@@ -444,6 +513,296 @@ def test_a_filesystem_that_cannot_reserve_room_is_written_to_all_the_same(
     write_shard(tmp_path)
 
     assert len(deserialize((tmp_path / FILE).read_bytes())) == len(OUTPUTS)
+
+
+# What a later run makes of it
+
+TWO = ShardPlan(FILE, (tensor_plan(WEIGHT, SCALES, STATE), tensor_plan(NORM)), lay_out(OUTPUTS))
+BYTES = {output.name: bytes(range(7, 7 + output.nbytes)) for output in (WEIGHT, SCALES, NORM)}
+BYTES[STATE.name] = b'{"shape": [8, 8]}'
+BOTH = {WEIGHT.name, NORM.name}
+
+
+def pieces_of(cut: int, *names: str) -> Iterator[tuple[str, int, bytes]]:
+    for name in names:
+        if name == STATE.name:
+            yield name, 0, BYTES[name]
+        else:
+            for start in range(0, len(BYTES[name]), cut):
+                yield name, start, BYTES[name][start : start + cut]
+
+
+def notes(writer: ShardWriter) -> Written:
+    """What the journal would know of the tensors of TWO."""
+    return {tensor.name: (writer.pieces(tensor.name), writer.states(tensor.name)) for tensor in TWO.tensors}
+
+
+def leave(folder: Path, *, cut: int = 100, finish: bool = False) -> Written:
+    """A shard with both tensors, left by a run that died; what the journal knows of it."""
+    with ShardWriter(folder, TWO) as writer:
+        for piece in pieces_of(cut, *BYTES):
+            writer.write(*piece)
+        writer.sync()
+        if finish:
+            writer.finish()
+        return notes(writer)
+
+
+def finish(folder: Path, written: Written) -> set[str]:
+    """Go on with what was left, as a conversion does; the tensors that were there."""
+    with ShardWriter(folder, TWO, written) as writer:
+        for tensor in TWO.tensors:
+            if tensor.name not in writer.resumed:
+                for piece in pieces_of(100, *(output.name for output in tensor.outputs)):
+                    writer.write(*piece)
+        writer.finish()
+        return writer.resumed
+
+
+def change_byte(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 16
+    path.write_bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    leave(folder, finish=True)
+    return (folder / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7, 100])
+def test_what_was_written_in_whatever_cuts_is_not_made_again(cut: int, tmp_path: Path, undisturbed: bytes) -> None:
+    written = leave(tmp_path, cut=cut)
+
+    assert len(written[WEIGHT.name][0]) == -(32 // -cut) + -(8 // -cut)
+    assert finish(tmp_path, written) == BOTH
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_pieces_and_quant_states_come_back(tmp_path: Path) -> None:
+    written = leave(tmp_path, cut=10)
+
+    with ShardWriter(tmp_path, TWO, written) as writer:
+        assert notes(writer) == written
+        assert writer.states(WEIGHT.name) == {STATE.name: BYTES[STATE.name].decode()}
+        assert writer.states(NORM.name) == {}
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "kept"),
+    [(WEIGHT, {NORM.name}), (SCALES, {NORM.name}), (NORM, {WEIGHT.name})],
+    ids=lambda v: str(v)[:30],
+)
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_a_tensor_with_a_byte_that_is_not_as_it_was_written_is_made_anew_and_the_others_are_kept(
+    spoiled: Output, kept: set[str], finished: bool, tmp_path: Path, undisturbed: bytes
+) -> None:
+    written = leave(tmp_path, finish=finished)
+    change_byte(tmp_path / (FILE if finished else FILE + UNFINISHED), TWO.layout.offsets[spoiled.name])
+
+    assert finish(tmp_path, written) == kept
+    assert names(tmp_path) == {FILE}
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_of_a_file_that_was_cut_short_what_is_there_is_kept(finished: bool, tmp_path: Path, undisturbed: bytes) -> None:
+    for size in range(0, len(undisturbed) + 1, 3):
+        (tmp_path / FILE).unlink(missing_ok=True)
+        written = leave(tmp_path, finish=finished)
+        os.truncate(tmp_path / (FILE if finished else FILE + UNFINISHED), size)
+        there = {
+            tensor.name
+            for tensor in TWO.tensors
+            if all(TWO.layout.offsets[o.name] + o.nbytes <= size for o in tensor.outputs if not o.is_state)
+        }
+
+        assert finish(tmp_path, written) == there
+        assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_no_changed_byte_of_a_finished_file_stays(tmp_path: Path, undisturbed: bytes) -> None:
+    for at in range(0, len(undisturbed), 3):
+        written = leave(tmp_path, finish=True)
+        change_byte(tmp_path / FILE, at)
+
+        finish(tmp_path, written)
+
+        assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_what_follows_the_end_of_a_finished_file_does_not_stay(tmp_path: Path, undisturbed: bytes) -> None:
+    written = leave(tmp_path, finish=True)
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(b"more")
+
+    assert finish(tmp_path, written) == BOTH
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_a_missing_file_is_made_anew(tmp_path: Path, undisturbed: bytes) -> None:
+    written = leave(tmp_path)
+    (tmp_path / (FILE + UNFINISHED)).unlink()
+
+    assert finish(tmp_path, written) == set()
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_a_file_of_which_nothing_is_known_is_made_anew(tmp_path: Path, undisturbed: bytes) -> None:
+    leave(tmp_path, finish=True)
+    leave(tmp_path)
+
+    assert finish(tmp_path, {}) == set()
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_a_finished_file_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = leave(tmp_path, finish=True)
+    before = (tmp_path / FILE).stat()
+    for call in ("pwrite", "ftruncate", "posix_fallocate", "rename", "fsync", "fdatasync"):
+        monkeypatch.setattr(os, call, fail(errno.EROFS))
+
+    with ShardWriter(tmp_path, TWO, written) as writer:
+        assert writer.is_finished
+        assert writer.finish() == before.st_size
+
+    after = (tmp_path / FILE).stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+
+
+def test_a_file_that_is_not_whole_after_all_loses_its_name_before_it_is_written(tmp_path: Path) -> None:
+    written = leave(tmp_path, finish=True)
+    change_byte(tmp_path / FILE, 0)
+
+    with ShardWriter(tmp_path, TWO, written) as writer:
+        assert not writer.is_finished
+        assert writer.resumed == BOTH
+        assert names(tmp_path) == {FILE + UNFINISHED}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pieces, states: (pieces[:-1], states),
+        lambda _, states: ((), states),
+        lambda pieces, _: (pieces, {}),
+        lambda pieces, _: (pieces, {NORM.name: ""}),
+        lambda pieces, states: ((replace(pieces[0], output="another"), *pieces[1:]), states),
+        lambda pieces, states: ((replace(pieces[0], output=STATE.name), *pieces[1:]), states),
+        lambda pieces, states: ((replace(pieces[0], start=1), *pieces[1:]), states),
+        lambda pieces, states: ((replace(pieces[0], length=31), *pieces[1:]), states),
+    ],
+    ids=["a piece less", "no pieces", "no state", "another state", "a stranger's", "a state's", "shifted", "shorter"],
+)
+def test_notes_that_do_not_account_for_a_whole_tensor_are_not_relied_on(
+    change: Callable[..., Any], tmp_path: Path, undisturbed: bytes
+) -> None:
+    written = dict(leave(tmp_path))
+    written[WEIGHT.name] = change(*written[WEIGHT.name])
+
+    assert finish(tmp_path, written) == {NORM.name}
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_what_the_disk_cannot_give_back_is_made_anew(
+    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = leave(tmp_path, finish=True)
+    monkeypatch.setattr(os, "pread", fail(errno.EIO))
+
+    assert finish(tmp_path, written) == set()
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
+def test_what_an_earlier_run_left_stays_when_looking_at_it_is_interrupted(
+    interruption: type[BaseException], tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = leave(tmp_path)
+
+    def interrupt(*_: object) -> bytes:
+        raise interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", interrupt)
+        with pytest.raises(interruption):
+            ShardWriter(tmp_path, TWO, written)
+
+    assert finish(tmp_path, written) == BOTH
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+def test_what_an_earlier_run_left_stays_on_a_disk_that_is_full_meanwhile(
+    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = leave(tmp_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
+        with pytest.raises(WriteFailed, match="No space left"):
+            ShardWriter(tmp_path, TWO, written)
+
+    assert finish(tmp_path, written) == BOTH
+    assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("name", [FILE, FILE + UNFINISHED])
+def test_a_link_in_a_files_place_is_not_followed(name: str, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "staging", tmp_path / "victim"
+    folder.mkdir()
+    written = leave(folder)
+    victim.write_bytes(b"precious")
+    (folder / (FILE + UNFINISHED)).unlink()
+    (folder / name).symlink_to(victim)
+
+    with pytest.raises(WriteFailed, match="symbolic links"):
+        ShardWriter(folder, TWO, written)
+
+    assert victim.read_bytes() == b"precious"
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(1, 17), min_size=1, max_size=9),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_after_any_damage_the_file_is_what_it_would_have_been(
+    lengths: list[int], cuts: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    outputs = [Output(f"t{number}", "U8", (length,)) for number, length in enumerate(lengths)]
+    plan = ShardPlan(FILE, tuple(tensor_plan(output) for output in outputs), lay_out(outputs))
+    rng = np.random.default_rng(sum(lengths))
+    wanted = {output.name: rng.bytes(output.nbytes) for output in outputs}
+
+    def write(writer: ShardWriter) -> None:
+        for number, output in enumerate(outputs):
+            if output.name not in writer.resumed:
+                cut = cuts[number % len(cuts)]
+                for start in range(0, output.nbytes, cut):
+                    writer.write(output.name, start, wanted[output.name][start : start + cut])
+
+    with ShardWriter(folder, plan) as writer:
+        write(writer)
+        written = {output.name: (writer.pieces(output.name), writer.states(output.name)) for output in outputs}
+        if whole := data.draw(st.booleans()):
+            writer.finish()
+    path = folder / (FILE if whole else FILE + UNFINISHED)
+    raw = bytearray(path.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=4)):
+        raw[at] ^= 255
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    for name in data.draw(st.lists(st.sampled_from([output.name for output in outputs]), unique=True)):
+        del written[name]
+
+    with ShardWriter(folder, plan, written) as writer:
+        write(writer)
+        writer.finish()
+
+    assert {n: bytes(t["data"]) for n, t in deserialize((folder / FILE).read_bytes())} == wanted
 
 
 # Small files

@@ -1,0 +1,112 @@
+"""Try every fault, print a table, end with 1 if anything was lost that may not be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from chaos import disks, processes
+from chaos.trial import Lab, Row, visible
+
+
+def experiments(lab: Lab, *, short: bool) -> dict[str, Callable[[], Iterator[Row]]]:
+    """By the name on the command line."""
+    scenes = processes.SCENES[:1] if short else processes.SCENES
+    return {
+        "kills": lambda: processes.kills(lab, 12 if short else 1, scenes),
+        "errors": lambda: processes.errors(lab, 30 if short else 1),
+        "instants": lambda: processes.instants(lab, 4 if short else 100),
+        "memory": lambda: processes.memory(lab, 8 if short else 1),
+        "damage": lambda: processes.damage(lab, 2 if short else 50),
+        "full": lambda: disks.full(lab, 12 if short else 1),
+        "dying": lambda: disks.dying(lab, 2 if short else 50),
+        "power": lambda: disks.power(lab, 40 if short else 1, 3 if short else 100),
+    }
+
+
+def prepare(place: Path) -> Lab:
+    """Inputs, an earlier conversion, and what an undisturbed one gives; the libraries are loaded and warm."""
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    import torch
+
+    import converter.journal
+    from converter import Recipe, Resources, convert
+    from converter.silence import quietly
+
+    torch.set_num_threads(1)
+    converter.journal.SECONDS = 0.0  # every tensor is noted at once
+    with quietly():
+        from tests.models import save_adapter, save_base
+
+        base = save_base(place / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=6000)
+        adapter = save_adapter(place / "adapter", base, "llama")
+    lab = Lab(place, base, adapter)
+    recipe, resources = Recipe(max_shard_size=1_000_000), Resources(threads=1)
+    report = convert(base, adapter, place / "whole", recipe, resources)
+    lab.whole, lab.tensors = visible(report.out), len(list(report.plan.tensors()))
+    other = Recipe(max_shard_size=1_000_000, double_quant=False)
+    convert(base, adapter, place / "earlier", other, resources)
+    return lab
+
+
+def table(rows: list[Row]) -> str:
+    """As Markdown."""
+    lines = [
+        "| fault | tried | OUT absent | OUT whole | resumed to the same bytes | tensors made twice, at most | losses |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        if row.skipped:
+            lines.append(f"| {row.fault} | skipped: {row.skipped} | | | | | |")
+        else:
+            cells = (row.fault, row.tried, row.absent, row.whole, row.resumed, row.lost, len(row.failures))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("kinds", nargs="*", help="kills, errors, instants, memory, damage, full, dying, power")
+    parser.add_argument("--short", action="store_true", help="a sample of each")
+    parser.add_argument("--json", type=Path, help="the figures, as JSON")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chaos") as folder:
+        lab = prepare(Path(folder))
+        wanted = experiments(lab, short=options.short)
+        for kind in options.kinds or wanted:
+            reason = ""
+            if kind in ("kills", "errors", "power") and shutil.which("strace") is None:
+                reason = "needs strace"
+            if kind in ("full", "dying", "power"):
+                reason = disks.missing() or reason
+            if reason:
+                rows.append(Row(kind, f"python -m chaos {kind}", skipped=reason))
+                print(f"{kind}: skipped: {reason}", file=sys.stderr)
+                continue
+            for row in wanted[kind]():
+                rows.append(row)
+                print(f"{time.monotonic() - started:5.0f} s  {row.fault}: {row.tried}", file=sys.stderr, flush=True)
+                for failure in row.failures:
+                    print(f"    {failure}", file=sys.stderr, flush=True)
+    print(table(rows), end="")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    return int(any(row.failures for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Faults of a process and of its system calls: it is killed, or told that the disk failed."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from chaos.trial import Lab, Row, ended, fresh, kill_after, visible
+
+CHANGES = (
+    "pwrite64 write fsync fdatasync rename renameat renameat2 ftruncate fallocate mkdir unlink unlinkat rmdir link"
+)
+CHANGES += " linkat"
+ERRORS = [
+    ("ENOSPC", "pwrite64 write fallocate mkdir"),
+    ("EIO", "pwrite64 fsync fdatasync rename renameat2 ftruncate unlink"),
+    ("EIO", "pread64 preadv read"),
+    ("EROFS", "openat mkdir rename renameat2"),
+]
+
+Scene = tuple[str, Callable[[Lab, Path], Path], tuple[str, ...]]
+
+
+def _new(lab: Lab, place: Path) -> Path:
+    return fresh(place) / "out"
+
+
+def _empty(lab: Lab, place: Path) -> Path:
+    return fresh(place / "out")
+
+
+def _earlier(lab: Lab, place: Path) -> Path:
+    shutil.copytree(lab.place / "earlier", fresh(place) / "out")
+    return place / "out"
+
+
+SCENES: list[Scene] = [
+    ("a new OUT", _new, ()),
+    ("an empty folder as OUT", _empty, ()),
+    ("--overwrite", _earlier, ("--overwrite",)),
+]
+
+
+def calls_of(lab: Lab, scene: Scene, calls: str) -> Counter[str]:
+    """How often an undisturbed run makes each system call."""
+    log = lab.place / "calls"
+    out = scene[1](lab, lab.place / "place")
+    code = lab.traced(lab.command(out, *scene[2]), "-o", str(log), "-e", f"trace={_known(calls)}")
+    if code:
+        raise RuntimeError(f"an undisturbed run ended with {code}: {lab.said()}")
+    return Counter(re.findall(r"^\d+ +(\w+)\(", log.read_text(), re.MULTILINE))
+
+
+def _known(calls: str) -> str:
+    return ",".join(f"?{call}" for call in calls.split())
+
+
+def _numbers(count: int, every: int) -> Iterator[int]:
+    yield from range(1 + (random.randrange(every) if every > 1 else 0), count + 1, every)
+
+
+def kills(lab: Lab, every: int, scenes: list[Scene]) -> Iterator[Row]:
+    """Kill at every call that changes the disk."""
+    for scene in scenes:
+        name, prepare, options = scene
+        row = Row(f"kill -9 at a system call that changes the disk, {name}", "python -m chaos kills")
+        earlier = visible(lab.place / "earlier")
+        for call, count in calls_of(lab, scene, CHANGES).items():
+            for number in _numbers(count, every):
+                out = prepare(lab, lab.place / "place")
+                inject = f"inject={call}:signal=SIGKILL:when={number}"
+                code = lab.traced(lab.command(out, *options), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+                if code == 0:
+                    continue  # fewer calls this time
+                lab.judge(row, out, f"{call} {number}", *options, earlier=earlier)
+        yield row
+
+
+def errors(lab: Lab, every: int) -> Iterator[Row]:
+    """Have every call fail once."""
+    scene = SCENES[0]
+    for error, calls in ERRORS:
+        row = Row(f"{error} from {', '.join(calls.split())}", "python -m chaos errors")
+        for call, count in calls_of(lab, scene, calls).items():
+            for number in _numbers(count, every):
+                out = scene[1](lab, lab.place / "place")
+                inject = f"inject={call}:error={error}:when={number}"
+                lab.traced(lab.command(out), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+                lab.judge(row, out, f"{error} from {call} {number}")
+        yield row
+
+
+def instants(lab: Lab, count: int) -> Iterator[Row]:
+    """Kill, and ask for an end, at instants drawn by chance."""
+    started = time.monotonic()
+    lab.run(lab.command(_new(lab, lab.place / "place")))
+    seconds = time.monotonic() - started
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        row = Row(f"{signum.name} at a random instant", "python -m chaos instants")
+        for _ in range(count):
+            out = _new(lab, lab.place / "place")
+            code = kill_after(lab.start(lab.command(out)), random.uniform(0, seconds), signum)
+            # Python itself dies of a signal that comes before the command line has begun.
+            if code not in (0, -signum, 128 + signum):
+                row.failures.append(f"ended with {code}: {lab.said()}")
+            lab.judge(row, out, signum.name)
+        yield row
+
+
+def memory(lab: Lab, every: int) -> Iterator[Row]:
+    """Less memory than it takes."""
+    row = Row("RLIMIT_DATA below what is needed", "python -m chaos memory")
+    data = _data_bytes()
+    for extra in range(0, 40_000_000, 500_000 * every):
+        out = _new(lab, lab.place / "place")
+        limit = data + extra
+        code = lab.run(
+            lab.command(out), before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_DATA, (limit, -1))
+        )
+        if code == 0:
+            break
+        said = lab.said()
+        (lab.place / "said").write_text(said.splitlines()[0] if code < 0 and said else said)  # C++ says why it aborts
+        lab.judge(row, out, f"{extra:,} bytes")
+    yield row
+
+
+def _data_bytes() -> int:
+    found = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def damage(lab: Lab, count: int) -> Iterator[Row]:
+    """Cut files short, and flip bits in them."""
+    for how in ("cut short", "with flipped bits"):
+        row = Row(f"files in staging {how}", "python -m chaos damage")
+        for _ in range(count):
+            out = _new(lab, lab.place / "place")
+            staging = out.with_name("out.partial")
+            for _ in range(10):
+                kill_after(lab.start(lab.command(out)), random.uniform(0.03, 0.12))
+                if staging.exists() and list(staging.iterdir()):
+                    break
+            made = lab.made
+            for path in staging.iterdir() if staging.exists() else []:
+                if path.stat().st_size:
+                    _spoil(path, how)
+            lab._made[:8] = made.to_bytes(8, "little")
+            lab.judge(row, out, how)
+        yield row
+        for which in ("base", "adapter"):
+            row = Row(f"{which} {how}, before or between runs", "python -m chaos damage")
+            for number in range(count):
+                _damage_input(lab, row, which, how, between=bool(number % 2))
+            yield row
+
+
+def _damage_input(lab: Lab, row: Row, which: str, how: str, *, between: bool) -> None:
+    out = _new(lab, lab.place / "place")
+    if between:
+        kill_after(lab.start(lab.command(out)), random.uniform(0.03, 0.12))
+    folder = lab.base if which == "base" else lab.adapter
+    path = random.choice(sorted(folder.glob("*.safetensors")))
+    raw, times = path.read_bytes(), path.stat()
+    _spoil(path, how)
+    code = lab.run(lab.command(out))
+    left = visible(out)
+    if code == 0 and left != lab.whole and how == "with flipped bits":
+        # The format has no checksums: other values are another input. The receipt must say so.
+        if left["conversion.json"] == lab.whole["conversion.json"]:
+            row.failures.append("another input, the same receipt")
+        shutil.rmtree(out)
+
+    def lift() -> None:
+        path.write_bytes(raw)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    lab.judge(row, out, f"{path.name} {how}", lift=lift)
+
+
+def _spoil(path: Path, how: str) -> None:
+    raw = bytearray(path.read_bytes())
+    if how == "cut short":
+        del raw[random.randrange(len(raw)) :]
+    else:
+        for _ in range(3):
+            raw[random.randrange(len(raw))] ^= 1 << random.randrange(8)
+    path.write_bytes(raw)
+
+
+__all__ = ["SCENES", "damage", "ended", "errors", "instants", "kills", "memory"]

@@ -1,0 +1,172 @@
+"""One conversion in a process of its own, with a fault; what it leaves, and whether the same command goes on with it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HIDDEN = (".lock", ".journal", ".partial")
+"""What a run that died right after it had named OUT may leave in it until the next one."""
+
+
+@dataclass
+class Row:
+    """What became of one kind of fault."""
+
+    fault: str
+    command: str
+    """How to try this row alone."""
+    tried: int = 0
+    absent: int = 0
+    """OUT was not there, or no checkpoint, or still the earlier one."""
+    whole: int = 0
+    resumed: int = 0
+    """The same command gave the bytes of an undisturbed run."""
+    lost: int = 0
+    """Tensors that were made a second time, at most in one trial."""
+    skipped: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Lab:
+    """The inputs, a place to work in, and what an undisturbed run gives."""
+
+    place: Path
+    base: Path
+    adapter: Path
+    whole: dict[str, bytes] = field(default_factory=dict)
+    _made: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 8))
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        paths = ["--base", str(self.base), "--adapter", str(self.adapter), "--out", str(out)]
+        return [*paths, "--max-shard-size", "1MB", "--threads", "1", "--quiet", *options]
+
+    @property
+    def made(self) -> int:
+        """Tensors that were begun since the last `start`."""
+        return int.from_bytes(self._made[:8], "little")
+
+    def start(self, command: Sequence[str], *, before: Callable[[], object] = lambda: None, held: bool = False) -> int:
+        """Run a command line in a fork; its pid. `held`: stopped before it does anything."""
+        self._made[:8] = bytes(8)
+        pid = os.fork()
+        if pid:
+            if held:
+                os.waitpid(pid, os.WUNTRACED)
+            return pid
+        with contextlib.suppress(BaseException):
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
+            os.dup2(os.open(self.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
+            self._count_tensors()
+            if held:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            before()
+            from converter.cli import main
+
+            try:
+                main(list(command))
+            except SystemExit as end:
+                os._exit(end.code if isinstance(end.code, int) else 1)
+        os._exit(99)
+
+    def run(self, command: Sequence[str], **settings: Any) -> int:
+        """Run a command line to its end; its exit code, negative for a signal."""
+        return ended(self.start(command, **settings))
+
+    def said(self) -> str:
+        return (self.place / "said").read_text(errors="replace").strip()
+
+    def _count_tensors(self) -> None:
+        import converter.pipeline
+
+        read_tile = converter.pipeline.read_tile
+
+        def counted(tensor: Any, folder: Any, start: int, *rest: Any) -> Any:
+            if start == 0:
+                self._made[:8] = (self.made + 1).to_bytes(8, "little")
+            return read_tile(tensor, folder, start, *rest)
+
+        converter.pipeline.read_tile = counted
+
+    def traced(self, command: Sequence[str], *options: str) -> int:
+        """Run a command line under strace; its exit code."""
+        pid = self.start(command, held=True)
+        strace = subprocess.Popen(["strace", "-f", "-qq", *options, "-p", str(pid)], stderr=subprocess.DEVNULL)
+        status = Path(f"/proc/{pid}/status")
+        while "TracerPid:\t0\n" in status.read_text():
+            if strace.poll() is not None:
+                os.kill(pid, signal.SIGKILL)
+                ended(pid)
+                raise RuntimeError("strace can't attach to a process here")
+        os.kill(pid, signal.SIGCONT)
+        code = ended(pid)
+        strace.wait()
+        return code
+
+    def judge(
+        self,
+        row: Row,
+        out: Path,
+        what: str,
+        *options: str,
+        earlier: dict[str, bytes] | None = None,
+        lift: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Look at what a trial left, lift the fault, run the same command, and look again."""
+        made, left = self.made, visible(out)
+        said = self.said()
+        row.tried += 1
+        if left == self.whole:
+            row.whole += 1
+        elif "config.json" not in left or left == earlier:
+            row.absent += 1
+        else:
+            row.failures.append(f"{what}: OUT is neither absent nor whole: {sorted(left)}")
+        if "Traceback" in said or said.count("\n"):
+            row.failures.append(f"{what}: said more than one line: {said[:200]!r}")
+        lift()
+        code = self.run(self.command(out, *options))
+        if code == 0 and visible(out) == self.whole:
+            row.resumed += 1
+            row.lost = max(row.lost, made + self.made - self.tensors if self.made else 0)
+        else:
+            row.failures.append(f"{what}: the same command ended with {code}: {self.said()[:300]}")
+
+    tensors: int = 0
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_after(pid: int, seconds: float, signum: int = signal.SIGKILL) -> int:
+    """Send a process a signal some time later; how it ended."""
+    time.sleep(seconds)
+    os.kill(pid, signum)
+    return ended(pid)
+
+
+def visible(out: Path) -> dict[str, bytes]:
+    """The files of OUT, but for hidden ones."""
+    if not out.is_dir():
+        return {}
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name not in HIDDEN and path.is_file()}
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder

@@ -1,0 +1,38 @@
+"""Every parser of foreign files, on files that were changed at random: our own errors or none, in bounded time.
+
+The same targets run for long by `make fuzz`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuzz.targets import TARGETS, Target, mutated
+
+EXAMPLES = 300
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the examples overwrite in turn."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+@settings(
+    max_examples=EXAMPLES, derandomize=True, database=None, deadline=5_000, suppress_health_check=list(HealthCheck)
+)
+@given(data=st.data())
+def test_a_parser_raises_nothing_but_our_own_errors(target: Target, scratch: Path, data: st.DataObject) -> None:
+    raw = data.draw(st.one_of(mutated(target.seeds), st.binary(max_size=200)))
+
+    target.parse(raw, scratch)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+def test_the_seeds_of_the_corpus_are_understood(target: Target, scratch: Path) -> None:
+    assert all(target.parse(seed, scratch) for seed in target.seeds)
