@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo check lint types test fix fixtures golden real bench clean
+.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -35,6 +35,12 @@ real: .venv/ready  ## a real language model, and the usual flow beside it; downl
 
 bench: .venv/ready  ## measure time and memory beside the usual flow; a quarter of an hour, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py
+
+fuzz: .venv/ready  ## feed the parsers of foreign files nonsense; MINUTES=10, more by coverage with `pip install atheris`
+	$(BIN)/python -m fuzz --minutes $(or $(MINUTES),10)
+
+chaos: .venv/ready  ## kill, fill, break and cut the power of conversions; a quarter of an hour, root for the disks
+	$(BIN)/python -m chaos --json build/chaos.json
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, as PYTHON=…")'

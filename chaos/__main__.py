@@ -26,12 +26,12 @@ def experiments(lab: Lab, *, short: bool) -> dict[str, Callable[[], Iterator[Row
     return {
         "kills": lambda: processes.kills(lab, 12 if short else 1, scenes),
         "errors": lambda: processes.errors(lab, 30 if short else 1),
-        "instants": lambda: processes.instants(lab, 4 if short else 100),
+        "instants": lambda: processes.instants(lab, 4 if short else 60),
         "memory": lambda: processes.memory(lab, 8 if short else 1),
-        "damage": lambda: processes.damage(lab, 2 if short else 50),
+        "damage": lambda: processes.damage(lab, 2 if short else 40),
         "full": lambda: disks.full(lab, 12 if short else 1),
-        "dying": lambda: disks.dying(lab, 2 if short else 50),
-        "power": lambda: disks.power(lab, 40 if short else 1, 3 if short else 100),
+        "dying": lambda: disks.dying(lab, 2 if short else 40),
+        "power": lambda: disks.power(lab, 40 if short else 1, 3 if short else 60),
     }
 
 
@@ -57,6 +57,11 @@ def prepare(place: Path) -> Lab:
     lab.whole, lab.tensors = visible(report.out), len(list(report.plan.tensors()))
     other = Recipe(max_shard_size=1_000_000, double_quant=False)
     convert(base, adapter, place / "earlier", other, resources)
+    for name in ("first", "second"):
+        started = time.monotonic()
+        if code := lab.run(lab.command(place / name)):
+            raise RuntimeError(f"an undisturbed run ended with {code}: {lab.said()}")
+        lab.seconds = time.monotonic() - started
     return lab
 
 

@@ -83,13 +83,19 @@ def full(lab: Lab, every: int) -> Iterator[Row]:
     for free in range(0, whole + 400_000, 65_536 * every):
         with mounted(make_image(lab.place / "image"), lab.place / "disk") as disk:
             ballast = disk / "ballast"
-            with ballast.open("wb") as file:
-                room = os.statvfs(disk)
-                os.posix_fallocate(file.fileno(), 0, max(room.f_bfree * room.f_bsize - free - 300_000, 1))
+            _fill(ballast, free)
             if lab.run(lab.command(disk / "out")) == 0:
                 break
             lab.judge(row, disk / "out", f"{free:,} bytes", lift=ballast.unlink)
     yield row
+
+
+def _fill(ballast: Path, free: int) -> None:
+    """Take room, until this much is left."""
+    piece = 32_768
+    with ballast.open("wb") as file, contextlib.suppress(OSError):
+        while (room := os.statvfs(ballast)).f_bavail * room.f_bsize > free:
+            os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, piece)
 
 
 def dying(lab: Lab, count: int) -> Iterator[Row]:
@@ -101,7 +107,7 @@ def dying(lab: Lab, count: int) -> Iterator[Row]:
             make_image(image)
             with mounted(image, folder, "loop,errors=remount-ro") as disk:
                 pid = lab.start(lab.command(disk / "out"))
-                time.sleep(random.uniform(0.0, 0.12))
+                time.sleep(random.uniform(0.0, lab.seconds))
                 if kind == "becomes read-only":
                     _trigger(disk).write_text("1")
                 else:
@@ -138,7 +144,7 @@ def power(lab: Lab, every: int, count: int) -> Iterator[Row]:
     for _ in range(count):
         with mounted(make_image(image), folder) as disk:
             pid = lab.start(lab.command(disk / "out"))
-            kill_after(pid, random.uniform(0.0, 0.15), signal.SIGKILL)
+            kill_after(pid, random.uniform(0.0, 1.2 * lab.seconds), signal.SIGKILL)
             _sh("cp", "--sparse=always", image, copy)
             done = bool(visible(disk / "out"))
         look(row, f"power, done: {done}")

@@ -1,4 +1,4 @@
-"""One conversion in a process of its own, with a fault; what it leaves, and whether the same command goes on with it."""
+"""One conversion in a process of its own, with a fault; what it leaves, and whether the same command goes on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from typing import Any
 
 HIDDEN = (".lock", ".journal", ".partial")
 """What a run that died right after it had named OUT may leave in it until the next one."""
+
+
+HUNG = 1000
 
 
 @dataclass
@@ -45,6 +48,9 @@ class Lab:
     base: Path
     adapter: Path
     whole: dict[str, bytes] = field(default_factory=dict)
+    tensors: int = 0
+    seconds: float = 0.0
+    """An undisturbed run takes."""
     _made: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 8))
 
     def command(self, out: Path, *options: str) -> list[str]:
@@ -81,9 +87,9 @@ class Lab:
                 os._exit(end.code if isinstance(end.code, int) else 1)
         os._exit(99)
 
-    def run(self, command: Sequence[str], **settings: Any) -> int:
-        """Run a command line to its end; its exit code, negative for a signal."""
-        return ended(self.start(command, **settings))
+    def run(self, command: Sequence[str], *, deadline: float = 60.0, **settings: Any) -> int:
+        """Run a command line to its end; its exit code, as `ended` gives it."""
+        return ended(self.start(command, **settings), deadline)
 
     def said(self) -> str:
         return (self.place / "said").read_text(errors="replace").strip()
@@ -113,6 +119,8 @@ class Lab:
         os.kill(pid, signal.SIGCONT)
         code = ended(pid)
         strace.wait()
+        if code == HUNG:
+            raise RuntimeError(f"hung: strace {' '.join(options)}")
         return code
 
     def judge(
@@ -144,11 +152,18 @@ class Lab:
         else:
             row.failures.append(f"{what}: the same command ended with {code}: {self.said()[:300]}")
 
-    tensors: int = 0
 
-
-def ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def ended(pid: int, deadline: float = 60.0) -> int:
+    """The exit code of a process, negative for a signal; `HUNG` if it had to be killed."""
+    until = time.monotonic() + deadline
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return HUNG
 
 
 def kill_after(pid: int, seconds: float, signum: int = signal.SIGKILL) -> int:

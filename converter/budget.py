@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from converter.errors import BadRecipe
-from converter.layout import tile_bounds
+from converter.layout import MIN_MERGE_ROWS, tile_bounds
 from converter.read import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -24,12 +24,16 @@ DEFAULT = 512_000_000
 """Bytes, if nothing else is asked for."""
 FIXED = 64_000_000
 """What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
-MOST_ELEMENTS = 8 << 20
+MOST_ELEMENTS = 2 << 20
 """Weights of one tile: larger ones were no faster."""
 FEWEST_ELEMENTS = 1 << 16
 
-_BY_KERNELS = {"BF16": 7.5, "F32": 9.5, "F16": 11.5}
-"""Bytes that a weight takes in a tile of the CPU kernels: as stored, its delta in float32, its packed code."""
+STRIP_ELEMENTS = 1 << 18
+"""Weights of a tile whose delta the CPU kernels have at a time: one megabyte of it."""
+_STRIP_ROWS = 3 * MIN_MERGE_ROWS
+"""Rows of a strip at the most, where a row is so long that fewer would make up its elements."""
+_BY_KERNELS = {"BF16": 3.0, "F32": 5.0, "F16": 7.0}
+"""Bytes that a weight takes in a tile of the CPU kernels: as stored, as float32 if it was float16, packed."""
 _BY_TORCH = 44.0
 """The same where torch and bitsandbytes compute: stored, base, delta and sum in float32, and what is made of them on
 the way."""
@@ -82,8 +86,9 @@ def cut_into_tiles(
             most = max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)
-        if tensor.largest_tile * each > largest:
-            largest, name = tensor.largest_tile * each, tensor.name
+        strip = 0 if tensor.pair is None else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+        if tensor.largest_tile * each + strip > largest:
+            largest, name = tensor.largest_tile * each + strip, tensor.name
     memory = reserved + int(largest) * resources.slots
     if resources.memory is not None and memory > resources.memory:
         raise BadRecipe(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from converter.budget import STRIP_ELEMENTS
 from converter.errors import NotFinite
+from converter.layout import tile_bounds
 from converter.measure import row_sums
 from converter.merge import delta_rows, merge_tile
 from converter.tiles import as_bytes, refuse_not_finite, torch_dtype
@@ -88,35 +91,40 @@ def _by_kernels(
     from converter import kernels
 
     recipe, rows, columns = quantizer.recipe, end - start, tensor.columns
-    delta = None
-    if tensor.pair is not None and factors is not None:
-        delta = buffers.take("delta", torch.float32, rows, columns)
-        torch.mm(factors[1][start:end], factors[0], out=delta)
     if stored.dtype is torch.float16:
         stored = stored.float()
     flat = stored.contiguous().flatten()
+    bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
     packed = buffers.take("packed", torch.uint8, -(rows * columns // -2))
     absmax = torch.empty(-(rows * columns // -recipe.block_size), dtype=torch.float32)
     sums = numpy.empty((rows, kernels.SUMS))
     rounding = kernels.EXACT
     if recipe.merge_precision == "reference":
         rounding = kernels.BFLOAT16 if recipe.dtype == "bfloat16" else kernels.FLOAT16
-    finite = kernels.quantize_rows(
-        (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy(),
-        None if delta is None else delta.numpy().ravel(),
-        tensor.pair.scaling if tensor.pair else 1.0,
-        columns,
-        quant_type=recipe.quant_type,
-        block=recipe.block_size,
-        rounding=rounding,
-        packed=packed.numpy(),
-        absmax=absmax.numpy(),
-        sums=sums,
-    )
-    if not finite:
-        raise NotFinite(f"{tensor.name}: holds a NaN or an infinity")
+    # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
+    strips = tile_bounds(rows, columns, block=recipe.block_size, most=STRIP_ELEMENTS)
+    for first, last in pairwise(strips):
+        values = slice(first * columns, last * columns)
+        delta = None
+        if tensor.pair is not None and factors is not None:
+            delta = buffers.take("delta", torch.float32, last - first, columns)
+            torch.mm(factors[1][start + first : start + last], factors[0], out=delta)
+        finite = kernels.quantize_rows(
+            bits[values],
+            None if delta is None else delta.numpy().ravel(),
+            tensor.pair.scaling if tensor.pair else 1.0,
+            columns,
+            quant_type=recipe.quant_type,
+            block=recipe.block_size,
+            rounding=rounding,
+            packed=packed[values.start // 2 : -(values.stop // -2)].numpy(),
+            absmax=absmax[values.start // recipe.block_size : -(values.stop // -recipe.block_size)].numpy(),
+            sums=sums[first:last],
+        )
+        if not finite:
+            raise NotFinite(f"{tensor.name}: holds a NaN or an infinity")
     writer.write(tensor.name, start * columns // 2, as_bytes(packed))
-    return TileResult(absmax, sums if delta is not None else sums[:, :2])
+    return TileResult(absmax, sums if tensor.pair is not None else sums[:, :2])
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[object]:

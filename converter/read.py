@@ -142,6 +142,8 @@ class LocalFolder:
             try:
                 # O_NONBLOCK: should the file become a pipe after the check, opening it must not hang.
                 self._descriptors[name] = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                # A conversion reads its base from end to end: the system may read further ahead than it would.
+                os.posix_fadvise(self._descriptors[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
             except OSError as exc:
                 raise BadCheckpoint(f"{self.path / name}: {exc.strerror}") from exc
         return self._descriptors[name]

@@ -16,9 +16,12 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import converter.patterns
 from fuzz.targets import STRANGE, TARGETS, mutated
 
 SECONDS_OF_AN_INPUT = 10
+SECONDS_OF_PATTERNS = 0.5
+"""Instead of those that a user waits; an expression that takes them all is refused, and no find."""
 
 
 def main() -> int:
@@ -62,8 +65,10 @@ def _escaped(word: bytes) -> str:
 
 def _unguided(name: str, corpus: Path, seconds: float) -> tuple[int, bool]:
     from hypothesis import HealthCheck, Phase, find, settings
+    from hypothesis.errors import NoSuchExample
 
     target, end, count = TARGETS[name], time.monotonic() + seconds, 0
+    converter.patterns.SECONDS = SECONDS_OF_PATTERNS
     with tempfile.TemporaryDirectory() as scratch:
 
         def crashes(raw: bytes) -> bool:
@@ -80,8 +85,6 @@ def _unguided(name: str, corpus: Path, seconds: float) -> tuple[int, bool]:
             max_examples=2_000, database=None, deadline=None, suppress_health_check=list(HealthCheck),
             phases=(Phase.generate, Phase.shrink),
         )  # fmt: skip
-        from hypothesis.errors import NoSuchExample
-
         while time.monotonic() < end:
             try:
                 crash = find(mutated(target.seeds), crashes, settings=options)

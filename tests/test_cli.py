@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,22 +220,38 @@ def large_base(tmp_path: Path) -> Path:
     return save_base(tmp_path / "large", "llama", vocab_size=8192)
 
 
-def test_a_disk_that_is_full_midway_ends_with_1_and_leaves_nothing(
-    run: Run, large_base: Path, out: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def small_disk(out: Path) -> Iterator[Path]:
+    """OUT's parent, with room for a part of what is to come."""
     out.parent.mkdir()
     if os.system(f"mount -t tmpfs -o size=1500k tmpfs '{out.parent}' 2>/dev/null"):
         pytest.skip("mounting needs a privilege that this machine does not give")
-    try:
-        ran = run("--base", large_base, "--out", out, "--max-shard-size", "1MB")
+    yield out.parent
+    os.system(f"umount '{out.parent}'")
 
-        assert (ran.code, ran.out) == (1, "")
-        assert is_one_line(ran.err)
-        assert ran.err.startswith(f"error: {out}.partial/model-0000")
-        assert ran.err.endswith(": No space left on device\n")
-        assert not out.exists()
-    finally:
-        os.system(f"umount '{out.parent}'")
+
+def test_a_disk_without_room_is_refused_at_once(run: Run, large_base: Path, out: Path, small_disk: Path) -> None:
+    ran = run("--base", large_base, "--out", out, "--max-shard-size", "1MB")
+
+    assert (ran.code, ran.out) == (2, "")
+    assert is_one_line(ran.err)
+    assert "bytes are needed, the disk has" in ran.err
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_others_fill_meanwhile_ends_with_1_and_leaves_no_out(
+    run: Run, large_base: Path, out: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = shutil.disk_usage(small_disk)._replace(free=10**9)
+    monkeypatch.setattr("converter.seal.shutil.disk_usage", lambda _: others)
+
+    ran = run("--base", large_base, "--out", out, "--max-shard-size", "1MB")
+
+    assert (ran.code, ran.out) == (1, "")
+    assert is_one_line(ran.err)
+    assert ran.err.startswith(f"error: {out}.partial/model-0000")
+    assert "No space left on device" in ran.err
+    assert not out.exists()
 
 
 def test_a_limit_on_file_size_ends_with_1_and_leaves_nothing(run: Run, large_base: Path, out: Path) -> None:

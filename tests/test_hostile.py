@@ -1,7 +1,7 @@
 """Hostile inputs, as a user meets them: refused in one line with exit code 2 and nothing written, or accepted.
 
-What single parsers make of them is in test_read.py, test_adapter.py, test_match.py and test_architecture.py; of code that
-a config names also in test_seal.py, of files of the Hub in test_hub.py.
+What single parsers make of them is in test_read.py, test_adapter.py, test_match.py and test_architecture.py; files of
+the Hub are in test_hub.py.
 """
 
 from __future__ import annotations
@@ -764,8 +764,8 @@ def victim(tmp_path: Path) -> Path:
     return path
 
 
-STAGED = [".lock", ".journal", f"{SHARD}", f"{SHARD}.unfinished", "config.json", "config.json.unfinished",
-          "README.md.unfinished", "conversion.json.unfinished", "tokenizer.json.unfinished", ".journal.unfinished"]  # fmt: skip
+STAGED = [".lock", SHARD, *(name + end for name in (".journal", CONFIG) for end in ("", ".unfinished"))]
+STAGED += [f"{name}.unfinished" for name in (SHARD, "README.md", "conversion.json", "tokenizer.json")]
 
 
 def staging_of_somebody(place: Path, name: str, plant: Callable[[Path], object]) -> None:
