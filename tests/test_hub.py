@@ -246,11 +246,6 @@ def test_a_fetched_folder_opens_as_a_checkpoint_through_the_links_of_the_cache(h
         assert checkpoint.nbytes == len(SHARDS) * SHARD_BYTES
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=BadCheckpoint,
-    reason="LocalFolder follows no link into the store that repositories share",
-)
 def test_a_fetched_folder_opens_through_the_store_that_repositories_share(hub: StandInHub, cache: Path) -> None:
     # With hf_xet, huggingface_hub 2 keeps a blob in <cache>/blobs/<2 digits>/<hash> and links to it from the
     # blobs of the repository.
