@@ -27,7 +27,7 @@ def experiments(lab: Lab, *, short: bool) -> dict[str, Callable[[], Iterator[Row
         "kills": lambda: processes.kills(lab, 12 if short else 1, scenes),
         "errors": lambda: processes.errors(lab, 30 if short else 1),
         "instants": lambda: processes.instants(lab, 4 if short else 60),
-        "memory": lambda: processes.memory(lab, 8 if short else 1),
+        "memory": lambda: processes.memory(lab, 15 if short else 1),
         "damage": lambda: processes.damage(lab, 2 if short else 40),
         "full": lambda: disks.full(lab, 12 if short else 1),
         "dying": lambda: disks.dying(lab, 2 if short else 40),

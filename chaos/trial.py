@@ -53,6 +53,10 @@ class Lab:
     """An undisturbed run takes."""
     _made: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 8))
 
+    def note_made(self, count: int) -> None:
+        """Set `made`, where another run came in between, or another process made them."""
+        self._made[:8] = count.to_bytes(8, "little")
+
     def command(self, out: Path, *options: str) -> list[str]:
         paths = ["--base", str(self.base), "--adapter", str(self.adapter), "--out", str(out)]
         return [*paths, "--max-shard-size", "1MB", "--threads", "1", "--quiet", *options]
@@ -62,9 +66,9 @@ class Lab:
         """Tensors that were begun since the last `start`."""
         return int.from_bytes(self._made[:8], "little")
 
-    def start(self, command: Sequence[str], *, before: Callable[[], object] = lambda: None, held: bool = False) -> int:
+    def start(self, command: Sequence[str], *, held: bool = False) -> int:
         """Run a command line in a fork; its pid. `held`: stopped before it does anything."""
-        self._made[:8] = bytes(8)
+        self.note_made(0)
         pid = os.fork()
         if pid:
             if held:
@@ -75,21 +79,24 @@ class Lab:
             os.dup2(null, 0)
             os.dup2(null, 1)
             os.dup2(os.open(self.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line begins, as in a new process
             self._count_tensors()
             if held:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            before()
             from converter.cli import main
 
             try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 main(list(command))
+            except KeyboardInterrupt:
+                os._exit(130 if not self.made else 98)
             except SystemExit as end:
                 os._exit(end.code if isinstance(end.code, int) else 1)
         os._exit(99)
 
-    def run(self, command: Sequence[str], *, deadline: float = 60.0, **settings: Any) -> int:
+    def run(self, command: Sequence[str]) -> int:
         """Run a command line to its end; its exit code, as `ended` gives it."""
-        return ended(self.start(command, **settings), deadline)
+        return ended(self.start(command))
 
     def said(self) -> str:
         return (self.place / "said").read_text(errors="replace").strip()
@@ -101,7 +108,7 @@ class Lab:
 
         def counted(tensor: Any, folder: Any, start: int, *rest: Any) -> Any:
             if start == 0:
-                self._made[:8] = (self.made + 1).to_bytes(8, "little")
+                self.note_made(self.made + 1)
             return read_tile(tensor, folder, start, *rest)
 
         converter.pipeline.read_tile = counted

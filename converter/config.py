@@ -7,16 +7,20 @@ renamed is given in both spellings, so that 4.46, 4.57 and 5 read the same model
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from converter.architecture import Architecture
-from converter.errors import Unsupported
+from converter.errors import BadCheckpoint, Unsupported
+from converter.read import MAX_CONFIG_BYTES
 from converter.recipe import Recipe
 
 
 def refuse_unconvertible(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
     """Refuse a base whose config says that its weights are quantized, or that it needs code of its own."""
+    if len(json.dumps(config, indent=2)) > MAX_CONFIG_BYTES // 2:  # as it will be written, with what is added
+        raise BadCheckpoint(f"{where}: config.json has more than {MAX_CONFIG_BYTES // 2:,} bytes when it is indented")
     for part in (config, config.get("text_config")):
         if not isinstance(part, Mapping):
             continue

@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit
 MAX_JSON_BYTES = 50_000_000  # an index of all the tensors that are allowed
+MAX_CONFIG_BYTES = 10_000_000  # of a model; one with 20,000 labels has three million
 MAX_TENSORS = 200_000  # in one checkpoint; the largest public ones have about 100,000
 MAX_JSON_VALUES = 3_000_000  # in one file; what Python makes of a value takes up to 300 bytes
 MAX_JSON_DEPTH = 64  # what copies or writes JSON again is recursive
@@ -178,9 +179,9 @@ def read_bytes(folder: Folder, name: str, *, limit: int) -> bytes:
     return bytes(buffer)
 
 
-def read_json(folder: Folder, name: str) -> dict[str, Any]:
+def read_json(folder: Folder, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object; `BadCheckpoint` for anything else, duplicate keys, NaN and bottomless nesting included."""
-    return parse_json_object(read_bytes(folder, name, limit=MAX_JSON_BYTES), f"{folder.label}: {name}")
+    return parse_json_object(read_bytes(folder, name, limit=limit), f"{folder.label}: {name}")
 
 
 def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
@@ -301,7 +302,7 @@ class Checkpoint:
         names = folder.names()
         if CONFIG not in names:
             raise BadCheckpoint(f"{folder.label}: no {CONFIG}, so this is not a transformers checkpoint")
-        self.config = read_json(folder, CONFIG)
+        self.config = read_json(folder, CONFIG, limit=MAX_CONFIG_BYTES)
         self.tensors: dict[str, TensorHeader] = {}
         # transformers, too, takes the single file where both are there.
         if SINGLE_FILE in names:

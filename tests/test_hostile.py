@@ -529,6 +529,11 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
         settings(f"adapter/{ADAPTER_CONFIG}", rank_pattern={f"x{number}": 8 for number in range(10_000)}),
         "more than 5,000 patterns and saved modules",
     ),
+    "a config that grows when it is indented": (
+        "base",
+        lambda p: change_json(p / "base" / CONFIG, note=json.loads("[" * 60 + "0,0," * 200_000 + "0" + "]" * 60)),
+        "config.json has more than 5,000,000 bytes when it is indented",
+    ),
     "ten million values in a config": (
         "base",
         lambda p: change_json(p / "base" / CONFIG, note=[0] * 10_000_000),
@@ -875,13 +880,14 @@ def test_a_receipt_with_paths_for_names_does_not_lead_out_of_a_folder_that_is_fi
 # Whole runs, in processes of their own: what they may use, read and say
 
 MEASURED = """
-import resource, sys
+import re, resource, sys
 from converter.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024, file=sys.stderr)
+    # Not ru_maxrss of this process, to which the memory of the one that started it counts.
+    own = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+    print(max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) // 1024, file=sys.stderr)
 """
 
 
@@ -930,13 +936,13 @@ def test_a_header_made_to_take_time_and_memory_gets_less_than_10_seconds_and_a_g
     assert peak < 1_000
 
 
-def test_a_config_of_as_many_values_as_there_may_be_gets_less_than_a_minute_and_2_gigabytes(place: Path) -> None:
-    change_json(place / "base" / CONFIG, note={f"{number:x}": number for number in range(2_900_000)})
+def test_a_config_as_large_as_it_may_be_gets_less_than_half_a_minute_and_2_gigabytes(place: Path) -> None:
+    change_json(place / "base" / CONFIG, note={f"{number:x}": number for number in range(200_000)})
 
     code, said, seconds, peak = measured(place)
 
-    assert code == 2, said
-    assert seconds < 60
+    assert code == 0, said
+    assert seconds < 30
     assert peak < 2_000
 
 

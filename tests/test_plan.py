@@ -168,11 +168,11 @@ def test_the_digest_does_not_depend_on_how_tensors_are_cut(tmp_path: Path) -> No
     base = save_base(tmp_path / "base", "llama", vocab_size=8192, hidden_size=128, intermediate_size=8192)
     whole = plan_of(base, None)
 
-    cut = plan_of(base, None, resources=Resources(memory=100_000_000, threads=1, kernels=False))
+    cut = plan_of(base, None, resources=Resources(memory=80_000_000, threads=1, kernels=False))
 
     name = "model.layers.0.mlp.up_proj.weight"
     assert len(tensor(cut, name).tiles) > len(tensor(whole, name).tiles)
-    assert cut.memory < whole.memory
+    assert cut.memory <= 80_000_000
     assert cut.digest == whole.digest
 
 

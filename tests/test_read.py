@@ -539,7 +539,7 @@ def test_a_config_of_absurd_size_is_not_read(tmp_path: Path) -> None:
     folder = two_shards(tmp_path / "base")
     os.truncate(folder / CONFIG, 1 << 40)
 
-    with pytest.raises(BadCheckpoint, match=r"config\.json has 1,099,511,627,776 bytes, expected at most 50,000,000"):
+    with pytest.raises(BadCheckpoint, match=r"config\.json has 1,099,511,627,776 bytes, expected at most 10,000,000"):
         open_base(folder)
 
 

@@ -25,6 +25,8 @@ from tests.models import save_adapter, save_base
 SMALL_SHARDS = Recipe(max_shard_size=1_000_000)
 ONE_THREAD = Resources(threads=1)
 SHARDS = 4
+SOME_MEMORY = 65_400_000
+"""Enough, if large tensors are cut into more tiles than else."""
 KILLS = 8
 """How often a process is killed, at instants drawn by chance."""
 
@@ -216,8 +218,8 @@ def test_what_was_made_of_inputs_that_are_at_fault_is_not_kept(inputs: tuple[Pat
     [
         (Resources(threads=1), Resources(threads=3)),
         (Resources(threads=3), Resources(threads=1)),
-        (Resources(threads=1, memory=64_500_000), Resources(threads=2)),
-        (Resources(threads=2), Resources(threads=1, memory=64_500_000)),
+        (Resources(threads=1, memory=SOME_MEMORY), Resources(threads=2)),
+        (Resources(threads=2), Resources(threads=1, memory=SOME_MEMORY)),
         (Resources(threads=1), Resources(threads=1, kernels=False)),
     ],
     ids=["more threads", "fewer threads", "more memory", "less memory", "other kernels"],
