@@ -117,17 +117,26 @@ def instants(lab: Lab, count: int) -> Iterator[Row]:
 def memory(lab: Lab, every: int) -> Iterator[Row]:
     """Less memory than it takes, in new processes: from too little for the libraries to enough."""
     row = Row("RLIMIT_DATA below what is needed", "python -m chaos memory")
+    hung = 0
     for limit in range(200_000_000, 2_000_000_000, 2_000_000 * every):
         out = _new(lab, lab.place / "place")
         command = [sys.executable, "-m", "converter", *lab.command(out)]
         limited = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, -1))
-        done = subprocess.run(command, preexec_fn=limited, stderr=subprocess.PIPE, timeout=60, check=False)
-        if done.returncode == 0:
+        process = subprocess.Popen(command, preexec_fn=limited, stderr=subprocess.PIPE)
+        try:
+            _, said = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            hung += 1
+            process.kill()
+            _, said = process.communicate()
+        if process.returncode == 0:
             break
         lab.note_made(0)  # it isn't known
         # OpenBLAS and C++ have last words of their own.
-        (lab.place / "said").write_bytes(b"".join(done.stderr.splitlines()[-1:]))
+        (lab.place / "said").write_bytes(b"".join(said.splitlines()[-1:]))
         lab.judge(row, out, f"{limit:,} bytes")
+    if hung:
+        row.fault += f" ({hung} hung and were killed)"
     yield row
 
 

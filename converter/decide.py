@@ -82,7 +82,7 @@ def make_plan(
         shards=_in_shards(tensors, recipe),
         config=config,
         side_files=side_files,
-        notes=tuple(found.notes + notes + _notes_for_servers(tensors)),
+        notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors)),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
         device=str(processor),
@@ -167,6 +167,17 @@ def _check_tokenizer(
             f"{adapter.folder.label}: its tokenizer has a token {largest:,}, the embedding {min(rows):,} rows: "
             "the adapter's file lacks the resized embedding"
         )
+
+
+def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
+    """An adapter fits any base of its shapes; whether it was trained on this one, only the names can tell."""
+    trained_on = adapter.base_name if adapter is not None else None
+    if trained_on is None:
+        return []
+    names = (base.folder.label.partition("@")[0], str(base.config.get("_name_or_path", "")))
+    if any(name.rstrip("/").rpartition("/")[2] == trained_on.rstrip("/").rpartition("/")[2] for name in names):
+        return []
+    return [f"the adapter says that it was trained on {trained_on[:100]}: this base has another name"]
 
 
 def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:

@@ -10,7 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Adapter, Checkpoint, ConversionRefused, LocalFolder, Plan, Recipe, Resources, convert, make_plan
+from converter import (
+    Adapter,
+    Checkpoint,
+    ConversionRefused,
+    Inputs,
+    LocalFolder,
+    Plan,
+    Recipe,
+    Resources,
+    convert,
+    make_plan,
+)
 from converter.errors import BadRecipe, Unsupported
 from converter.plan import TensorPlan
 from tests.folders import change_json, contents, copy
@@ -168,11 +179,11 @@ def test_the_digest_does_not_depend_on_how_tensors_are_cut(tmp_path: Path) -> No
     base = save_base(tmp_path / "base", "llama", vocab_size=8192, hidden_size=128, intermediate_size=8192)
     whole = plan_of(base, None)
 
-    cut = plan_of(base, None, resources=Resources(memory=80_000_000, threads=1, kernels=False))
+    cut = plan_of(base, None, resources=Resources(memory=90_000_000, threads=1, kernels=False))
 
     name = "model.layers.0.mlp.up_proj.weight"
     assert len(tensor(cut, name).tiles) > len(tensor(whole, name).tiles)
-    assert cut.memory <= 80_000_000
+    assert cut.memory <= 90_000_000
     assert cut.digest == whole.digest
 
 
@@ -382,3 +393,14 @@ def test_a_conv1d_is_transposed_to_be_quantized_and_kept_as_it_is_otherwise(tmp_
     assert kept.is_copy
     assert kept.shape == (64, 256)
     assert not kept.transpose
+
+
+def test_an_adapter_of_a_base_with_another_name_gets_a_note(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    adapter = save_adapter(tmp_path / "adapter", base, "llama")
+    renamed = base.rename(tmp_path / "another")
+
+    with Inputs(renamed, adapter) as inputs:
+        plan = make_plan(inputs.base, inputs.adapter)
+
+    assert any("trained on" in note and "another name" in note for note in plan.notes)
