@@ -17,7 +17,7 @@ _VARIES = re.compile(r"[\d.]+ s,|memory [\d.]+ MB")
 
 
 def options(command: click.Command) -> set[str]:
-    return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    return {name for p in command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("--")}
 
 
 def test_the_command_on_top_prints_what_is_printed_below_it(
