@@ -13,7 +13,7 @@ from converter.cli import cli, main
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-_VARIES = re.compile(r"[\d.]+ s,|memory [\d.]+ MB")
+_VARIES = re.compile(r"[\d.]+ s,|memory [\d.]+ [kMG]B")
 
 
 def options(command: click.Command) -> set[str]:
