@@ -250,8 +250,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         code = command()
         return code if isinstance(code, int) else 0
     except click.ClickException as exc:
-        exc.show()
-        return _tell(exc.format_message(), exc.exit_code, as_json=as_json)
+        return _say(f"{exc.format_message()} (convert --help says more)", exc.exit_code, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
     except _Signalled as exc:
