@@ -27,6 +27,10 @@ FIXED = 64_000_000
 MOST_ELEMENTS = 2 << 20
 """Weights of one tile: larger ones were no faster."""
 FEWEST_ELEMENTS = 1 << 16
+MOST_TOGETHER = 200
+"""Outputs that are made together: each has a lock, a journal and a shard open."""
+PER_TENSOR = 8_000
+"""Bytes of Python's objects for a tensor that an adapter changes: its plan, its place, its line of the receipt."""
 
 STRIP_ELEMENTS = 1 << 18
 """Weights of a tile whose delta the CPU kernels have at a time: one megabyte of it."""
@@ -63,17 +67,17 @@ class Resources:
 
 
 def cut_into_tiles(
-    tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources
+    tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources, reserved: int | None = None
 ) -> tuple[list[TensorPlan], int, list[str]]:
     """The tensors, cut so that everything in flight fits the budget; the predicted peak of memory in bytes; notes.
+
+    `reserved`: bytes that are not for tiles, where several outputs are made from the same ones.
 
     What can't be cut may need more than the default budget, which then gives way. Raises `BadRecipe` where it needs
     more than a budget that was asked for, naming it.
     """
-    statistics = sorted((_statistics(tensor, recipe) for tensor in tensors), reverse=True)
-    factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
-    # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
-    reserved = FIXED + sum(statistics[:2]) + sum(factors[: resources.slots + 1])
+    if reserved is None:
+        reserved = FIXED + in_flight(tensors, recipe, resources)
     room = ((resources.memory or DEFAULT) - reserved) / resources.slots
     cut: list[TensorPlan] = []
     largest, name = 0.0, ""
@@ -101,6 +105,28 @@ def cut_into_tiles(
             f"memory: {memory:,} bytes instead of {DEFAULT:,}: {name} is needed whole, by {resources.slots} tiles"
         )
     return cut, memory, notes
+
+
+def passes(needs: Sequence[int], resources: Resources) -> list[list[int]]:
+    """Which outputs are made together, as indices: as many as leave a quarter of the budget to the tiles."""
+    room = (resources.memory or DEFAULT) * 3 // 4 - FIXED
+    groups: list[list[int]] = [[]]
+    left = room
+    for index, need in enumerate(needs):
+        if groups[-1] and (need > left or len(groups[-1]) == MOST_TOGETHER):
+            groups.append([])
+            left = room
+        groups[-1].append(index)
+        left -= need
+    return groups
+
+
+def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> int:
+    """Bytes that one output takes besides its tiles: of tensors that are not finished, and of the adapter's factors."""
+    statistics = sorted((_statistics(tensor, recipe) for tensor in tensors), reverse=True)
+    factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
+    # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
+    return sum(statistics[:2]) + sum(factors[: resources.slots + 1])
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:

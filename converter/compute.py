@@ -1,18 +1,19 @@
-"""One tile, from the bytes that were read to the bytes that are written: merge, quantize, measure, write."""
+"""One tile, from the bytes that were read to those that are written: merge, quantize, measure, write."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from converter.budget import STRIP_ELEMENTS
-from converter.errors import NotFinite
+from converter.errors import ConverterError, NotFinite
 from converter.layout import tile_bounds
-from converter.measure import row_sums
+from converter.measure import Fidelity, Tally, row_sums
 from converter.merge import delta_rows, merge_tile
-from converter.tiles import as_bytes, refuse_not_finite, torch_dtype
+from converter.tiles import as_bytes, read_factors, refuse_not_finite, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from converter.crew import Buffers
     from converter.plan import TensorPlan
+    from converter.production import Target
     from converter.quantize import Quantizer
     from converter.write import Writer
 
@@ -35,7 +37,71 @@ class TileResult:
     """The sums of its rows, as `measure.row_sums` gives them; None for bytes that were copied."""
 
 
-def convert_tile(
+class Conversion:
+    """A tensor on its way into one output. What goes wrong with it is kept, for other outputs may do without it."""
+
+    def __init__(self, target: Target, quantizer: Quantizer) -> None:
+        self.target = target
+        self._quantizer = quantizer
+        self._factors: tuple[Tensor, Tensor] | None = None
+        self._tiles: dict[int, TileResult] = {}
+        self._failure: ConverterError | None = None
+        pair = target.tensor.pair
+        if pair is not None and target.adapter is not None:
+            try:
+                self._factors = read_factors(pair, target.adapter, quantizer.device)
+            except ConverterError as exc:
+                self._failure = exc
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self._quantizer.device
+
+    def convert(self, start: int, end: int, stored: Tensor, buffers: Buffers) -> None:
+        """Convert rows `start` to `end` and write them; nothing once something went wrong."""
+        if self._failure is not None:
+            return
+        target = self.target
+        try:
+            self._tiles[start] = convert_rows(
+                target.tensor, start, end, stored, self._factors, self._quantizer, buffers, target.writer
+            )
+        except ConverterError as exc:
+            self._failure = exc
+
+    def finish(self) -> Fidelity | ConverterError:
+        """When all rows are there, write what takes the whole tensor: its quant state."""
+        import torch
+
+        tensor, tally = self.target.tensor, Tally()
+        if self._failure is not None:
+            return self._failure
+        results = [self._tiles[start] for start, _ in tensor.spans()]
+        for result in results:
+            if result.sums is not None:
+                tally.add_rows(result.sums)
+        try:
+            if tensor.action == "quantize":
+                absmax = torch.cat([result.absmax for result in results if result.absmax is not None])
+                for name, value in self._quantizer.statistics(tensor.name, absmax, tensor.shape).items():
+                    self.target.writer.write(name, 0, as_bytes(value))
+        except ConverterError as exc:
+            return exc
+        return tally.fidelity()
+
+
+def convert_tile(conversions: Sequence[Conversion], start: int, end: int, stored: Tensor, buffers: Buffers) -> None:
+    """Convert rows `start` to `end` of a tensor into every output that it goes to; `stored` lies in `buffers`."""
+    device = conversions[0].device
+    with _own_stream(device):
+        if not all(conversion.target.tensor.is_copy for conversion in conversions):
+            stored = stored.to(device, non_blocking=True)
+        for conversion in conversions:
+            conversion.convert(start, end, stored, buffers)
+
+
+def convert_rows(
     tensor: TensorPlan,
     start: int,
     end: int,
@@ -47,32 +113,31 @@ def convert_tile(
 ) -> TileResult:
     """Convert rows `start` to `end` of a tensor and write them.
 
-    `stored` holds them as the base does, on the host; `factors` are A (rank, in_features) and B (out_features, rank)
-    in float32, on the quantizer's device. Raises `NotFinite`.
+    `stored` holds them as the base does; `factors` are A (rank, in_features) and B (out_features, rank) in float32, on
+    the quantizer's device. Raises `NotFinite`.
     """
     if tensor.is_copy:
         if tensor.checked:
             refuse_not_finite(tensor.name, stored, kernels=quantizer.kernels)
         writer.write(tensor.name, start * tensor.columns * stored.element_size(), as_bytes(stored))
         return TileResult()
-    with _own_stream(quantizer.device):
-        if tensor.action == "quantize" and quantizer.kernels:
-            return _by_kernels(tensor, start, end, stored, factors, quantizer, buffers, writer)
-        delta = None
-        if tensor.pair is not None and factors is not None:
-            delta = delta_rows(factors[0], factors[1][start:end], tensor.pair.scaling)
-        weight = stored.to(quantizer.device, non_blocking=True)
-        merged = merge_tile(weight, delta, quantizer.recipe.merge_precision, torch_dtype(quantizer.recipe.dtype))
-        if tensor.action == "quantize":
-            tile = quantizer.tile(tensor.name, merged.values)
-            first = start * tensor.columns // (2 if quantizer.recipe.four_bit else 1)
-            writer.write(tensor.name, first, as_bytes(tile.packed))
-            return TileResult(tile.absmax, row_sums(merged, tile.restored))
-        kept = merged.values.to(torch_dtype(tensor.dtype))
-        refuse_not_finite(tensor.name, kept)
-        first = start * tensor.columns * kept.element_size()
-        writer.write(tensor.name, first, as_bytes(kept.T if tensor.transpose else kept))
-        return TileResult(None, row_sums(merged, kept.float()))
+    if tensor.action == "quantize" and quantizer.kernels:
+        return _by_kernels(tensor, start, end, stored, factors, quantizer, buffers, writer)
+    delta = None
+    if tensor.pair is not None and factors is not None:
+        delta = delta_rows(factors[0], factors[1][start:end], tensor.pair.scaling)
+    weight = stored.to(quantizer.device, non_blocking=True)
+    merged = merge_tile(weight, delta, quantizer.recipe.merge_precision, torch_dtype(quantizer.recipe.dtype))
+    if tensor.action == "quantize":
+        tile = quantizer.tile(tensor.name, merged.values)
+        first = start * tensor.columns // (2 if quantizer.recipe.four_bit else 1)
+        writer.write(tensor.name, first, as_bytes(tile.packed))
+        return TileResult(tile.absmax, row_sums(merged, tile.restored))
+    kept = merged.values.to(torch_dtype(tensor.dtype))
+    refuse_not_finite(tensor.name, kept)
+    first = start * tensor.columns * kept.element_size()
+    writer.write(tensor.name, first, as_bytes(kept.T if tensor.transpose else kept))
+    return TileResult(None, row_sums(merged, kept.float()))
 
 
 def _by_kernels(

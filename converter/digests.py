@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import xxhash
@@ -43,10 +44,23 @@ def recall(base: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def remember(base: Checkpoint, digests: dict[str, str]) -> None:
-    """Keep what a conversion learnt while it read."""
+def digests_of(base: Checkpoint, names: Iterable[str]) -> dict[str, str]:
+    """Digests of tensors of a base; those that are not remembered are read."""
+    known, new = recall(base), False
+    for name in names:
+        if name in base.tensors and name not in known:
+            known[name] = tensor_digest(base, base.tensors[name])
+            new = True
+    if new:
+        remember(base, known)
+    return known
+
+
+def remember(base: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Keep what a conversion learnt while it read, beside what is known already."""
     if not isinstance(base.folder, LocalFolder):
         return
+    digests = recall(base) | dict(digests)
     shards = {
         shard: {
             "file": base.folder.identity(shard),

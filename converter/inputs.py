@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,35 @@ Reference = str | os.PathLike[str]
 """A folder, or an id on the Hub."""
 
 
+class Base:
+    """An opened base. Of one on the Hub, config, index and headers are read by range; `fetch` brings the shards."""
+
+    def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
+        self._opened = _open(reference, revision, offline=offline)
+        self.checkpoint = Checkpoint(self._opened)
+        self.commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
+        self.id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+
+    def fetch(self, progress: Callable[[str, int], None] | None = None) -> None:
+        """Bring what a conversion reads of a base on the Hub; nothing to do for a folder."""
+        if isinstance(self._opened, HubFolder):
+            code = [name for name in self._opened.names() if name.endswith(".py")]
+            rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
+            wanted = [*rest, *wanted_from_base(self._opened.names()), *code, *self.checkpoint.shards]
+            self.checkpoint = Checkpoint(self._opened.fetch(wanted, progress))
+
+    def hub_digests(self) -> dict[str, str]:
+        """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
+        if not isinstance(self._opened, HubFolder):
+            return {}
+        digests = {shard: self._opened.digest(shard) for shard in self.checkpoint.shards}
+        return {shard: digest for shard, digest in digests.items() if digest is not None}
+
+
 class Inputs:
     """An opened base and, if there is one, an adapter.
 
-    Of a base on the Hub, config, index and headers are read by range; `fetch` brings the shards.
+    `opened` is a base that several adapters share; it stays open when these inputs are closed.
     """
 
     def __init__(
@@ -35,41 +60,44 @@ class Inputs:
         adapter_revision: str | None = None,
         *,
         offline: bool = False,
+        opened: Base | None = None,
     ) -> None:
-        if base is None and adapter is None:
+        if base is None and adapter is None and opened is None:
             raise ConversionRefused("no base: give --base, or an --adapter that names its base")
         self.adapter: Adapter | None = None
         self.adapter_commit: str | None = None
         self.adapter_id: str | None = None
         if adapter is not None:
-            folder = _open(adapter, adapter_revision, offline=offline)
-            if isinstance(folder, HubFolder):
-                self.adapter_commit, self.adapter_id = folder.commit, folder.repo_id
-                wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
-                folder = folder.fetch([*wanted, *wanted_from_base(folder.names())])
-            self.adapter = Adapter(folder)
-        if base is None:
-            assert self.adapter is not None  # noqa: S101  (checked above)
-            base, base_revision = self._base_of_adapter(self.adapter, base_revision)
-        self._opened = _open(base, base_revision, offline=offline)
-        self.base = Checkpoint(self._opened)
-        self.base_commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
-        self.base_id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+            self.adapter, self.adapter_commit, self.adapter_id = open_adapter(
+                adapter, adapter_revision, offline=offline
+            )
+        self._owns_base = opened is None
+        if opened is None:
+            if base is None:
+                assert self.adapter is not None  # noqa: S101  (checked above)
+                base, base_revision = base_of_adapter(self.adapter, base_revision)
+            opened = Base(base, base_revision, offline=offline)
+        self.opened = opened
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.opened.checkpoint
+
+    @property
+    def base_commit(self) -> str | None:
+        return self.opened.commit
+
+    @property
+    def base_id(self) -> str | None:
+        return self.opened.id
 
     def fetch(self, progress: Callable[[str, int], None] | None = None) -> None:
         """Bring what a conversion reads of a base on the Hub; nothing to do for a folder."""
-        if isinstance(self._opened, HubFolder):
-            code = [name for name in self._opened.names() if name.endswith(".py")]
-            rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
-            wanted = [*rest, *wanted_from_base(self._opened.names()), *code, *self.base.shards]
-            self.base = Checkpoint(self._opened.fetch(wanted, progress))
+        self.opened.fetch(progress)
 
     def hub_digests(self) -> dict[str, str]:
         """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
-        if not isinstance(self._opened, HubFolder):
-            return {}
-        digests = {shard: self._opened.digest(shard) for shard in self.base.shards}
-        return {shard: digest for shard, digest in digests.items() if digest is not None}
+        return self.opened.hub_digests()
 
     def folder_of(self, origin: str) -> Folder:
         """The folder of the base, or of the adapter."""
@@ -80,14 +108,19 @@ class Inputs:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime."""
-        before = self._identities()
+        before = self.identities()
         yield
-        after = self._identities()
+        self.refuse_if_changed(before)
+
+    def refuse_if_changed(self, before: Mapping[Path, list[int] | None]) -> None:
+        """`InputChanged` if a weights file was written to, or replaced, since `identities` gave `before`."""
+        after = self.identities()
         for path, identity in before.items():
             if after[path] != identity:
                 raise InputChanged(f"{path}: changed while it was being read")
 
-    def _identities(self) -> dict[Path, list[int] | None]:
+    def identities(self) -> dict[Path, list[int] | None]:
+        """By which the weights files would be told from others in their place."""
         files = [(self.base.folder, shard) for shard in self.base.shards]
         if self.adapter is not None:
             files.append((self.adapter.folder, ADAPTER_WEIGHTS))
@@ -101,7 +134,8 @@ class Inputs:
         return [folder.path for folder in folders if isinstance(folder, LocalFolder)]
 
     def close(self) -> None:
-        self.base.close()
+        if self._owns_base:
+            self.base.close()
         if self.adapter is not None:
             self.adapter.folder.close()
 
@@ -113,12 +147,25 @@ class Inputs:
     ) -> None:
         self.close()
 
-    @staticmethod
-    def _base_of_adapter(adapter: Adapter, revision: str | None) -> tuple[Reference, str | None]:
-        name = adapter.base_name
-        if name is None:
-            raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
-        return name, revision or adapter.base_revision
+
+def open_adapter(
+    reference: Reference, revision: str | None = None, *, offline: bool = False
+) -> tuple[Adapter, str | None, str | None]:
+    """An adapter, fetched if it is on the Hub; its commit and its id there."""
+    folder = _open(reference, revision, offline=offline)
+    if not isinstance(folder, HubFolder):
+        return Adapter(folder), None, None
+    wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
+    fetched = folder.fetch([*wanted, *wanted_from_base(folder.names())])
+    return Adapter(fetched), folder.commit, folder.repo_id
+
+
+def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Reference, str | None]:
+    """The base that an adapter names, and its revision; `ConversionRefused` if it names none."""
+    name = adapter.base_name
+    if name is None:
+        raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
+    return name, revision or adapter.base_revision
 
 
 def _identity(folder: LocalFolder, name: str) -> list[int] | None:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from converter.digests import recall, remember, tensor_digest
+from converter.digests import digests_of, recall
 from converter.hub import is_repo_id
-from converter.receipt import Origin, fingerprint
+from converter.receipt import Origin, fingerprint_of
 from converter.side_files import read_side_files
 
 if TYPE_CHECKING:
@@ -45,13 +45,18 @@ def _id_of_base(inputs: Inputs) -> str | None:
     return name if name is not None and is_repo_id(name) else None
 
 
-def already_made(destination: Destination, plan: Plan, inputs: Inputs, device: str) -> str | None:
+def already_made(
+    destination: Destination, plan: Plan, inputs: Inputs, device: str, *, any_layout: bool = False
+) -> str | None:
     """The fingerprint of OUT, if OUT is a finished conversion of these inputs by this plan; else None.
 
-    Where everything else agrees and nothing is remembered of the base, the base is read to be sure.
+    Where everything else agrees and nothing is remembered of the base, the base is read to be sure. `any_layout`: its
+    tensors may lie in other shards than planned.
     """
     receipt = destination.receipt
-    if receipt is None or receipt.get("plan") != plan.digest:
+    if receipt is None or receipt.get("content") != plan.content:
+        return None
+    if receipt.get("plan") != plan.digest and not any_layout:
         return None
     digests = recall(inputs.base)
     unknown = dict.fromkeys(inputs.base.tensors, "")
@@ -60,9 +65,6 @@ def already_made(destination: Destination, plan: Plan, inputs: Inputs, device: s
     if not isinstance(made_of, dict) or any(made_of.get(k) != v for k, v in sketch.items() if k != "base"):
         return None
     if not inputs.hub_digests():
-        for tensor in plan.tensors():
-            if tensor.name in inputs.base.tensors and tensor.origin == "base" and tensor.name not in digests:
-                digests[tensor.name] = tensor_digest(inputs.base, inputs.base.tensors[tensor.name])
-        remember(inputs.base, digests)
-    known = fingerprint(plan, origin_of(plan, inputs, device, digests))
+        digests = digests_of(inputs.base, (tensor.name for tensor in plan.tensors() if tensor.origin == "base"))
+    known = fingerprint_of(str(receipt.get("plan")), origin_of(plan, inputs, device, digests))
     return known if destination.holds(known) else None

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,25 @@ from typing import Any
 import xxhash
 
 from converter.budget import Resources
-from converter.compute import TileResult, convert_tile
+from converter.compute import Conversion, convert_tile
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.digests import remember
-from converter.errors import Interrupted, ReadFailed, WriteFailed
+from converter.errors import ConverterError, Interrupted
 from converter.estimate import estimate
 from converter.inputs import Inputs, Reference
-from converter.journal import Entry, job_of
-from converter.measure import Fidelity, Tally
+from converter.journal import job_of
+from converter.measure import Fidelity
 from converter.origin import already_made, origin_of
-from converter.plan import Plan, ShardPlan, TensorPlan
+from converter.plan import Plan
+from converter.production import Made, Production, Target
 from converter.quantize import Quantizer
+from converter.read import Folder
 from converter.receipt import fingerprint
 from converter.recipe import Recipe
 from converter.seal import Destination, Staging
 from converter.side_files import read_side_files
-from converter.tiles import as_bytes, read_factors, read_tile, torch_device
-from converter.write import ShardWriter, Writer
+from converter.tiles import read_tile, torch_device
 
 
 @dataclass(frozen=True)
@@ -101,26 +102,29 @@ def convert(
         destination.refuse_if_too_full(plan.output_bytes)
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
-        job, shards = job_of(plan, inputs), [shard.file for shard in plan.shards]
-        with Staging(destination, job, shards, resume=resume) as staging, one_thread():
+        staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
+        with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
             quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
-            made: dict[str, Made] = {}
-            done = 0
-            with inputs.unchanged():
-                for shard in plan.shards:
-                    with closing(convert_shard(shard, plan, inputs, quantizer, staging, stop)) as tensors:
-                        for tensor in tensors:
-                            made[tensor.name] = tensor
-                            done += tensor.nbytes
-                            progress(Progress("converting", done, plan.base_bytes, tensor.name))
+            with inputs.unchanged(), crew_of(plan) as crew:
+                for target, made in convert_tensors(output.targets(), inputs.base.folder, quantizer, crew, stop):
+                    if isinstance(made, ConverterError):
+                        raise made
+                    output.note(made)
+                    progress(Progress("converting", output.done, plan.base_bytes, target.tensor.name))
 
             progress(Progress("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file))
-            digests = {name: tensor.digest for name, tensor in made.items()}
+            digests = {name: tensor.digest for name, tensor in output.made.items()}
             remember(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
-            origin = origin_of(plan, inputs, processor.type, digests)
-            fidelity = {tensor.name: made[tensor.name].fidelity for tensor in plan.tensors()}
-            staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
-        return Report(Path(out), plan, fingerprint(plan, origin), fidelity)
+            return seal(output, inputs, digests, Path(out))
+
+
+def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], out: Path) -> Report:
+    """Make the checkpoint `out` of an output all of whose tensors are made; `digests` are those of the base's."""
+    plan = output.plan
+    origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
+    fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
+    output.staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
+    return Report(out, plan, fingerprint(plan, origin), fidelity)
 
 
 def plan_conversion(
@@ -153,71 +157,27 @@ def plan_conversion(
         return replace(plan, estimate=estimate(plan, inputs.base))
 
 
-@dataclass(frozen=True)
-class Made:
-    """A tensor that is converted and written."""
-
-    name: str
-    fidelity: Fidelity
-    digest: str
-    """xxh3-128 of the bytes that were read."""
-    nbytes: int
-    """How many those were."""
-
-
-def convert_shard(
-    shard: ShardPlan,
-    plan: Plan,
-    inputs: Inputs,
-    quantizer: Quantizer,
-    staging: Staging,
-    stop: Callable[[], int | None],
-) -> Generator[Made, None, None]:
-    """Make one output file: what an earlier run has made of it is taken over, what is made is noted in the journal."""
-    journal = staging.journal
-    with ShardWriter(staging.folder, shard, journal.written(shard.file)) as writer, _crew(plan) as crew:
-        left = [tensor for tensor in shard.tensors if tensor.name not in writer.resumed]
-        for tensor in shard.tensors:
-            if tensor.name in writer.resumed:
-                entry = journal.entries[tensor.name]
-                yield Made(tensor.name, Fidelity(entry.error, entry.survival), entry.digest, tensor.source.nbytes)
-        try:
-            for made in convert_tensors(left, inputs, quantizer, writer, crew, stop):
-                figures, pieces, states = made.fidelity, writer.pieces(made.name), writer.states(made.name)
-                journal.add(Entry(made.name, shard.file, pieces, states, figures.error, figures.survival, made.digest))
-                yield made
-                if journal.is_due():
-                    writer.sync()
-                    journal.commit()
-            writer.sync()
-            journal.commit()
-        except (Interrupted, ReadFailed, WriteFailed) as exc:
-            with suppress(WriteFailed):
-                writer.sync()
-                journal.commit()
-            if writer.is_lost:
-                journal.forget(shard.file)
-            if journal.entries:
-                exc.args = (f"{exc}; what is done is kept in {staging.folder}: the same command goes on with it",)
-            raise
-        writer.finish()
-    staging.digest_soon(shard.file)
+Result = tuple[Target, Made | ConverterError]
 
 
 def convert_tensors(
-    tensors: Iterable[TensorPlan],
-    inputs: Inputs,
+    tensors: Iterable[Sequence[Target]],
+    base: Folder,
     quantizer: Quantizer,
-    writer: Writer,
     crew: Crew,
     stop: Callable[[], int | None] = lambda: None,
-) -> Iterator[Made]:
-    """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew."""
+) -> Iterator[Result]:
+    """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew.
+
+    Each element of `tensors` is what becomes of one tensor, in one output or in several: its tiles are read once for
+    all of them. What goes wrong with one of several is given in the place of what was made.
+    """
     under_way: deque[_UnderWay] = deque()
-    for tensor in tensors:
-        folder = inputs.folder_of(tensor.origin)
-        factors = read_factors(tensor.pair, inputs.folder_of("adapter"), quantizer.device) if tensor.pair else None
-        current = _UnderWay(tensor)
+    for targets in tensors:
+        tensor = targets[0].tensor
+        folder = base if tensor.origin == "base" else targets[0].adapter
+        assert folder is not None  # noqa: S101  (what comes from an adapter has one)
+        current = _UnderWay([Conversion(target, quantizer) for target in targets])
         under_way.append(current)
         for start, end in tensor.spans():
             if (signum := stop()) is not None:
@@ -225,42 +185,38 @@ def convert_tensors(
             buffers = crew.buffers()
             stored, raw = read_tile(tensor, folder, start, end, buffers)
             current.digest.update(raw)
-            job = (tensor, start, end, stored, factors, quantizer, buffers, writer)
-            current.tiles.append(crew.submit(buffers, convert_tile, *job))
+            current.tiles.append(crew.submit(buffers, convert_tile, current.conversions, start, end, stored, buffers))
         while under_way and under_way[0].is_done():
-            yield under_way.popleft().finish(quantizer, writer)
+            yield from under_way.popleft().finish()
     while under_way:
-        yield under_way.popleft().finish(quantizer, writer)
+        yield from under_way.popleft().finish()
 
 
 @dataclass
 class _UnderWay:
     """A tensor some of whose tiles may not be converted yet."""
 
-    tensor: TensorPlan
-    tiles: list[Future[TileResult]] = field(default_factory=list)
+    conversions: Sequence[Conversion]
+    tiles: list[Future[None]] = field(default_factory=list)
     digest: Any = field(default_factory=xxhash.xxh3_128)
 
     def is_done(self) -> bool:
         return all(tile.done() for tile in self.tiles)
 
-    def finish(self, quantizer: Quantizer, writer: Writer) -> Made:
+    def finish(self) -> Iterator[Result]:
         """Wait for the tiles, and write what takes the whole tensor: its quant state."""
-        import torch
-
-        tensor, tally = self.tensor, Tally()
-        results = [tile.result() for tile in self.tiles]
-        for result in results:
-            if result.sums is not None:
-                tally.add_rows(result.sums)
-        if tensor.action == "quantize":
-            absmax = torch.cat([result.absmax for result in results if result.absmax is not None])
-            for name, value in quantizer.statistics(tensor.name, absmax, tensor.shape).items():
-                writer.write(name, 0, as_bytes(value))
-        return Made(tensor.name, tally.fidelity(), self.digest.hexdigest(), tensor.source.nbytes)
+        for tile in self.tiles:
+            tile.result()
+        for conversion in self.conversions:
+            tensor = conversion.target.tensor
+            made = conversion.finish()
+            if isinstance(made, Fidelity):
+                yield conversion.target, Made(tensor.name, made, self.digest.hexdigest(), tensor.source.nbytes)
+            else:
+                yield conversion.target, made
 
 
-def _crew(plan: Plan) -> Crew:
+def crew_of(plan: Plan) -> Crew:
     # Copies to and from an accelerator overlap its work only from memory that is pinned.
     return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
 

@@ -64,6 +64,11 @@ class TensorPlan:
         """Whether its bytes go into the output as they are."""
         return self.action == "keep" and self.pair is None and self.dtype == self.source.dtype
 
+    @property
+    def is_touched(self) -> bool:
+        """Whether the adapter has a part in it."""
+        return self.pair is not None or self.origin == "adapter"
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """First row and the row after the last, of each tile."""
         yield from zip(self.tiles, self.tiles[1:], strict=False)
@@ -92,6 +97,19 @@ class ShardPlan:
     tensors: tuple[TensorPlan, ...]
     """In the order in which they are made, which is the order of the base's bytes."""
     layout: ShardLayout
+
+    @property
+    def is_of_the_base_alone(self) -> bool:
+        """Whether no tensor in it has anything of the adapter: then other conversions may have the same file."""
+        return not any(tensor.is_touched for tensor in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """The shard as JSON values."""
+        return {
+            "file": self.file,
+            "bytes": self.layout.size,
+            "tensors": [_tensor_json(tensor, self.layout) for tensor in self.tensors],
+        }
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,20 @@ class Plan:
                 del tensor["tiles"]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def content(self) -> str:
+        """sha256 of what will happen to each tensor, in whatever shard it will lie: of what a loader gets."""
+        whole = self.as_json()
+        tensors = [tensor for shard in whole["shards"] for tensor in shard["tensors"]]
+        for tensor in tensors:
+            del tensor["tiles"]
+            for output in tensor["outputs"]:
+                del output["offset"]
+        del whole["recipe"]["max_shard_size"]
+        kept = {key: whole[key] for key in ("layout_version", "architecture", "recipe", "config", "side_files")}
+        kept["tensors"] = sorted(tensors, key=lambda tensor: str(tensor["name"]))
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values. Places and times are not part of it."""
         return {
@@ -164,14 +196,7 @@ class Plan:
             "notes": list(self.notes),
             "config": dict(self.config),
             "side_files": {side.name: side.origin for side in self.side_files},
-            "shards": [
-                {
-                    "file": shard.file,
-                    "bytes": shard.layout.size,
-                    "tensors": [_tensor_json(tensor, shard.layout) for tensor in shard.tensors],
-                }
-                for shard in self.shards
-            ],
+            "shards": [shard.as_json() for shard in self.shards],
         }
 
 

@@ -16,10 +16,11 @@ from converter.read import LocalFolder, read_json
 
 if TYPE_CHECKING:
     from converter.measure import Fidelity
-    from converter.plan import Plan
+    from converter.plan import Plan, ShardPlan
+    from converter.recipe import Recipe
 
 RECEIPT = "conversion.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,41 @@ def versions() -> dict[str, str]:
 
 def fingerprint(plan: Plan, origin: Origin) -> str:
     """sha256 of contents, recipe, layout, device and versions: equal fingerprints, equal bytes."""
-    whole = {"plan": plan.digest, "origin": asdict(origin), "versions": versions(), "format": FORMAT}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    return fingerprint_of(plan.digest, origin)
+
+
+def fingerprint_of(plan: str, origin: Origin) -> str:
+    """The same, from the digest of a plan."""
+    whole = {"plan": plan, "origin": asdict(origin), "versions": versions(), "format": FORMAT}
+    return _sha256_of(whole)
+
+
+def identity(shard: ShardPlan, recipe: Recipe, origin: Origin) -> str:
+    """sha256 of all that shapes the bytes of a shard that has nothing of an adapter: equal identities, equal files."""
+    whole = shard.as_json()
+    del whole["file"]
+    for tensor in whole["tensors"]:
+        del tensor["tiles"]
+    # Of a base on the Hub its files' digests are known, not those of its tensors.
+    names = [tensor.name for tensor in shard.tensors]
+    base = {name: origin.base[name] for name in names if name in origin.base} or dict(origin.base)
+    choices = {key: value for key, value in recipe.as_json().items() if key not in ("keep", "max_shard_size")}
+    return _sha256_of({"shard": whole, "base": base, "recipe": choices, "device": origin.device, **versions()})
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_receipt(
-    plan: Plan, origin: Origin, files: Mapping[str, tuple[int, str]], fidelity: Mapping[str, Fidelity]
+    plan: Plan,
+    origin: Origin,
+    files: Mapping[str, tuple[int, str]],
+    fidelity: Mapping[str, Fidelity],
+    links: Mapping[str, str],
 ) -> bytes:
-    """The receipt's bytes. `files`: name → (bytes, sha256) of every file but the receipt itself."""
+    """The receipt's bytes. `files`: name → (bytes, sha256) of every file but the receipt itself; `links`: shard → how
+    it came from elsewhere: hard, reflink or copy."""
     tensors: dict[str, dict[str, Any]] = {}
     for tensor in plan.tensors():
         entry: dict[str, Any] = {"action": tensor.action, "origin": tensor.origin}
@@ -78,6 +106,13 @@ def write_receipt(
         "architecture": plan.class_name,
         "recipe": plan.recipe.as_json(),
         "plan": plan.digest,
+        "content": plan.content,
+        "of_the_base_alone": {
+            shard.file: {"identity": identity(shard, plan.recipe, origin)}
+            | ({"link": links[shard.file]} if shard.file in links else {})
+            for shard in plan.shards
+            if shard.is_of_the_base_alone
+        },
         "origin": asdict(origin),
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "tensors": tensors,

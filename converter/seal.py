@@ -24,6 +24,7 @@ from converter.ask import check_output
 from converter.card import CARD, model_card
 from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
 from converter.journal import JOURNAL, Journal
+from converter.link import GivenShard, How, link
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
@@ -187,7 +188,9 @@ class Staging:
         self._destination = destination
         self.folder = destination.staging
         self._sealed = False
+        self._spent = False
         self._digests: dict[str, Future[str]] = {}
+        self._links: dict[str, str] = {}
         self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -211,7 +214,24 @@ class Staging:
 
     def digest_soon(self, name: str) -> None:
         """Begin to compute a finished file's sha256, while the next one is made."""
-        self._digests[name] = self._hasher.submit(_sha256, self.folder / name)
+        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
+
+    def take(self, shard: GivenShard, name: str, how: How) -> str:
+        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy."""
+        with writing(self.folder / name):
+            self._links[name] = link(shard.path, self.folder / name, how)
+        done: Future[str] = Future()
+        done.set_result(shard.sha256)
+        self._digests[name] = done
+        return self._links[name]
+
+    def finished(self, name: str) -> GivenShard:
+        """A finished shard of this folder, for other folders to take."""
+        return GivenShard(self.folder / name, self._digest(name))
+
+    def spend(self) -> None:
+        """What is here has served its purpose: it is removed at the end."""
+        self._spent = True
 
     def seal(
         self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
@@ -229,8 +249,8 @@ class Staging:
             for entry in os.scandir(self.folder)
             if entry.name not in _OURS
         }
-        write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity))
-        digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: _sha256(self.folder / RECEIPT)}
+        write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
+        digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         write_file(self.folder / SUMS, sums.encode())
         with writing(self.folder):
@@ -240,7 +260,7 @@ class Staging:
 
     def _digest(self, name: str) -> str:
         known = self._digests.get(name)
-        return _sha256(self.folder / name) if known is None else known.result()
+        return sha256_of(self.folder / name) if known is None else known.result()
 
     def __enter__(self) -> Self:
         return self
@@ -251,7 +271,7 @@ class Staging:
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
-        useless = at_fault or not self.journal.entries or self._destination.accepted
+        useless = at_fault or self._spent or not self.journal.entries or self._destination.accepted
         if not self._sealed and useless:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
@@ -301,7 +321,7 @@ def _index(folder: Path) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

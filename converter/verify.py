@@ -16,11 +16,12 @@ from converter.ask import check_output
 from converter.budget import Resources
 from converter.crew import Crew
 from converter.decide import make_plan
-from converter.errors import BadCheckpoint, ConversionRefused, NotFinite
+from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
 from converter.pipeline import Progress, convert_tensors, one_thread
 from converter.plan import Plan, TensorPlan
+from converter.production import Target
 from converter.quantize import Quantizer
 from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
 from converter.receipt import RECEIPT, read_receipt
@@ -237,7 +238,11 @@ def _compare(
     with one_thread(), Crew(plan.resources.threads, plan.resources.slots) as crew:
         total = sum(tensor.source.nbytes for tensor in tensors)
         done = 0
-        for made in convert_tensors(tensors, inputs, quantizer, comparer, crew):
+        adapter = inputs.adapter.folder if inputs.adapter is not None else None
+        targets = ([Target(tensor, adapter, comparer)] for tensor in tensors)
+        for _, made in convert_tensors(targets, inputs.base.folder, quantizer, crew):
+            if isinstance(made, ConverterError):
+                raise made
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))

@@ -1,0 +1,140 @@
+"""What outputs of one base have in common: tensors that no adapter touches lie in shards that are the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.digests import digests_of
+from converter.errors import BadOutput
+from converter.layout import lay_out, pack_shards, shard_names
+from converter.link import GivenShard
+from converter.measure import Fidelity
+from converter.plan import Plan, ShardPlan, TensorPlan
+from converter.production import Made
+from converter.read import Checkpoint, LocalFolder
+from converter.receipt import Origin, identity, read_receipt
+from converter.seal import sha256_of
+
+if TYPE_CHECKING:
+    from converter.inputs import Inputs
+    from converter.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Given:
+    """A shard of an earlier output that later ones may have as it is."""
+
+    shard: GivenShard
+    made: tuple[Made, ...]
+    """Its tensors, in the order in which they were made."""
+
+    @property
+    def names(self) -> list[str]:
+        return [made.name for made in self.made]
+
+
+def untouched(plan: Plan) -> dict[str, TensorPlan]:
+    """The tensors of a plan in which the adapter has no part."""
+    return {tensor.name: _uncut(tensor) for tensor in plan.tensors() if not tensor.is_touched}
+
+
+def in_common(one: Mapping[str, TensorPlan], other: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """The tensors that become the same in both."""
+    return {name: tensor for name, tensor in one.items() if other.get(name) == tensor}
+
+
+def laid_out(plan: Plan, given: Sequence[Given], common: Container[str]) -> tuple[Plan, int, int]:
+    """The plan with its tensors in other shards: those that are given, those of what is in common, those of its own.
+
+    With it, the number of shards that are given, and of those in common.
+    """
+    tensors = {tensor.name: tensor for tensor in plan.tensors()}
+    of_given = [[tensors[name] for name in one.names] for one in given]
+    left = {name: tensors[name] for name in tensors if not any(name in one.names for one in given)}
+    of_common = _packed([left.pop(name) for name in list(left) if name in common], plan.recipe)
+    of_its_own = _packed(list(left.values()), plan.recipe)
+    relaid = replace(plan, shards=_shards([*of_given, *of_common, *of_its_own]))
+    return relaid, len(of_given), len(of_common)
+
+
+def _packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
+    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size) if tensors else []
+    return [[tensors[index] for index in group] for group in groups]
+
+
+def shards_of(plan: Plan, start: int, count: int) -> Plan:
+    """A plan for some of its shards only."""
+    return replace(plan, shards=plan.shards[start : start + count], adapter_digest=None, side_files=(), notes=())
+
+
+def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs: Inputs, device: str) -> list[Given]:
+    """Shards of a finished output that are, to the last byte, what would be made of some tensors in common.
+
+    Their contents are read, and held against that output's receipt. `BadOutput` where it has none, or they differ.
+    """
+    receipt = read_receipt(folder)
+    if receipt is None:
+        raise BadOutput(f"{folder}: no finished conversion of this tool: it has no receipt that can be read")
+    stated = receipt.get("of_the_base_alone")
+    found: list[Given] = []
+    local = LocalFolder(folder)
+    try:
+        with Checkpoint(local) as written:
+            names_in: dict[str, list[str]] = {}
+            for tensor in written:
+                names_in.setdefault(tensor.file, []).append(tensor.name)
+        for file in sorted(stated) if isinstance(stated, dict) else ():
+            # The order of the tensors in a shard is that of the base; their outputs' names begin with theirs.
+            names = [name for name in common if name in names_in.get(file, ())]
+            if names and (given := _given(folder, file, names, receipt, plan, common, inputs, device)) is not None:
+                found.append(given)
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise BadOutput(f"{folder}: its receipt can't be understood ({type(exc).__name__})") from exc
+    finally:
+        local.close()
+    return found
+
+
+def _given(
+    folder: Path,
+    file: str,
+    names: Sequence[str],
+    receipt: Mapping[str, Any],
+    plan: Plan,
+    common: Mapping[str, TensorPlan],
+    inputs: Inputs,
+    device: str,
+) -> Given | None:
+    shard = _shards([[common[name] for name in names]])[0]
+    known = digests_of(inputs.base, [tensor.source.name for tensor in shard.tensors])
+    digests = {name: known[common[name].source.name] for name in names}
+    if identity(shard, plan.recipe, _origin(inputs, digests, device)) != receipt["of_the_base_alone"][file]["identity"]:
+        return None
+    sha256 = sha256_of(folder / file)
+    if sha256 != receipt["files"][file]["sha256"]:
+        raise BadOutput(f"{folder / file}: has changed since it was made: its sha256 is not the receipt's")
+    made = []
+    for name in names:
+        error = float(receipt["tensors"][name]["error"])
+        made.append(Made(name, Fidelity(error, None), digests[name], common[name].source.nbytes))
+    return Given(GivenShard(folder / file, sha256), tuple(made))
+
+
+def _origin(inputs: Inputs, digests: Mapping[str, str], device: str) -> Origin:
+    return Origin("", inputs.hub_digests() or digests, None, {}, device)
+
+
+def _shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:
+    files = shard_names(len(groups))
+    return tuple(
+        ShardPlan(file, tuple(group), lay_out(output for tensor in group for output in tensor.outputs))
+        for file, group in zip(files, groups, strict=True)
+    )
+
+
+def _uncut(tensor: TensorPlan) -> TensorPlan:
+    """How a tensor is cut into tiles makes no difference to its bytes."""
+    return replace(tensor, tiles=(0, tensor.rows))
