@@ -198,6 +198,9 @@ class _Batch:
         self.outcomes[index] = outcome
         self._tell(outcome)
 
+    def refuse(self, index: int, error: ConverterError) -> None:
+        self.end(index, "refused", str(error))
+
     def fail(self, index: int, error: ConverterError) -> None:
         self.end(index, "refused" if isinstance(error, ConversionRefused) else "failed", str(error))
 
@@ -205,7 +208,7 @@ class _Batch:
         """Plan every job; those that are refused have their outcome, the others are in groups."""
         clashes = refuse_clashes(self._jobs)
         for index, error in clashes.items():
-            self.fail(index, error)
+            self.refuse(index, error)
         by_key: dict[tuple[str, str, str], list[tuple[int, Job]]] = {}
         for index, job in enumerate(self._jobs):
             if index not in clashes:
@@ -213,7 +216,7 @@ class _Batch:
                     named = with_base(job, offline=self._terms.offline)
                     by_key.setdefault(group_key(named), []).append((index, named))
                 except ConverterError as exc:
-                    self.fail(index, exc)
+                    self.refuse(index, exc)
         groups = []
         for jobs in by_key.values():
             try:
@@ -222,13 +225,13 @@ class _Batch:
                 group = _Group(Base(first.base, first.base_revision, offline=self._terms.offline))
             except ConverterError as exc:
                 for index, _ in jobs:
-                    self.fail(index, exc)
+                    self.refuse(index, exc)
                 continue
             for index, job in jobs:
                 try:
                     group.add(index, self._member(group, job))
                 except ConverterError as exc:
-                    self.fail(index, exc)
+                    self.refuse(index, exc)
             groups.append(group)
         return groups
 

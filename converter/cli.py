@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
+    from converter.batch import Outcome
     from converter.budget import Resources
+    from converter.jobs import Job
     from converter.recipe import Recipe
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -54,6 +56,18 @@ class _Share(click.ParamType[float]):
         return share
 
 
+class _Part(click.ParamType[tuple[int, int]]):
+    """2/4: the second of four parts."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value))
+        if found is None:
+            self.fail(f"{value!r} is not a part such as 1/4", param, ctx)
+        return int(found[1]), int(found[2])
+
+
 class _Signalled(BaseException):
     """A signal that ends the process at once; unwinds as an interrupt from the keyboard does."""
 
@@ -82,6 +96,49 @@ class _Signals:
         self._received = signum
 
 
+def _all_of(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Options that several commands have."""
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_how_to_run = _all_of(
+    click.option("--memory", type=_Size(), metavar="SIZE", help="Bytes above the libraries' own.  [default: 512MB]"),
+    click.option("--threads", type=click.IntRange(min=1), help="That convert tiles.  [default: one a processor]"),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …"),
+    click.option("--overwrite", is_flag=True, help="Replace an earlier conversion, once the new one is whole."),
+    click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what a run left that died."),
+    click.option("--offline", is_flag=True, help="Take Hub ids from the local cache only."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Copy the Python files that the base names; never run them."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--verbose", "-v", is_flag=True, help="List every tensor; show tracebacks."),
+)
+_of_batches = _all_of(
+    click.option("--strict", is_flag=True, help="Of several: convert none if one is refused."),
+    click.option(
+        "--link",
+        type=click.Choice(["auto", "hard", "reflink", "copy"]),
+        default="auto",
+        show_default=True,
+        help="How several outputs have the shards that no adapter changes.",
+    ),
+    click.option(
+        "--against",
+        type=click.Path(path_type=Path),
+        metavar="OUT",
+        help="A finished output of the same base and recipe, to link to its shards instead of making them.",
+    ),
+)
+
+
 @click.group(
     invoke_without_command=True,
     context_settings={
@@ -94,7 +151,13 @@ class _Signals:
     "--base", metavar="PATH|ID", help="Base model: folder or Hub id. Default: the one that the adapter names."
 )
 @click.option("--base-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
-@click.option("--adapter", metavar="PATH|ID", help="PEFT LoRA adapter: folder or Hub id. Default: only quantize.")
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="[NAME=]PATH|ID",
+    multiple=True,
+    help="PEFT LoRA adapter: folder or Hub id. Default: only quantize. Several: an output each, under OUT by its name.",
+)
 @click.option("--adapter-revision", metavar="REV", help="Its branch, tag or commit on the Hub.")
 @click.option("--out", metavar="PATH", help="Folder to write; it appears only whole.")
 @click.option(
@@ -122,17 +185,9 @@ class _Signals:
 )
 @click.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts.")
 @click.option("--max-shard-size", type=_Size(), default="5GB", show_default=True, help="Bytes in one output file.")
-@click.option("--memory", type=_Size(), metavar="SIZE", help="Bytes above the libraries' own.  [default: 512MB]")
-@click.option("--threads", type=click.IntRange(min=1), help="That convert tiles.  [default: one a processor]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:0, …")
+@_how_to_run
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing, download no shard.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier conversion, once the new one is whole.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with what a run left that died.")
-@click.option("--offline", is_flag=True, help="Take Hub ids from the local cache only.")
-@click.option("--trust-remote-code", is_flag=True, help="Copy the Python files that the base names; never run them.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
-@click.option("--verbose", "-v", is_flag=True, help="List every tensor; show tracebacks.")
+@_of_batches
 @click.version_option(package_name="nf4-converter")
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
@@ -143,10 +198,15 @@ def cli(context: click.Context, /, **options: Any) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    if not options["base"] and not options["adapter"]:
+    adapters, of_batches = options.pop("adapters"), {name: options.pop(name) for name in ("strict", "link", "against")}
+    if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not options["dry_run"]:
         raise click.UsageError("Give --out, or --dry-run.")
+    if _is_named(adapters) or of_batches["against"] is not None:
+        _convert_several(adapters, of_batches, **options)
+        return
+    options["adapter"] = adapters[0] if adapters else None
     (_dry_run if options.pop("dry_run") else _convert)(**options)
 
 
@@ -176,6 +236,76 @@ def verify(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
         click.echo(verification_text(out, found), nl=False)
     if not found.is_good:
         raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("jobs", type=click.Path(path_type=Path))
+@click.option("--slice", "part", type=_Part(), metavar="I/N", help="Of the jobs, the I-th of N parts, from 1.")
+@click.option("--dry-run", is_flag=True, help="Plan every job; write nothing.")
+@_how_to_run
+@_of_batches
+def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
+    r"""Make a checkpoint for each job of a file: TOML with [[jobs]], or a JSON object a line.
+
+    \b
+    {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}
+    """
+    from converter.jobs import read_jobs, slice_of
+
+    wanted = read_jobs(jobs)
+    if part is not None:
+        wanted = slice_of(wanted, *part)
+    _run_batch(wanted, {name: options.pop(name) for name in ("strict", "link", "against")}, **options)
+
+
+def _is_named(adapters: Sequence[str]) -> bool:
+    """Whether outputs lie under OUT by the adapters' names."""
+    if len(adapters) == 1 and "=" in adapters[0]:
+        from converter.jobs import split_name
+
+        return split_name(adapters[0])[0] is not None
+    return len(adapters) > 1
+
+
+def _convert_several(adapters: Sequence[str], of_batches: dict[str, Any], **options: Any) -> None:
+    from converter.jobs import Job, named_jobs
+
+    recipe = _recipe(options)
+    base, out, revisions = options.pop("base"), options.pop("out"), options.pop("base_revision")
+    if options.pop("adapter_revision") is not None and len(adapters) > 1:
+        raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
+    folder = Path(out or "OUT")
+    if _is_named(adapters):
+        jobs = named_jobs(adapters, folder, base, recipe, revisions)
+    else:
+        jobs = [Job(folder, adapters[0] if adapters else None, base, recipe, revisions)]
+    _run_batch(jobs, of_batches, **options)
+
+
+def _run_batch(
+    jobs: Sequence[Job], of_batches: dict[str, Any], *, quiet: bool, verbose: bool, as_json: bool, **options: Any
+) -> None:
+    """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
+    from converter.batch import Terms, convert_batch
+    from converter.show import batch_json, batch_text, print_json, progress_bar
+
+    dry_run = options.pop("dry_run")
+    terms = Terms(_resources(options), **of_batches, **options)
+    stop = _Signals()
+    with progress_bar(shown=not quiet and not as_json) as (progress, clock):
+
+        def tell(outcome: Outcome) -> None:
+            if not outcome.is_good:
+                click.echo(f"error: {outcome.job.label}: {outcome.message}", err=True)
+
+        outcomes = convert_batch(jobs, terms, dry_run=dry_run, progress=progress, stop=stop, tell=tell)
+    if as_json:
+        print_json(batch_json(outcomes, clock()))
+    elif not quiet:
+        click.echo(batch_text(outcomes, clock(), verbose=verbose), nl=False)
+    if not all(outcome.is_good for outcome in outcomes):
+        begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
+        raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)
 
 
 def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:

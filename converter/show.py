@@ -8,14 +8,17 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from converter.batch import Outcome
 from converter.estimate import WRITE_RATE
+from converter.jobs import group_key
 from converter.pipeline import Progress, Report
 from converter.plan import Plan, TensorPlan
 from converter.verify import Verification
@@ -115,6 +118,80 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "survival": _figures(survivals, min),
         "notes": list(report.plan.notes),
     }
+
+
+def batch_text(outcomes: Sequence[Outcome], seconds: float, *, verbose: bool = False) -> str:
+    """What came of each job, a line each, and of the whole."""
+    rows: list[tuple[str, ...]] = [("output", "", "bytes", "shared", "by", "survival", "")]
+    for outcome in outcomes:
+        figures = _batch_figures(outcome)
+        survival = figures["survival"]
+        rows.append(
+            (
+                outcome.job.label,
+                outcome.status,
+                amount(outcome.output_bytes) if outcome.output_bytes else "",
+                amount(outcome.shared_bytes) if outcome.shared_bytes else "",
+                outcome.link,
+                "" if survival is None else f"{survival['mean']:.4f}, worst {survival['worst']:.4f}",
+                outcome.message,
+            )
+        )
+    lines = _table(rows)
+    if verbose:
+        lines += [f"note: {outcome.job.label}: {note}" for outcome in outcomes for note in outcome.notes]
+    else:
+        notes = Counter(note for outcome in outcomes for note in outcome.notes)
+        lines += [f"note, of {count} outputs: {note}" for note, count in notes.items()]
+    lines.append(f"disk: {amount(_disk(outcomes))} in all, what is shared counted once where it is linked")
+    counts = Counter(outcome.status for outcome in outcomes)
+    whole = ", ".join(f"{count} {status}" for status, count in counts.items())
+    lines.append(f"{whole} in {seconds:.1f} s, peak memory {amount(peak_memory())}")
+    return "\n".join(lines) + "\n"
+
+
+def batch_json(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+    """The same, as JSON values."""
+    return {
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "counts": dict(Counter(outcome.status for outcome in outcomes)),
+        "outputs": [
+            {
+                "out": str(outcome.job.out),
+                "adapter": None if outcome.job.adapter is None else str(outcome.job.adapter),
+                "status": outcome.status,
+                "message": outcome.message,
+                "fingerprint": outcome.fingerprint,
+                "output_bytes": outcome.output_bytes,
+                "shared_bytes": outcome.shared_bytes,
+                "link": outcome.link,
+                **_batch_figures(outcome),
+                "notes": list(outcome.notes),
+            }
+            for outcome in outcomes
+        ],
+    }
+
+
+def _disk(outcomes: Sequence[Outcome]) -> int:
+    """Bytes of the outputs; what several of one base and recipe share is counted once unless it is copied."""
+    whole, shared = 0, {}
+    for outcome in outcomes:
+        if outcome.link == "copy":
+            whole += outcome.output_bytes
+        else:
+            whole += outcome.output_bytes - outcome.shared_bytes
+            key = group_key(outcome.job)
+            shared[key] = max(shared.get(key, 0), outcome.shared_bytes)
+    return whole + sum(shared.values())
+
+
+def _batch_figures(outcome: Outcome) -> dict[str, Any]:
+    """Of the tensors that the adapter changed."""
+    survivals = {name: f.survival for name, f in outcome.fidelity.items() if f.survival is not None}
+    errors = {name: f.error for name, f in outcome.fidelity.items() if f.survival is not None}
+    return {"error": _figures(errors, max), "survival": _figures(survivals, min)}
 
 
 def verification_text(out: Path, found: Verification) -> str:
