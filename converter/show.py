@@ -176,7 +176,8 @@ def batch_json(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
 
 def _disk(outcomes: Sequence[Outcome]) -> int:
     """Bytes of the outputs; what several of one base and recipe share is counted once unless it is copied."""
-    whole, shared = 0, {}
+    whole = 0
+    shared: dict[tuple[str, str, str], int] = {}
     for outcome in outcomes:
         if outcome.link == "copy":
             whole += outcome.output_bytes
