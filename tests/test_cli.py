@@ -665,3 +665,93 @@ def test_a_hub_that_fails_ends_with_1(run: Run, hub: StandInHub, out: Path) -> N
     assert ran.code == 1
     assert is_one_line(ran.err)
     assert "503" in ran.err
+
+
+# Several adapters
+
+
+@pytest.fixture
+def other(base: Path, tmp_path: Path) -> Path:
+    return save_adapter(tmp_path / "other", base, "llama", target_modules=["q_proj"])
+
+
+def test_several_adapters_make_an_output_each_and_a_table(
+    run: Run, base: Path, adapter: Path, other: Path, out: Path
+) -> None:
+    ran = run("--base", base, "--adapter", adapter, "--adapter", f"second={other}", "--out", out)
+
+    assert (ran.code, ran.err) == (0, "")
+    rows = [line.split() for line in ran.out.splitlines()]
+    assert [row[:2] for row in rows[1:3]] == [[f"{out}/adapter", "made"], [f"{out}/second", "made"]]
+    assert rows[-1][:2] == ["2", "made"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "second"]
+
+
+def test_one_bad_adapter_of_several_ends_with_1_and_says_which(
+    run: Run, base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+
+    ran = run("--base", base, "--adapter", adapter, "--adapter", tmp_path / "empty", "--out", out, "--json")
+
+    assert ran.code == 1
+    assert is_one_line(ran.err)
+    assert ran.err.startswith(f"error: {out}/empty: ")
+    told = json.loads(ran.out)
+    assert told["counts"] == {"made": 1, "refused": 1}
+    assert [row["status"] for row in told["outputs"]] == ["made", "refused"]
+    assert told["outputs"][0]["shared_bytes"] > 0
+
+
+def test_a_strict_batch_with_one_bad_adapter_starts_nothing_and_ends_with_2(
+    run: Run, base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+
+    ran = run("--base", base, "--adapter", adapter, "--adapter", tmp_path / "empty", "--out", out, "--strict")
+
+    assert ran.code == 2
+    assert not out.exists()
+
+
+def test_adapters_of_one_name_are_refused_with_a_hint(run: Run, base: Path, adapter: Path, out: Path) -> None:
+    ran = run("--base", base, "--adapter", adapter, "--adapter", adapter, "--out", out)
+
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+    assert "give NAME=PATH" in ran.err
+
+
+def test_a_file_of_jobs_is_done_in_slices(run: Run, base: Path, adapter: Path, other: Path, out: Path) -> None:
+    jobs = out.parent / "jobs.jsonl"
+    jobs.parent.mkdir()
+    rows = [{"base": str(base), "adapter": str(a), "out": str(out / a.name)} for a in (adapter, other)]
+    jobs.write_text("\n".join(map(json.dumps, rows)))
+
+    assert run("batch", jobs, "--dry-run").code == 0
+    assert not out.exists()
+    assert run("batch", jobs, "--slice", "2/2").code == 0
+    assert [path.name for path in out.iterdir()] == ["other"]
+    ran = run("batch", jobs)
+    assert ran.code == 0
+    assert "1 made, 1 nothing to do" in ran.out.replace("1 nothing to do, 1 made", "1 made, 1 nothing to do")
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "x", "1/0"])
+def test_a_slice_that_is_none_is_refused(part: str, run: Run, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"base": str(base), "out": "z"}))
+    ran = run("batch", tmp_path / "jobs.jsonl", "--slice", part)
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+
+
+def test_against_links_to_an_earlier_output(
+    run: Run, base: Path, adapter: Path, other: Path, out: Path, tmp_path: Path
+) -> None:
+    run("--base", base, "--adapter", adapter, "--adapter", other, "--out", out)
+
+    ran = run("--base", base, "--adapter", other, "--out", tmp_path / "later", "--against", out / "other")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert any(shard.stat().st_nlink > 2 for shard in (tmp_path / "later").glob("*.safetensors"))
+    assert differences(tmp_path / "later", out / "other") == []

@@ -537,7 +537,7 @@ def test_with_digests_remembered_an_unchanged_base_is_not_read_again(
 ) -> None:
     convert(base, adapter, out)
     read: list[str] = []
-    monkeypatch.setattr("converter.origin.tensor_digest", lambda _, tensor: read.append(tensor.name))
+    monkeypatch.setattr("converter.digests.tensor_digest", lambda _, tensor: read.append(tensor.name))
 
     assert is_done(base, adapter, out)
 
