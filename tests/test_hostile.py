@@ -841,7 +841,7 @@ RECEIPTS: dict[str, Callable[[Path], object]] = {
     "that is a pipe": fifo,
     "that is a link": lambda path: path.symlink_to("/etc/passwd"),
     "with paths for names": lambda path: path.write_text(
-        json.dumps({"format": 1, "fingerprint": "x", "files": {"../../victim": {"bytes": 1}, "/etc/passwd": {}}})
+        json.dumps({"format": 2, "fingerprint": "x", "files": {"../../victim": {"bytes": 1}, "/etc/passwd": {}}})
     ),
 }
 

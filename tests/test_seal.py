@@ -355,7 +355,7 @@ def test_a_folder_with_anything_else_in_it_is_refused(base: Path, adapter: Path,
 
 @pytest.mark.parametrize(
     "receipt",
-    ["", "{}", "[]", "null", '{"format": 1, "fingerprint": "x", "files": {"a": 1}}', '{"format": 99, "files": {}}'],
+    ["", "{}", "[]", "null", '{"format": 2, "fingerprint": "x", "files": {"a": 1}}', '{"format": 99, "files": {}}'],
 )
 def test_a_receipt_that_is_not_ours_does_not_make_a_folder_ours(
     base: Path, adapter: Path, out: Path, receipt: str
