@@ -1,8 +1,9 @@
-# Every target sets up what it needs: a .venv in the checkout, with the versions of constraints.txt.
+# Every target sets up what it needs: a .venv in the checkout, with the versions of constraints.txt;
+# where CI is set, with the very files whose hashes locked.txt lists.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos clean
+.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos lock clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -42,10 +43,26 @@ fuzz: .venv/ready  ## feed the parsers of foreign files nonsense; MINUTES=10, mo
 chaos: .venv/ready  ## kill, fill, break and cut the power of conversions; a quarter of an hour, root for the disks
 	$(BIN)/python -m chaos --json build/chaos.json
 
-.venv/ready: pyproject.toml constraints.txt
+lock:  ## write locked.txt anew from constraints.txt; needs an index, or a folder, with torch's CPU build
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip==26.3 packaging==26.3 uv==0.13.9
+	build/lock/bin/python tools/lock.py
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NO_CUDA := If torch has the wrong hash, or NVIDIA packages are missing, pip took the CUDA build: remove .venv, name the \
+	index of PyTorch CPU builds in PIP_EXTRA_INDEX_URL, use a Python for which the head of locked.txt has the CPU build; \
+	or unset CI, to install without hashes.
+
+.venv/ready: pyproject.toml constraints.txt locked.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, as PYTHON=…")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+ifdef CI
+	$(PIP) install --quiet --require-hashes --no-deps --requirement locked.txt || { echo '$(NO_CUDA)' >&2; exit 1; }
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) check || { echo '$(NO_CUDA)' >&2; exit 1; }
+else
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+endif
 	touch $@
 
 clean:
