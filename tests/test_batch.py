@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ import converter.journal
 import converter.pipeline
 from converter import Job, Outcome, Recipe, Resources, Terms, convert, convert_batch
 from converter.errors import Interrupted, WriteFailed
+from converter.pipeline import Progress
+from converter.receipt import read_receipt
 from converter.verify import verify
+from tests.conftest import REPOSITORY
 from tests.folders import change_tensor, contents, copy
 from tests.models import save_adapter, save_base
 from tests.reference import differences
@@ -61,6 +67,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def three(base: Path) -> list[Path]:
     return adapters(base.parent, base)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, three: list[Path]) -> Path:
+    """What a batch of the three leaves that nothing happened to."""
+    out = base.parent / "undisturbed"
+    convert_batch(jobs_for(three, base, out))
+    return out
 
 
 @pytest.mark.parametrize(
@@ -320,14 +334,408 @@ def test_against_refuses_what_it_can_not_link_to(base: Path, three: list[Path], 
 
 
 def test_the_receipt_says_what_is_shared_and_how(base: Path, three: list[Path], tmp_path: Path) -> None:
-    from converter.receipt import read_receipt
-
     convert_batch(jobs_for(three, base, tmp_path))
 
     receipts = [read_receipt(tmp_path / adapter.name) for adapter in three]
     shared = [receipt["of_the_base_alone"] if receipt else {} for receipt in receipts]
     assert {entry["link"] for one in shared for entry in one.values()} == {"hard"}
     assert len({entry["identity"] for one in shared for entry in one.values()}) == len(shared[0])
+
+
+# What happens while a batch runs
+
+
+def once(act: Callable[[], object], *, at: int = 1) -> Callable[[Progress], None]:
+    """Something that another program does when `at` tensors are converted."""
+    count = itertools.count(1)
+    return lambda progress: act() if progress.stage == "converting" and next(count) == at else None
+
+
+@pytest.mark.parametrize("plans", [1, 64], ids=["forgotten", "kept"])
+@pytest.mark.parametrize("what", ["touches more", "same names", "gone"])
+def test_an_adapter_that_changes_before_its_turn_comes_is_dropped_alone(
+    what: str, plans: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
+    monkeypatch.setattr(converter.batch, "MOST_PLANS", plans)
+    some = [three[0], copy(three[1], tmp_path / "a1"), copy(three[0], tmp_path / "last")]
+
+    def change() -> None:
+        shutil.rmtree(some[1])
+        if what != "gone":
+            copy(three[2] if what == "touches more" else three[0], some[1])
+
+    outcomes = convert_batch(jobs_for(some, base, tmp_path / "out"), progress=once(change))
+
+    assert statuses(outcomes) == ["made", "failed", "made"]
+    assert "changed" in outcomes[1].message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "last"]
+
+
+def test_a_base_that_changes_between_passes_gives_no_output_of_two_bases(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
+    mine = copy(base, tmp_path / "base")
+
+    def change(progress: Progress) -> None:
+        if progress.stage == "sealing":  # the first pass has read everything
+            for shard in shards(mine):
+                os.utime(shard, ns=(1, 1))
+
+    outcomes = convert_batch(jobs_for(three, mine, tmp_path / "out"), progress=change)
+
+    assert set(statuses(outcomes)) == {"failed"}
+    assert all("changed while it was being read" in outcome.message for outcome in outcomes)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_slices_of_one_batch_can_run_at_the_same_time_beside_each_other(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    jobs = jobs_for(three, base, tmp_path / "out")
+    second: list[Outcome] = []
+
+    first = convert_batch(jobs[:1], progress=once(lambda: second.extend(convert_batch(jobs[1:]))))
+
+    assert statuses([*first, *second]) == ["made"] * 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+    assert verify(tmp_path / "out" / "a2", base, three[2]).problems == []
+
+
+def test_the_same_batch_a_second_time_at_the_same_time_is_refused_and_disturbs_nothing(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    jobs = jobs_for(three, base, tmp_path / "out")
+    second: list[Outcome] = []
+
+    first = convert_batch(jobs, progress=once(lambda: second.extend(convert_batch(jobs)), at=3))
+
+    assert statuses(second) == ["refused"] * 3
+    assert all("another conversion is writing it" in outcome.message for outcome in second)
+    assert statuses(first) == ["made"] * 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+
+
+def test_an_output_that_is_being_linked_to_may_be_deleted_meanwhile(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    convert_batch(jobs_for([three[0]], base, tmp_path / "out"))
+
+    outcomes = convert_batch(
+        jobs_for(three[:2], base, tmp_path / "out"), progress=once(lambda: shutil.rmtree(tmp_path / "out" / "a0"))
+    )
+
+    assert statuses(outcomes) == ["nothing to do", "made"]
+    assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
+
+
+def test_an_output_that_fails_in_a_first_pass_leaves_the_common_shards_to_the_second(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
+    huge = copy(three[0], tmp_path / "huge")
+    for half in ("lora_A", "lora_B"):
+        change_tensor(next(huge.glob("*.safetensors")), _a_factor(huge, half), lambda value: value.fill_(3e38))
+
+    outcomes = convert_batch(jobs_for([huge, *three[1:]], base, tmp_path / "out"))
+
+    assert statuses(outcomes) == ["failed", "made", "made"]
+    assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
+    assert (
+        {s.stat().st_ino for s in linked(tmp_path / "out" / "a1")}
+        == {s.stat().st_ino for s in linked(tmp_path / "out" / "a2")}
+        != set()
+    )
+
+
+DRIVER = """
+import os, signal, sys
+import converter.journal, converter.seal
+from converter.cli import console
+
+converter.journal.SECONDS = 0.0
+where, count = sys.argv.pop(1).split(":")
+owner = {"accept": converter.seal.Destination, "note": converter.production.Production, "spend": converter.seal.Staging}
+act, left = getattr(owner[where], where), [int(count)]
+
+def dying(self, *arguments):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return act(self, *arguments)
+
+setattr(owner[where], where, dying)
+console()
+"""
+"""The command line, with every tensor noted at once, killed at a call of something."""
+
+
+@pytest.mark.parametrize("where", ["note:9", "accept:1", "accept:2", "spend:1"])
+def test_killed_while_it_makes_seals_or_tidies_it_goes_on_to_the_same_bytes_and_leaves_nothing(
+    where: str, base: Path, three: list[Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ["--base", base, *(word for adapter in three for word in ("--adapter", adapter)), "--out", out, "-q"]
+    ran = subprocess.run([sys.executable, "-c", DRIVER, where, *map(os.fspath, options)], cwd=REPOSITORY, check=False)
+    assert ran.returncode == -signal.SIGKILL
+    assert any(path.name.startswith(".shared-") for path in out.iterdir())
+
+    assert all(outcome.is_good for outcome in convert_batch(jobs_for(three, base, out)))
+
+    assert sorted(path.name for path in out.iterdir()) == ["a0", "a1", "a2"]
+    for adapter in three:
+        assert contents(out / adapter.name) == contents(undisturbed / adapter.name)
+
+
+def test_what_a_batch_left_is_taken_away_by_one_that_begins_with_another_job(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    count = itertools.count()
+    with pytest.raises(Interrupted):
+        convert_batch(
+            jobs_for(three[1:], base, tmp_path / "out"), stop=lambda: signal.SIGINT if next(count) == 12 else None
+        )
+
+    assert statuses(convert_batch(jobs_for(three, base, tmp_path / "out"))) == ["made"] * 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+
+
+# Reading once, in whatever memory
+
+
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many rows of each tensor are read."""
+    read: Counter[str] = Counter()
+    read_tile = converter.pipeline.read_tile
+
+    def counted(tensor: Any, folder: Any, start: int, end: int, *rest: Any) -> Any:
+        read[tensor.name] += end - start
+        return read_tile(tensor, folder, start, end, *rest)
+
+    monkeypatch.setattr("converter.pipeline.read_tile", counted)
+    return read
+
+
+def test_a_kept_tensor_that_one_adapter_changes_and_others_copy_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base", "llama", num_hidden_layers=1, vocab_size=9000)
+    some = [
+        save_adapter(tmp_path / "head", base, "llama", target_modules=["q_proj", "lm_head"]),
+        save_adapter(tmp_path / "plain", base, "llama", target_modules=["q_proj"]),
+    ]
+    read = rows_read(monkeypatch)
+
+    outcomes = convert_batch(
+        jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=80_000_000, threads=1, kernels=False))
+    )
+
+    assert statuses(outcomes) == ["made"] * 2
+    assert read["lm_head.weight"] == 9000
+    monkeypatch.undo()
+    for adapter in some:
+        assert (
+            differences(tmp_path / "out" / adapter.name, convert(base, adapter, tmp_path / f"{adapter.name}1").out)
+            == []
+        )
+
+
+def test_several_passes_read_what_is_in_common_once(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
+    read: Counter[str] = Counter()
+    monkeypatch.setattr("converter.pipeline.read_tile", _counting(read, converter.pipeline.read_tile))
+
+    convert_batch(jobs_for(three, base, tmp_path))
+
+    in_common = {name for name in read if "_proj" not in name}
+    assert in_common
+    assert {read[name] for name in in_common} == {1}
+    assert {read[name] for name in read.keys() - in_common} == {3}
+
+
+@pytest.mark.parametrize("memory", [135_000_000, None], ids=["asked for", "default"])
+def test_as_many_are_made_together_as_leave_room_for_a_tensor_that_can_not_be_cut(
+    memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conv1D is one tile, which takes more than the quarter of the budget that is left to tiles."""
+    base = save_base(tmp_path / "base", "gpt2", n_embd=512, n_layer=1)
+    adapter = save_adapter(tmp_path / "a0", base, "gpt2")
+    some = [adapter, *(copy(adapter, tmp_path / f"a{number}") for number in range(1, 4))]
+    monkeypatch.setattr(converter.budget, "PER_TENSOR", 2_000_000)  # as large models have it
+    monkeypatch.setattr(converter.budget, "DEFAULT", 135_000_000)
+    largest: list[int] = []
+    init = converter.production.Production.__init__
+    monkeypatch.setattr(
+        "converter.production.Production.__init__",
+        lambda self, plan, *rest: (largest.append(plan.memory), init(self, plan, *rest))[1],
+    )
+
+    outcomes = convert_batch(
+        jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=memory, threads=1, kernels=False))
+    )
+
+    assert statuses(outcomes) == ["made"] * 4
+    assert max(largest[1:]) <= 135_000_000  # the first is that of the shards in common, which is cut later
+
+
+def test_a_budget_too_small_for_anything_refuses_each_with_what_is_needed(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    outcomes = convert_batch(jobs_for(three, base, tmp_path), Terms(Resources(memory=1_000_000)))
+
+    assert statuses(outcomes) == ["refused"] * 3
+    assert all("bytes are needed" in outcome.message for outcome in outcomes)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+# Jobs that differ in more than their adapters
+
+
+def test_without_an_adapter_and_by_another_recipe_in_one_batch(base: Path, three: list[Path], tmp_path: Path) -> None:
+    fp4 = Recipe(quant_type="fp4")
+    jobs = [
+        Job(tmp_path / "plain", None, base),
+        *jobs_for(three[:2], base, tmp_path),
+        Job(tmp_path / "fp4", three[0], base, fp4),
+    ]
+
+    assert statuses(convert_batch(jobs)) == ["made"] * 4
+
+    for job in jobs:
+        alone = convert(base, job.adapter, tmp_path / f"alone {job.out.name}", job.recipe)
+        assert differences(job.out, alone.out) == []
+    assert {s.stat().st_ino for s in linked(tmp_path / "a0")} == {s.stat().st_ino for s in linked(tmp_path / "plain")}
+    assert verify(tmp_path / "fp4", base, three[0]).problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "settings"),
+    [
+        ("gpt2", torch.float32, {"target_modules": ["c_attn"]}),
+        ("qwen2", torch.float16, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("gpt_neox", torch.bfloat16, {"target_modules": ["dense"]}),
+        ("qwen2_moe", torch.bfloat16, {"target_modules": ["v_proj"]}),
+    ],
+    ids=["gpt2", "qwen2", "gpt_neox", "qwen2_moe"],
+)
+def test_adapters_of_different_modules_share_what_neither_changes_in_any_architecture(
+    name: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", name, dtype)
+    some = [save_adapter(tmp_path / "some", base, name, **settings), save_adapter(tmp_path / "all", base, name)]
+
+    outcomes = convert_batch(jobs_for(some, base, tmp_path / "out"))
+
+    assert statuses(outcomes) == ["made"] * 2
+    assert all(outcome.shared_bytes > 0 for outcome in outcomes)
+    for adapter in some:
+        assert differences(tmp_path / "out" / adapter.name, convert(base, adapter, tmp_path / "1").out) == []
+        shutil.rmtree(tmp_path / "1")
+
+
+# Again, and against
+
+
+def test_the_same_batch_again_reads_nothing_and_changes_nothing(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = convert_batch(jobs_for(three, base, tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    read = rows_read(monkeypatch)
+
+    again = convert_batch(list(reversed(jobs_for(three, base, tmp_path / "out"))))
+
+    assert statuses(again) == ["nothing to do"] * 3
+    assert [outcome.fingerprint for outcome in reversed(again)] == [outcome.fingerprint for outcome in first]
+    assert not read
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_conversion_alone_finds_the_output_of_a_batch_already_made_by_its_content_only_in_a_batch(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    """The layout is part of the plan: a conversion alone would lay the same tensors out otherwise."""
+    convert_batch(jobs_for(three, base, tmp_path / "out"))
+    out = tmp_path / "out" / "a0"
+
+    assert statuses(convert_batch([Job(out, three[0], base)])) == ["nothing to do"]
+    with pytest.raises(converter.errors.BadOutput, match="holds another conversion"):
+        convert(base, three[0], out)
+
+
+def test_an_output_that_lost_a_file_is_no_longer_whole_and_is_made_again_if_it_may_be(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    jobs = jobs_for(three, base, tmp_path / "out")
+    convert_batch(jobs)
+    shards(tmp_path / "out" / "a1")[0].unlink()
+
+    assert statuses(convert_batch(jobs)) == ["nothing to do", "refused", "nothing to do"]
+    assert statuses(convert_batch(jobs, Terms(overwrite=True))) == ["nothing to do", "made", "nothing to do"]
+    assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
+
+
+def test_a_shard_that_rotted_in_an_earlier_output_is_not_handed_on(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    convert_batch(jobs_for([three[0], three[2]], base, tmp_path / "out"), Terms(link="copy"))
+    for out in ("a0", "a2"):
+        for file in read_receipt(tmp_path / "out" / out)["of_the_base_alone"]:  # type: ignore[index]
+            with (tmp_path / "out" / out / file).open("r+b") as shard:
+                shard.seek(-1, 2)
+                shard.write(b"!")
+
+    outcomes = convert_batch(jobs_for(three, base, tmp_path / "out"))
+
+    assert statuses(outcomes) == ["nothing to do", "made", "nothing to do"]
+    assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
+
+
+def test_against_a_conversion_alone_whose_every_shard_has_something_of_its_adapter_is_refused_saying_so(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    convert(base, three[0], tmp_path / "alone")
+
+    (outcome,) = convert_batch([Job(tmp_path / "later", three[1], base)], Terms(against=tmp_path / "alone"))
+
+    assert outcome.status == "refused"
+    assert "each of its shards has something of its adapter" in outcome.message
+    assert not (tmp_path / "later").exists()
+
+
+def test_against_an_output_of_another_base_of_the_same_shapes_is_refused(
+    base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    other = copy(base, tmp_path / "other")
+    for shard in shards(other):
+        tensors = {name: tensor + 1 for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    convert_batch(jobs_for(three[:1], base, tmp_path / "out"))
+
+    (outcome,) = convert_batch([Job(tmp_path / "later", three[1], other)], Terms(against=tmp_path / "out" / "a0"))
+
+    assert outcome.status == "refused"
+    assert "another base" in outcome.message
+
+
+def test_against_an_output_of_a_base_alone_links_to_it(base: Path, three: list[Path], tmp_path: Path) -> None:
+    convert(base, None, tmp_path / "plain", Recipe(max_shard_size=1_000_000))
+
+    outcomes = convert_batch(
+        [Job(tmp_path / "again", None, base, Recipe(max_shard_size=1_000_000))],
+        Terms(against=tmp_path / "plain", link="copy"),
+    )
+
+    assert statuses(outcomes) == ["made"]
+    assert differences(tmp_path / "again", tmp_path / "plain") == []
+
+
+def _counting(read: Counter[str], read_tile: Any) -> Any:
+    return lambda tensor, *rest: read.update([tensor.name]) or read_tile(tensor, *rest)
 
 
 def _noting(read: list[str], read_tile: Any) -> Any:
