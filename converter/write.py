@@ -143,9 +143,12 @@ class ShardWriter:
             going_on = bool(written) and self._temporary.exists()
             self._descriptor = _open_again(self._temporary) if going_on else create(self._temporary)
             try:
+                if going_on and self._temporary != self._path:
+                    _refuse_second_name(self._descriptor)
                 if going_on and written:
                     self._resume(written)
                 if self._temporary == self._path and not self._is_whole():
+                    _refuse_second_name(self._descriptor)  # whole, it may have one: it isn't written to
                     self._temporary = folder / (plan.file + UNFINISHED)
                     self._path.rename(self._temporary)
                 if self._temporary != self._path:
@@ -352,12 +355,14 @@ def create(path: Path) -> int:
 
 
 def _open_again(path: Path) -> int:
-    """A descriptor of a file that an earlier run began; one with a second name may be precious to someone."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """A descriptor of a file that an earlier run began."""
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def _refuse_second_name(descriptor: int) -> None:
+    """A file with a second name may be precious to someone: it is not written to."""
     if os.fstat(descriptor).st_nlink > 1:
-        os.close(descriptor)
         raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
-    return descriptor
 
 
 def commit(temporary: Path, path: Path) -> None:
