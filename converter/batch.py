@@ -114,6 +114,8 @@ class _Member:
     def __init__(self, job: Job, inputs: Inputs, terms: Terms) -> None:
         self.job, self.inputs, self._terms = job, inputs, terms
         self._plan: Plan | None = None
+        self.before = inputs.identities()
+        """Of the weights files, when it was planned: its turn may come much later."""
         plan = self.plan
         self.destination = Destination(job.out, inputs=inputs.folders, overwrite=terms.overwrite)
         device = torch_device(plan.device).type
@@ -138,6 +140,10 @@ class _Member:
                 trust_remote_code=self._terms.trust_remote_code,
             )
         return self._plan
+
+    def refuse_if_changed(self) -> None:
+        """`InputChanged` if base or adapter is not what was planned for."""
+        self.inputs.refuse_if_changed(self.before)
 
     def forget(self) -> None:
         self._plan = None
@@ -404,19 +410,25 @@ class _Pass:
     def __init__(
         self, batch: _Batch, group: _Group, members: Mapping[int, _Member], given: Sequence[Given], place: _Place
     ) -> None:
-        self._batch, self._group, self._members, self._given, self._place = batch, group, members, given, place
-        reserved = budget.FIXED + place.need + sum(member.need for member in members.values())
+        self._batch, self._group, self._given, self._place = batch, group, given, place
+        self._members: dict[int, _Member] = {}
+        laid: dict[int, Plan] = {}
+        for index, member in members.items():
+            try:
+                member.refuse_if_changed()
+                laid[index] = laid_out(member.plan, given, group.common or {})[0]
+            except ConverterError as exc:
+                batch.fail(index, exc)
+            else:
+                self._members[index] = member
+        reserved = budget.FIXED + place.need + sum(member.need for member in self._members.values())
         place.cut(reserved)
-        self._plans = {
-            index: _cut(laid_out(member.plan, given, group.common or {})[0], reserved)
-            for index, member in members.items()
-        }
+        self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
         self._productions: dict[int, Production] = {}
 
     def run(self) -> None:
         """Convert, and seal each output that nothing went wrong with."""
         batch, base = self._batch, self._group.base
-        before = {index: member.inputs.identities() for index, member in self._members.items()}
         of_base = Inputs(None, None, opened=base)
         failure: BaseException | None = None
         try:
@@ -427,7 +439,7 @@ class _Pass:
             for index in list(self._productions):
                 total = base.checkpoint.nbytes
                 batch.show(Progress("sealing", total, total, str(self._members[index].job.out)))
-                self._seal(index, before[index], digests)
+                self._seal(index, digests)
         except BaseException as exc:
             failure = exc
             raise
@@ -440,6 +452,8 @@ class _Pass:
     def _convert(self) -> None:
         batch, base = self._batch, self._group.base.checkpoint
         self._open()
+        if not self._productions:
+            return
         plan = next(iter(self._plans.values()))
         quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
         read: dict[str, int] = {}
@@ -510,12 +524,12 @@ class _Pass:
         production.close(error)
         self._batch.fail(index, error)
 
-    def _seal(self, index: int, before: Mapping[Path, list[int] | None], digests: Mapping[str, str]) -> None:
+    def _seal(self, index: int, digests: Mapping[str, str]) -> None:
         production, member, plan = self._productions[index], self._members[index], self._plans[index]
         shards = [given.shard for given in self._given] + self._place.shards()
         link = ""
         try:
-            member.inputs.refuse_if_changed(before)
+            member.refuse_if_changed()
             for shard, planned in zip(shards, plan.shards, strict=False):
                 link = production.staging.take(shard, planned.file, self._batch.terms.link)
             production.made |= {made.name: made for made in self._shared_made()}
