@@ -8,7 +8,8 @@ when it is sealed: no output depends on another's fate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -272,6 +273,7 @@ class _Batch:
             else:
                 self.end(index, "nothing to do", fingerprint=member.known, output_bytes=member.output_bytes)
         if not pending:
+            _tidy(group.members.values())
             return
         try:
             given = self._given(group)
@@ -354,9 +356,8 @@ class _Place:
         self.production: Production | None = None
         self.need = 0
         inputs = Inputs(None, None, opened=group.base)
-        key = hashlib.sha256(repr(group_key(first.job)).encode()).hexdigest()[:12]
-        out = first.destination.out.parent / f".shared-{key}"
-        destination = Destination(out, inputs=inputs.folders, overwrite=False)
+        destination = Destination(_place_of(first), inputs=inputs.folders, overwrite=False)
+        _tidy([member for member in group.members.values() if member is not first])
         if not count and not destination.staging.exists():
             return
         shared = shards_of(plan, given_count, count)
@@ -425,6 +426,8 @@ class _Pass:
         place.cut(reserved)
         self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
         self._productions: dict[int, Production] = {}
+        self._links: dict[int, str] = {}
+        """How an output has what is not its own."""
 
     def run(self) -> None:
         """Convert, and seal each output that nothing went wrong with."""
@@ -471,6 +474,14 @@ class _Pass:
             try:
                 staging = Staging(member.destination, job_of(plan, member.inputs), files, resume=terms.resume)
             except ConverterError as exc:
+                self._batch.fail(index, exc)
+                continue
+            try:
+                # At once: the output that has them may be gone when this one is sealed.
+                for given, planned in zip(self._given, plan.shards, strict=False):
+                    self._links[index] = staging.take(given.shard, planned.file, terms.link)
+            except ConverterError as exc:
+                staging.__exit__(type(exc), exc, None)
                 self._batch.fail(index, exc)
                 continue
             adapter = member.inputs.adapter.folder if member.inputs.adapter else None
@@ -526,12 +537,10 @@ class _Pass:
 
     def _seal(self, index: int, digests: Mapping[str, str]) -> None:
         production, member, plan = self._productions[index], self._members[index], self._plans[index]
-        shards = [given.shard for given in self._given] + self._place.shards()
-        link = ""
         try:
             member.refuse_if_changed()
-            for shard, planned in zip(shards, plan.shards, strict=False):
-                link = production.staging.take(shard, planned.file, self._batch.terms.link)
+            for shard, planned in zip(self._place.shards(), plan.shards[len(self._given) :], strict=False):
+                self._links[index] = production.staging.take(shard, planned.file, self._batch.terms.link)
             production.made |= {made.name: made for made in self._shared_made()}
             report = seal(production, member.inputs, digests, member.job.out)
         except ConverterError as exc:
@@ -546,7 +555,7 @@ class _Pass:
             fingerprint=report.fingerprint,
             output_bytes=plan.output_bytes,
             shared_bytes=sum(shard.layout.size for shard in plan.shards[: self._place.count]),
-            link=link,
+            link=self._links.get(index, ""),
             fidelity={name: report.fidelity[name] for name in sorted(touched)},
             notes=plan.notes,
         )
@@ -561,6 +570,21 @@ class _Pass:
             replaced = {tensor.name for tensor in production.plan.tensors() if tensor.origin == "adapter"}
             found |= {made.name: made.digest for made in production.made.values() if made.name not in replaced}
         return found
+
+
+def _place_of(first: _Member) -> Path:
+    """Beside the first output, and named by it: slices of one batch may be made at the same time."""
+    key = hashlib.sha256(repr((group_key(first.job), first.destination.out.name)).encode()).hexdigest()[:12]
+    return first.destination.out.parent / f".shared-{key}"
+
+
+def _tidy(members: Iterable[_Member]) -> None:
+    """Take away what batches left that died, and that began with one of these; not what one makes that is running."""
+    for member in members:
+        destination = Destination(_place_of(member), inputs=(), overwrite=False)
+        if destination.staging.exists():
+            with suppress(ConverterError), Staging(destination, {}, (), resume=False) as staging:
+                staging.spend()
 
 
 def _cut(plan: Plan, reserved: int) -> Plan:
