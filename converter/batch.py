@@ -8,6 +8,7 @@ when it is sealed: no output depends on another's fate.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from converter import budget
 from converter.budget import Resources
 from converter.decide import make_plan
 from converter.digests import remember
-from converter.errors import BadOutput, ConversionRefused, ConverterError, Interrupted
+from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted
 from converter.inputs import Base, Inputs
 from converter.jobs import Job, group_key, refuse_clashes, with_base
 from converter.journal import job_of
@@ -282,9 +283,14 @@ class _Batch:
             group.base.fetch(lambda name, done: self.show(Progress("fetching", done, total, name)))
             indices = list(pending)
             with _Place(group, given, self.terms) as place:
-                for numbers in budget.passes([member.need for member in pending.values()], self.terms.resources):
+                passes = deque(budget.passes([member.need for member in pending.values()], self.terms.resources))
+                while passes:
+                    numbers = passes.popleft()
                     some = {indices[number]: pending[indices[number]] for number in numbers}
-                    _Pass(self, group, some, given, place).run()
+                    if (one := self._fitting(group, some, given, place)) is None:
+                        passes.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
+                        continue
+                    one.run()
                     for member in some.values():
                         member.forget()
         except Interrupted as exc:
@@ -293,6 +299,20 @@ class _Batch:
         except ConverterError as exc:
             for index in [index for index in pending if index not in self.outcomes]:
                 self.fail(index, exc)
+
+    def _fitting(
+        self, group: _Group, some: Mapping[int, _Member], given: Sequence[Given], place: _Place
+    ) -> _Pass | None:
+        """A pass for some outputs; None if they leave too little memory to what can't be cut, and fewer may not."""
+        resources = self.terms.resources
+        try:
+            one = _Pass(self, group, some, given, place)
+        except BadRecipe:
+            if len(some) == 1:
+                raise
+            return None
+        too_large = resources.memory is None and one.memory > budget.DEFAULT
+        return None if too_large and len(some) > 1 else one
 
     def _given(self, group: _Group) -> list[Given]:
         """Shards in common that an output has already: one of this batch that is made, or that of `--against`."""
@@ -415,6 +435,8 @@ class _Pass:
         self._members: dict[int, _Member] = {}
         laid: dict[int, Plan] = {}
         for index, member in members.items():
+            if index in batch.outcomes:
+                continue
             try:
                 member.refuse_if_changed()
                 laid[index] = laid_out(member.plan, given, group.common or {})[0]
@@ -425,9 +447,24 @@ class _Pass:
         reserved = budget.FIXED + place.need + sum(member.need for member in self._members.values())
         place.cut(reserved)
         self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
+        self._cut_alike()
+        self.memory = max((plan.memory for plan in self._plans.values()), default=0)
+        """Predicted, in bytes."""
         self._productions: dict[int, Production] = {}
         self._links: dict[int, str] = {}
         """How an output has what is not its own."""
+
+    def _cut_alike(self) -> None:
+        """A tensor that one adapter changes and others copy has one set of tiles, the smallest: it is read once."""
+        smallest: dict[tuple[str, int], tuple[int, ...]] = {}
+        shared = [self._place.production.plan] if self._place.production else []
+        for plan in (*self._plans.values(), *shared):
+            for tensor in plan.tensors():
+                if not tensor.indivisible:
+                    key = (tensor.name, tensor.rows)
+                    smallest[key] = max(smallest.get(key, ()), tensor.tiles, key=len)
+        for index, plan in self._plans.items():
+            self._plans[index] = _with_tiles(plan, smallest)
 
     def run(self) -> None:
         """Convert, and seal each output that nothing went wrong with."""
@@ -590,9 +627,16 @@ def _tidy(members: Iterable[_Member]) -> None:
 def _cut(plan: Plan, reserved: int) -> Plan:
     """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
     cut, memory, _ = budget.cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
-    tensors = {tensor.name: tensor for tensor in cut}
-    shards = tuple(replace(s, tensors=tuple(tensors[tensor.name] for tensor in s.tensors)) for s in plan.shards)
-    return replace(plan, shards=shards, memory=memory)
+    return replace(_with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
+
+
+def _with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
+    """The plan with some of its tensors, by name and rows, cut otherwise."""
+    shards = tuple(
+        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
+        for s in plan.shards
+    )
+    return replace(plan, shards=shards)
 
 
 def _disk_of(path: Path) -> int:
