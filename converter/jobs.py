@@ -107,8 +107,14 @@ def _job(path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> J
             raise BadRecipe(f"{where}: {key} is not a text")
     try:
         choices = {key: stated[key] for key in _RECIPE & stated.keys()}
+        if not isinstance(choices.get("double_quant", True), bool):
+            raise BadRecipe("double_quant is neither true nor false")
         if "keep" in choices:
             choices["keep"] = tuple([choices["keep"]] if isinstance(choices["keep"], str) else choices["keep"])
+            if not all(isinstance(pattern, str) for pattern in choices["keep"]):
+                raise BadRecipe("keep is not a list of texts")
+        if type(choices.get("max_shard_size", 0)) is not int:
+            raise BadRecipe("max_shard_size is not a number of bytes")
         recipe = Recipe(**choices)
     except (BadRecipe, TypeError) as exc:
         raise BadRecipe(f"{where}: {exc}") from exc

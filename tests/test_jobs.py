@@ -51,6 +51,12 @@ def test_a_file_of_json_lines_has_a_job_a_line(tmp_path: Path) -> None:
         ('{"adapter": "a", "out": "z", "quant_type": "q4"}', "job 1: --quant-type q4"),
         ('{"adapter": "a"}', "job 1: has no out"),
         ('{"out": "z"}', "neither adapter nor base"),
+        ('{"adapter": "a", "out": "z", "double_quant": "false"}', "job 1: double_quant is neither true nor false"),
+        ('{"adapter": "a", "out": "z", "keep": [1]}', "job 1: keep is not a list of texts"),
+        ('{"adapter": "a", "out": "z", "keep": 1}', "job 1: "),
+        ('{"adapter": "a", "out": "z", "max_shard_size": "5GB"}', "job 1: max_shard_size is not a number of bytes"),
+        ('{"adapter": "a", "out": "z", "recipe": 4}', "expected a table"),
+        ('{"adapter": "a", "out": "z"}\n{"adapter": "b"}', "job 2: has no out"),
         ('{"adapter": 1, "out": "z"}', "adapter is not a text"),
         ("[]", "job 1: not an object"),
         ("{", "Expecting"),
@@ -107,3 +113,21 @@ def test_slices_are_a_partition_of_the_jobs_as_even_as_can_be(bases: list[str], 
 def test_slices_are_counted_from_one(number: int) -> None:
     with pytest.raises(BadRecipe, match="counted from 1: 1/3 to 3/3"):
         slice_of([], number, 3)
+
+
+def test_the_jobs_of_one_base_stay_in_one_slice_where_sizes_allow() -> None:
+    jobs = [Job(Path(f"z/{number}"), "a", "xy"[number % 2]) for number in range(6)]
+    assert [{job.base for job in slice_of(jobs, number, 2)} for number in (1, 2)] == [{"x"}, {"y"}]
+
+
+def test_a_folder_beside_the_file_is_meant_before_an_id_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "org" / "one").mkdir(parents=True)
+    (tmp_path / "jobs.jsonl").write_text('{"adapter": "org/one", "base": "org/two", "out": "z"}')
+    (job,) = read_jobs(tmp_path / "jobs.jsonl")
+    assert (job.adapter, job.base) == (str(tmp_path / "org" / "one"), "org/two")
+
+
+def test_a_path_with_an_equals_sign_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r=8").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [(job.out, job.adapter) for job in named_jobs(["r=8"], Path("z"), "x", Recipe())] == [(Path("z/r=8"), "r=8")]
