@@ -65,6 +65,31 @@ def test_a_disk_that_fails_is_not_taken_for_one_without_links(
         link(source, tmp_path / "target")
 
 
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL])
+def test_a_reflink_that_can_not_be_is_refused_if_asked_for_and_leaves_the_name_as_it_was(
+    code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("converter.link.fcntl.ioctl", refuse)
+    (tmp_path / "target").write_bytes(b"before")
+    with pytest.raises(OSError, match=os.strerror(code)):
+        link(source, tmp_path / "target", "reflink")
+    assert (tmp_path / "target").read_bytes() == b"before"
+
+
+def test_a_reflink_where_the_filesystem_has_them_copies_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "converter.link.fcntl.ioctl", lambda target, _, number: target.write(os.pread(number, 1 << 20, 0))
+    )
+    monkeypatch.setattr("converter.link.shutil.copyfileobj", None)
+    assert link(source, tmp_path / "target", "reflink") == "reflink"
+    assert (tmp_path / "target").read_bytes() == source.read_bytes()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

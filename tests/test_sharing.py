@@ -1,0 +1,96 @@
+"""What outputs of one base have in common, and in which shards it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from converter import Inputs, Plan, Recipe, convert, make_plan
+from converter.errors import BadOutput
+from converter.receipt import read_receipt
+from converter.sharing import given_by, in_common, laid_out, untouched
+from tests.folders import change_json
+from tests.models import save_adapter, save_base
+
+SMALL = Recipe(max_shard_size=1_000_000)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("sharing") / "base", "llama", num_hidden_layers=1, vocab_size=9000)
+
+
+@pytest.fixture(scope="module")
+def inputs(base: Path) -> Iterator[list[Inputs]]:
+    """Of two adapters of different modules."""
+    some = [
+        Inputs(base, save_adapter(base.parent / name, base, "llama", target_modules=[name]))
+        for name in ("q_proj", "down_proj")
+    ]
+    yield some
+    for one in some:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def plans(inputs: list[Inputs]) -> list[Plan]:
+    return [make_plan(one.base, one.adapter, SMALL) for one in inputs]
+
+
+def names(plan: Plan) -> set[str]:
+    return {tensor.name for tensor in plan.tensors()}
+
+
+def test_in_common_is_what_neither_adapter_touches_and_both_make_alike(plans: list[Plan]) -> None:
+    touched = {tensor.name for plan in plans for tensor in plan.tensors() if tensor.is_touched}
+    assert {name.split(".")[-2] for name in touched} == {"q_proj", "down_proj"}
+    assert in_common(*map(untouched, plans)).keys() == names(plans[0]) - touched
+
+
+def test_nothing_is_in_common_by_recipes_that_give_other_bytes(base: Path) -> None:
+    with Inputs(base, None) as alone:
+        one, other = (untouched(make_plan(alone.base, None, Recipe(quant_type=kind))) for kind in ("nf4", "int8"))
+    assert not any("q_proj" in name for name in in_common(one, other))
+
+
+def test_every_tensor_is_laid_out_once_and_what_is_in_common_comes_first_and_alike(plans: list[Plan]) -> None:
+    common = in_common(*map(untouched, plans))
+    relaid = [laid_out(plan, [], common) for plan in plans]
+
+    for (plan, given, count), before in zip(relaid, plans, strict=True):
+        assert (given, count > 0) == (0, True)
+        assert sorted(tensor.name for tensor in plan.tensors()) == sorted(names(before))
+        assert {tensor.name for shard in plan.shards[:count] for tensor in shard.tensors} == common.keys()
+        assert plan.content == before.content
+        assert plan.digest != before.digest
+    count = relaid[0][2]
+    assert [shard.layout for shard in relaid[0][0].shards[:count]] == [s.layout for s in relaid[1][0].shards[:count]]
+
+
+def test_an_earlier_output_gives_its_shards_of_the_base_alone_and_no_other(
+    base: Path, inputs: list[Inputs], plans: list[Plan], tmp_path: Path
+) -> None:
+    out = convert(base, base.parent / "q_proj", tmp_path / "out", SMALL).out
+    receipt = read_receipt(out)
+    assert receipt is not None
+
+    given = given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+
+    assert given
+    assert {one.shard.path.name for one in given} <= receipt["of_the_base_alone"].keys()
+    assert not any("_proj" in name for one in given for name in one.names)
+
+
+def test_a_receipt_that_makes_no_sense_gives_nothing_and_says_so(
+    base: Path, inputs: list[Inputs], plans: list[Plan], tmp_path: Path
+) -> None:
+    out = convert(base, base.parent / "q_proj", tmp_path / "out", SMALL).out
+    for nonsense in (dict.fromkeys((read_receipt(out) or {})["of_the_base_alone"], 4), {}):
+        change_json(out / "conversion.json", of_the_base_alone=nonsense)
+        if nonsense:
+            with pytest.raises(BadOutput, match="can't be understood"):
+                given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+        else:
+            assert given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu") == []
