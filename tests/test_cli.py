@@ -755,3 +755,41 @@ def test_against_links_to_an_earlier_output(
     assert (ran.code, ran.err) == (0, "")
     assert any(shard.stat().st_nlink > 2 for shard in (tmp_path / "later").glob("*.safetensors"))
     assert differences(tmp_path / "later", out / "other") == []
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_where_no_job_can_start_a_batch_ends_with_2(
+    option: tuple[str, ...], run: Run, base: Path, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    options = ("--base", base, "--adapter", f"x={tmp_path / 'empty'}", "--adapter", f"y={tmp_path / 'none'}")
+
+    ran = run(*options, "--out", out, *option)
+
+    assert ran.code == 2
+    assert [line.split(": ")[1] for line in ran.err.splitlines()] == [f"{out}/x", f"{out}/y"]
+    assert not out.exists()
+    assert not option or json.loads(ran.out)["counts"] == {"refused": 2}
+
+
+def test_an_adapter_that_fails_on_the_way_ends_a_batch_with_1(
+    run: Run, base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    huge = copy(adapter, tmp_path / "huge")
+    file = huge / "adapter_model.safetensors"
+    save_file({name: tensor.fill_(3e38) for name, tensor in load_file(file).items()}, file)
+
+    ran = run("--base", base, "--adapter", adapter, "--adapter", huge, "--out", out)
+
+    assert ran.code == 1
+    assert is_one_line(ran.err)
+    assert "1 made, 1 failed" in ran.out
+    assert [path.name for path in out.iterdir()] == ["adapter"]
+
+
+def test_a_file_of_jobs_that_is_not_understood_ends_with_2_and_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "jobs.toml").write_text('[[jobs]]\nadapter = "a"\nout = "z"\nquant = 4\n')
+    ran = run("batch", tmp_path / "jobs.toml")
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+    assert "job 1: 'quant' is not known" in ran.err

@@ -156,3 +156,23 @@ def test_four_times_the_model_takes_the_same_memory_and_no_more_than_predicted(
     assert four.peak <= one.peak + TOLERANCE
     assert one.peak <= one.predicted
     assert four.peak <= four.predicted
+
+
+BATCH = PROGRAM.replace("convert, plan_conversion", "convert, convert_batch, Job, Terms").replace(
+    "report = convert(base, adapter, out, recipe, resources)",
+    """jobs = [Job(Path(f"{out}/{n}"), adapter, base, recipe) for n in range(int(out.rpartition("-")[2]))]
+outcomes = convert_batch(jobs, Terms(resources))
+assert all(outcome.status == "made" for outcome in outcomes), outcomes""",
+)
+BATCH = BATCH[: BATCH.index("sizes = ")] + "print(json.dumps([peak - before, resources.memory, 0, 0]))\n"
+
+
+@pytest.mark.slow
+def test_eight_adapters_stay_within_the_memory_that_one_was_given(
+    place: Path, models: dict[int, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.test_memory.PROGRAM", BATCH)
+    resources: dict[str, object] = {"threads": 2, "memory": 120_000_000}
+    for count in (1, 8):
+        measured = measure(place, models[2], tmp_path / f"out-{count}", resources, {})
+        assert measured.peak <= measured.predicted, count
