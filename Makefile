@@ -34,7 +34,7 @@ golden: .venv/ready  ## write the expected receipts anew; read the diff before y
 real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py
 
-bench: .venv/ready  ## measure time and memory beside the usual flow; a quarter of an hour, 20 GB of disk
+bench: .venv/ready  ## measure time and memory beside the usual flow; twenty minutes, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py
 
 fuzz: .venv/ready  ## feed the parsers of foreign files nonsense; MINUTES=10, more by coverage with `pip install atheris`

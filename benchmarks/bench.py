@@ -1,10 +1,10 @@
 """Measure conversions beside today's flow and beside the plain work of reading and writing, in fresh processes.
 
-    python benchmarks/bench.py [--quick] [--work build/bench] [--runs 3] [--picture PATH] [--keep]
+    python benchmarks/bench.py [--quick] [--only batch] [--work build/bench] [--runs 3] [--picture PATH] [--keep]
 
 Makes the models, measures, and deletes them; prints a Markdown table, and writes every run into `result.json` and a
-picture into the work folder. The full run needs 20 GB of disk and a quarter of an hour; `--quick` does the smallest
-model alone.
+picture into the work folder. The full run needs 20 GB of disk and twenty minutes; `--quick` does the smallest model
+alone, `--only batch` the batches alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 PACKAGES = ("nf4-converter", "torch", "numba", "numpy", "transformers", "peft", "bitsandbytes", "safetensors")
 REFERENCE_NEEDS = 3.1
 """Memory that the reference flow takes, as a multiple of the base."""
+ADAPTERS = 10
+"""In a batch."""
 
 Runs = list[dict[str, Any]]
 
@@ -157,6 +159,41 @@ def measure_reference(bench: Bench, name: str, inputs: tuple[object, ...], base_
         remove(out)
 
 
+def measure_batch(bench: Bench, name: str) -> None:
+    """Ten adapters in one pass over a base, beside one alone, and beside ten, one after the other."""
+    folder, out = bench.model(name), bench.work / "out"
+    for kind in ("qv", "all"):
+        bench.script("models", name, folder, "--adapters", kind, "--count", ADAPTERS)
+
+    def converted(*adapters: str) -> dict[str, Any]:
+        bench.script("plain", "read", folder / "base")  # into the file cache, should something have driven it out
+        inputs = [word for adapter in adapters for word in ("--adapter", folder / "adapters" / adapter)]
+        run = bench.convert("--base", folder / "base", *inputs, "--out", out, "--json")
+        disk = disk_used(out)
+        remove(out)
+        return figures(run) | {"disk_bytes": disk}
+
+    bench.forget()
+    few, many = ([f"{kind}-{number}" for number in range(ADAPTERS)] for kind in ("qv", "all"))
+    bench.say(f"{name}: a batch of {ADAPTERS} adapters on q_proj and v_proj")
+    converted(few[0])  # compiles the kernels, and asks transformers
+    found: dict[str, Any] = {"model": name, "adapters": ADAPTERS}
+    bench.result["batch"] = found
+    found["qv"] = {"alone": [], "batch": []}
+    for _ in range(bench.runs):  # in turns
+        found["qv"]["alone"].append(converted(few[0]))
+        found["qv"]["batch"].append(converted(*few))
+    bench.save()
+    bench.say(f"{name}: a batch of {ADAPTERS} adapters on all linear layers, and each alone")
+    half = ADAPTERS // 2
+    before = [converted(adapter) for adapter in many[:half]]
+    batch = converted(*many)  # amid the others, because disks have moods
+    found["all"] = {"alone": before + [converted(adapter) for adapter in many[half:]], "batch": [batch]}
+    bench.save()
+    if not bench.keep:
+        remove(folder)
+
+
 def measure_plan(bench: Bench) -> None:
     """The plan for a model of 70 billion parameters, of which there are headers only."""
     folder = bench.model("70")
@@ -180,6 +217,12 @@ def figures(run: Measured) -> dict[str, Any]:
 
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def disk_used(folder: Path) -> int:
+    """Bytes on the disk of all files in a folder; one with several names counts once."""
+    files = [path.lstat() for path in folder.rglob("*") if not path.is_dir()]
+    return sum({(file.st_dev, file.st_ino): file.st_blocks * 512 for file in files}.values())
 
 
 def remove(path: Path) -> None:
@@ -206,6 +249,7 @@ def conditions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
+    parser.add_argument("--only", choices=["batch"], help="this section alone, and the imports")
     parser.add_argument("--work", type=Path, default=REPO / "build" / "bench", help="default: build/bench")
     parser.add_argument("--runs", type=int, help="of each command; the median counts (default: 3, --quick: 2)")
     parser.add_argument("--picture", type=Path, help="default: performance.png in the work folder")
@@ -219,19 +263,22 @@ def main() -> None:
     bench = Bench(work, runs, args.keep, conditions() | {"quick": args.quick, "models": {}})
 
     measure_imports(bench)
-    measure_stages(bench)
-    for name in ["0.3"] if args.quick else ["0.3", "1.1", "3.2"]:
-        measure_model(bench, name)
-    if not args.quick:
+    if args.only is None:
+        measure_stages(bench)
+        for name in ["0.3"] if args.quick else ["0.3", "1.1", "3.2"]:
+            measure_model(bench, name)
+    measure_batch(bench, "0.3" if args.quick else "1.1")
+    if args.only is None and not args.quick:
         bench.runs = 1
         measure_model(bench, "wide", reference=False)
         measure_plan(bench)
     bench.forget()
     bench.save()
     print(table(bench.result))
-    from picture import draw
+    if bench.result["models"]:
+        from picture import draw
 
-    draw(bench.result, args.picture or work / "performance.png")
+        draw(bench.result, args.picture or work / "performance.png")
 
 
 if __name__ == "__main__":

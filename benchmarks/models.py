@@ -2,7 +2,7 @@
 
 Written by hand, a few MB at a time: making a model needs neither its memory nor torch. The same bytes come each time.
 
-    python benchmarks/models.py 1.1 build/bench/1.1
+    python benchmarks/models.py 1.1 build/bench/1.1 [--adapters qv --count 10]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = {"qv": ("q_proj", "v_proj"), "all": TARGETS}
+"""What the adapters of a batch change."""
 _POOL = 1 << 24
 """Different random values; a model repeats them from changing places."""
 
@@ -118,6 +120,12 @@ def make(name: str, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def add_adapters(name: str, folder: Path, kind: str, count: int) -> None:
+    """Make adapters that differ in their values beside the base that `make` made there, unless they are there."""
+    for number in range(count):
+        _make_adapter(MODELS[name], folder / "adapters" / f"{kind}-{number}", KINDS[kind], number + 1)
+
+
 def _make_base(model: Llama, folder: Path) -> None:
     folder.mkdir(parents=True)
     values = None if model.hollow else (_pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
@@ -138,27 +146,31 @@ def _make_base(model: Llama, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config()))
 
 
-def _make_adapter(model: Llama, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    shapes: Shapes = {}
-    for name, (rows, columns) in model.linears().items():
-        shapes[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
-        shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
-    _write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else _pool())
+def _make_adapter(model: Llama, folder: Path, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": RANK,
         "lora_alpha": RANK,
-        "target_modules": list(TARGETS),
+        "target_modules": list(targets),
         "bias": "none",
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    stated = folder / "adapter_config.json"  # written last
+    if stated.is_file() and stated.read_text() == json.dumps(config):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes: Shapes = {}
+    for name, (rows, columns) in model.linears().items():
+        if name.rpartition(".")[2] in targets:
+            shapes[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
+            shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
+    _write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else _pool(seed))
+    stated.write_text(json.dumps(config))
 
 
-def _pool() -> NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal(_POOL, np.float32) * np.float32(0.02)
+def _pool(seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(_POOL, np.float32) * np.float32(0.02)
 
 
 def _write(path: Path, shapes: Shapes, dtype: str, width: int, values: NDArray[np.generic] | None) -> None:
@@ -194,8 +206,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path, help="gets a base and an adapter")
+    parser.add_argument("--adapters", choices=KINDS, help="adapters for a batch, too, in the folder's adapters/")
+    parser.add_argument("--count", type=int, default=10, help="how many (default: 10)")
     args = parser.parse_args()
     make(args.model, args.folder)
+    if args.adapters:
+        add_adapters(args.model, args.folder, args.adapters, args.count)
 
 
 if __name__ == "__main__":

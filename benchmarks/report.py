@@ -18,13 +18,19 @@ BUDGET = 512_000_000
 SHORT = 0.5
 """Seconds for a command that converts nothing."""
 
+_KINDS = {"qv": "q_proj and v_proj", "all": "all linear layers"}
+
 Result = dict[str, Any]
 
 
 def table(result: Result) -> str:
     """All tables."""
-    parts = [_conditions(result), _goals(result), _models(result), _stages(result), _commands(result)]
-    return "\n\n".join(parts)
+    parts = [_conditions(result), _goals(result)]
+    if result["models"]:
+        parts += [_models(result), _stages(result)]
+    if "batch" in result:
+        parts.append(_batches(result))
+    return "\n\n".join([*parts, _commands(result)])
 
 
 def seconds(runs: Sequence[dict[str, Any]]) -> float:
@@ -33,7 +39,7 @@ def seconds(runs: Sequence[dict[str, Any]]) -> float:
 
 
 def peak(runs: Sequence[dict[str, Any]], key: str = "peak") -> int:
-    """The largest peak of memory."""
+    """The largest of a figure, which is the peak of memory unless `key` says otherwise."""
     return max(int(run[key]) for run in runs)
 
 
@@ -58,14 +64,10 @@ def _goals(result: Result) -> str:
         what: str, model: str, value: Callable[[Result], float], most: float, show: Callable[[float], str]
     ) -> None:
         if model in models:
-            found = value(models[model])
-            lines.append((what, show(found), f"≤ {show(most)}", "yes" if found <= most else "no"))
+            lines.append(_goal(what, value(models[model]), most, show))
 
     def share(value: float) -> str:
         return f"1/{1 / value:.1f}"
-
-    def times(value: float) -> str:
-        return f"{value:.2f} ×"
 
     for name, most in (("1.1", 1 / 10), ("3.2", 1 / 20)):
         if models.get(name, {}).get("reference"):
@@ -82,7 +84,7 @@ def _goals(result: Result) -> str:
         "3.2",
         lambda model: (seconds(model["cold"]) - seconds(imports)) / plain_seconds(model),
         1.5,
-        times,
+        _times,
     )
     for name in models:
         what = "one tensor of 2.1 GB" if name == "wide" else f"{name} B"
@@ -95,8 +97,32 @@ def _goals(result: Result) -> str:
         )
     if "3.2" in models:
         smallest = peak(_conversions(models["0.3"]))
-        goal("3.2 B to 0.3 B, peak memory", "3.2", lambda model: peak(_conversions(model)) / smallest, 1.05, times)
+        goal("3.2 B to 0.3 B, peak memory", "3.2", lambda model: peak(_conversions(model)) / smallest, 1.05, _times)
+    if "batch" in result:
+        lines += _goals_of_batches(result["batch"], peak(imports))
     return _markdown(("", "measured", "to reach", "reached"), lines)
+
+
+def _goals_of_batches(batch: Result, floor: int) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = []
+    many = f"{batch['model']} B, {batch['adapters']} adapters"
+    if few := batch.get("qv"):
+        time = seconds(few["batch"]) / seconds(few["alone"])
+        disk = peak(few["batch"], "disk_bytes") / peak(few["alone"], "disk_bytes")
+        lines.append(_goal(f"{many} on q_proj and v_proj, time, to one alone", time, 2, _times))
+        lines.append(_goal("the same, disk used by the outputs, to one output", disk, 2, _times))
+    if whole := batch.get("all"):
+        time = seconds(whole["batch"]) / sum(run["seconds"] for run in whole["alone"])
+        lines.append(_goal(f"{many} on all linear layers, time, to as many runs", time, 0.6, _times))
+    for kind in [kind for kind in _KINDS if kind in batch]:
+        for which, who in (("alone", "1 adapter"), ("batch", f"{batch['adapters']} adapters")):
+            what = f"{batch['model']} B, {who} on {_KINDS[kind]}, peak memory above the imports' {_mb(floor)}"
+            lines.append(_goal(what, peak(batch[kind][which]) - floor, BUDGET, _mb))
+    return lines
+
+
+def _goal(what: str, found: float, most: float, show: Callable[[float], str]) -> Sequence[str]:
+    return what, show(found), f"≤ {show(most)}", "yes" if found <= most else "no"
 
 
 def _models(result: Result) -> str:
@@ -124,6 +150,21 @@ def _models(result: Result) -> str:
             spread = f"{min(r['seconds'] for r in runs):.1f}–{max(r['seconds'] for r in runs):.1f}"
             lines.append((name, what, f"{seconds(runs):.1f} s", spread if len(runs) > 1 else "", *[""] * 4))
     header = ("model", "", "time", "from–to", "CPU time", "VmHWM", "RssAnon", "its children")
+    return _markdown(header, lines)
+
+
+def _batches(result: Result) -> str:
+    batch = result["batch"]
+    lines = []
+    for kind, text in _KINDS.items():
+        for which, runs in batch.get(kind, {}).items():
+            who = "1 adapter" if which == "alone" else f"{batch['adapters']} adapters"
+            spread = f"{min(r['seconds'] for r in runs):.1f}–{max(r['seconds'] for r in runs):.1f}"
+            cells = [f"{who} on {text}", str(len(runs)), f"{seconds(runs):.1f} s", spread if len(runs) > 1 else ""]
+            memory = [_mb(peak(runs)), _mb(peak(runs, "anonymous"))]
+            disk = _gb(peak(runs, "disk_bytes"))
+            lines.append((*cells, f"{median(r['cpu_seconds'] for r in runs):.1f} s", *memory, disk))
+    header = (f"batches, {batch['model']} B", "runs", "time", "from–to", "CPU time", "VmHWM", "RssAnon", "disk")
     return _markdown(header, lines)
 
 
@@ -165,6 +206,10 @@ def _commands(result: Result) -> str:
 
 def _conversions(model: Result) -> list[dict[str, Any]]:
     return [*model["first"], *model["cold"], *model["cached"]]
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} ×"
 
 
 def _mb(count: float) -> str:
