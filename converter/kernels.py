@@ -4,8 +4,9 @@ Equal to `bitsandbytes.functional.quantize_4bit` on a CPU, bit for bit; tests ho
 thread and without Python's lock: the pipeline runs several.
 
 All arithmetic is in float32, in the order in which PEFT and bitsandbytes do it, and never contracted: the loops are
-written so that the compiler vectorizes them without being allowed to reorder a sum. An index that may be negative, for
-all it knows, keeps it from that (hence `uintp`); a slice made in a loop costs the counting of a reference.
+written so that the compiler vectorizes them without being allowed to reorder a sum. Each step goes over a group of
+blocks, small enough for the processor's nearest caches: calls and counted references for each block would cost as much
+as some of the steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import njit
+from numba.core import types
 from numba.extending import intrinsic
 
 from converter.quantize import four_bit_map
@@ -26,15 +28,13 @@ EXACT, BFLOAT16, FLOAT16 = 0, 1, 2
 SUMS = 4
 """Sums of a row: ‖Q(S) − S‖², ‖S‖², ⟨Q(S) − W, Δ⟩, ⟨Δ, Δ⟩."""
 
+_GROUP = 2048
+"""Weights that a step takes at a time, or one block, if that is more; no result depends on it."""
 _SMALLEST = np.float32(1e-38)
 _INFINITY = np.uint32(0x7F800000)
-
-_LANES = 16
-_UNIT = 64
-"""Values that are summed in float32, in `_LANES` sums of a fixed order, before float64 takes over: the figures are the
-same on every processor, however wide its vectors are."""
-_SMALL, _LARGE = np.float32(1e-24), np.float32(1e15)
-"""A sum in one lane so small that others may have lost squares below float32's range; an absmax that may exceed it."""
+_intrinsic: Any = intrinsic
+_FEW, _MANY = np.float32(1e-30), np.float32(1e30)
+"""Between these, sums of squares in float32 lose nothing to its range."""
 
 
 @cache
@@ -49,16 +49,6 @@ def tables(quant_type: str) -> tuple[Array, Array, Array]:
     values = code[order]
     bounds = (values[:-1] + values[1:]) / np.float32(2)
     return values, order, bounds
-
-
-@cache
-def _pairs(quant_type: str) -> tuple[Array, Array]:
-    """Of two ranks among the values, ascending, in one byte: the byte of their codes, and the bits of their values."""
-    values, order, _ = tables(quant_type)
-    ranks = np.arange(256)
-    codes = (order[ranks >> 4] << 4) | order[ranks & 15]
-    both = np.stack([values[ranks >> 4], values[ranks & 15]], axis=1)
-    return codes, both.view(np.uint64).ravel()
 
 
 def quantize_rows(
@@ -80,20 +70,21 @@ def quantize_rows(
     number, not yet scaled; None: no delta. Filled in: `packed` (uint8, half as many, rounded up), `absmax` (float32,
     one a block, the last of which may be short), `sums` (float64, (rows, SUMS)).
     """
-    _, order, bounds = tables(quant_type)
-    pair_codes, pair_values = _pairs(quant_type)
+    stored = base if base.dtype == np.uint16 else base.view(np.uint32)
+    values, order, bounds = tables(quant_type)
+    identity = bool((order == np.arange(16)).all())
     none = np.empty(0, np.float32)
     return bool(
         _quantize(
-            base if base.dtype == np.uint16 else base.view(np.uint32),
+            stored,
             none if delta is None else delta,
             delta is not None,
             np.float32(scaling),
             columns,
-            tuple(bounds),
-            bool((order == np.arange(16)).all()),
-            pair_codes,
-            pair_values,
+            values,
+            order,
+            bounds,
+            identity,
             block,
             rounding,
             packed,
@@ -116,84 +107,176 @@ def _some_have(bits, mask):  # type: ignore[no-untyped-def]
     return found != 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _round(bits: Array, count: int, rounding: int) -> None:
-    """Round float32 values, given as their bits, to the nearest bfloat16 or float16; ties to even."""
+@_intrinsic
+def _select(_typing, condition, one, other):  # type: ignore[no-untyped-def]
+    """`one if condition else other` as one instruction: the branches that Python's form becomes aren't vectorized."""
+    return one(condition, one, other), lambda _context, builder, _signature, operands: builder.select(*operands)
+
+
+@_intrinsic
+def _bits(_typing, value):  # type: ignore[no-untyped-def]
+    """The bits of a float32."""
+
+    def generate(context, builder, _signature, operands):  # type: ignore[no-untyped-def]
+        return builder.bitcast(operands[0], context.get_value_type(types.uint32))
+
+    return types.uint32(value), generate
+
+
+@_intrinsic
+def _value(_typing, bits):  # type: ignore[no-untyped-def]
+    """The float32 of 32 bits, or of the 16 bits of a bfloat16, which are its upper half."""
+
+    def generate(context, builder, _signature, operands):  # type: ignore[no-untyped-def]
+        (found,) = operands
+        if bits == types.uint16:
+            wide = context.get_value_type(types.uint32)
+            found = builder.shl(builder.zext(found, wide), wide(16))
+        return builder.bitcast(found, context.get_value_type(types.float32))
+
+    return types.float32(bits), generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round(value, rounding):  # type: ignore[no-untyped-def]
+    """Round a float32 to the nearest bfloat16 or float16; ties to even."""
+    # Unless it is said each time, numba makes 64 bits of what becomes of 32, and a vector holds half as many.
+    u = _bits(value)
     if rounding == BFLOAT16:
-        for i in range(count):
-            u = bits[i]
-            bits[i] = (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    elif rounding == FLOAT16:
-        values = bits.view(np.float32)
-        for i in range(count):
-            u = bits[i]
-            sign = u & np.uint32(0x80000000)
-            size = u & np.uint32(0x7FFFFFFF)
-            if size < np.uint32(0x38800000):
-                # Below 2⁻¹⁴ float16 has steps of 2⁻²⁴, which are those of float32 around 0.75.
-                values[i] = np.abs(values[i]) + np.float32(0.75) - np.float32(0.75)
-                bits[i] |= sign
-            else:
-                size = (size + np.uint32(0xFFF) + ((size >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
-                bits[i] = sign | (_INFINITY if size > np.uint32(0x477FE000) else size)
+        even = (u >> np.uint32(16)) & np.uint32(1)
+        return _value(np.uint32((u + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)))
+    if rounding == FLOAT16:
+        sign, size = np.uint32(u & np.uint32(0x80000000)), np.uint32(u & np.uint32(0x7FFFFFFF))
+        # Below 2⁻¹⁴ float16 has steps of 2⁻²⁴, which are those of float32 around 0.75.
+        small = _bits(np.float32(_value(size) + np.float32(0.75)) - np.float32(0.75))
+        even = (size >> np.uint32(13)) & np.uint32(1)
+        large = np.uint32((size + np.uint32(0xFFF) + even) & np.uint32(0xFFFFE000))
+        large = _select(large > np.uint32(0x477FE000), _INFINITY, large)
+        return _value(np.uint32(sign | _select(size < np.uint32(0x38800000), small, large)))
+    return value
 
 
-def _reinterpret(_typing: Any, stored: Any) -> Any:
-    """The float32 of stored bits: uint16 is bfloat16, the upper half of a float32; uint32 is all of one."""
-
-    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        bits = builder.zext(arguments[0], context.get_value_type(types.uint32))
-        if stored == types.uint16:
-            bits = builder.shl(bits, bits.type(16))
-        return builder.bitcast(bits, context.get_value_type(types.float32))
-
-    return types.float32(stored), generate
-
-
-_float32: Any = intrinsic(_reinterpret)
-
-
+# Inlined, so that each rounding gets loops of its own.
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _rank(v, bounds):  # type: ignore[no-untyped-def]
-    """How many bounds lie below a value."""
+def _merge(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, rounding, begin, size, block, rounded, largest
+):
+    """What is quantized of `size` values from `begin` on, and the largest of each block."""
+    finite = True
+    for number in range(largest.size):
+        most = np.uint32(0)
+        for j in range(number * block, min((number + 1) * block, size)):
+            value = _round(_value(stored[np.uintp(begin + j)]), rounding)
+            if merged:
+                value = _round(value + delta[np.uintp(begin + j)] * scaling, rounding)
+            rounded[np.uintp(j)] = value
+            # Without their sign, floats are ordered as their bits are; NaN and infinity come last.
+            most = max(most, np.uint32(_bits(value) & np.uint32(0x7FFFFFFF)))
+        if most >= _INFINITY:
+            finite = False
+        largest[number] = _value(most)
+    return finite
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _search(rounded, size, block, absmax, bounds, codes):  # type: ignore[no-untyped-def]
+    """Codes: the number of bounds below the scaled value, by binary search in all values at a time."""
     b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = bounds
-    low = np.int32(v > b0) + np.int32(v > b1) + np.int32(v > b2) + np.int32(v > b3) + np.int32(v > b4)
-    mid = np.int32(v > b5) + np.int32(v > b6) + np.int32(v > b7) + np.int32(v > b8) + np.int32(v > b9)
-    top = np.int32(v > b10) + np.int32(v > b11) + np.int32(v > b12) + np.int32(v > b13) + np.int32(v > b14)
-    return np.int32(low + mid + top)
+    for number in range(absmax.size):
+        first, last = number * block, (number + 1) * block
+        inverse = np.float32(1.0) / max(absmax[number], _SMALLEST)
+        if last > size:
+            # bitsandbytes divides in a last block that is short, and keeps its absmax from being zero.
+            last, inverse = size, np.float32(1.0)
+            absmax[number] = max(absmax[number], _SMALLEST)
+            for j in range(first, last):
+                rounded[j] /= absmax[number]
+        for j in range(first, last):
+            v = rounded[np.uintp(j)] * inverse
+            eight = v > b7
+            four = v > _select(eight, b11, b3)
+            two = v > _select(four, _select(eight, b13, b5), _select(eight, b9, b1))
+            low = _select(four, _select(eight, b12, b4), _select(eight, b8, b0))
+            high = _select(four, _select(eight, b14, b6), _select(eight, b10, b2))
+            one = v > _select(two, high, low)
+            codes[np.uintp(j)] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pack(pairs, size, packed, begin):  # type: ignore[no-untyped-def]
+    """Two codes of 32 bits, seen as one of 64, to a byte: the first one in its upper half."""
+    for j in range((size + 1) // 2):
+        packed[np.uintp(begin // 2 + j)] = np.uint8(pairs[j] << np.uint64(4) | pairs[j] >> np.uint64(32))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _unpack(packed, begin, size, stands_for, pairs):  # type: ignore[no-untyped-def]
+    """What the codes stand for, by byte: two values of 32 bits, seen as one of 64."""
+    for j in range((size + 1) // 2):
+        pairs[np.uintp(j)] = stands_for[packed[np.uintp(begin // 2 + j)]]
 
 
 # Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _tally(stored, delta, merged, scaling, restored, start, first, last, sums, row):  # type: ignore[no-untyped-def]
-    """Add values `first` to `last` of the block at `start` to the row's sums, in float64."""
-    missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
-    if merged:
-        for j in range(first, last):
-            weight, moved = _float32(stored[np.uintp(start + j)]), delta[np.uintp(start + j)] * scaling
-            s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)])
+def _tally_widely(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums
+):
+    """Add a block to the sums of its rows, of which it may lie in several, in float64."""
+    while first < last:
+        row = (begin + first) // columns
+        end = min(last, (row + 1) * columns - begin)
+        missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
+        for j in range(first, end):
+            weight, moved = _value(stored[np.uintp(begin + j)]), np.float32(0)
+            if merged:
+                moved = delta[np.uintp(begin + j)] * scaling
+            s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)] * scale)
             w, d = np.float64(weight), np.float64(moved)
             missed += (q - s) * (q - s)
             whole += s * s
             along += (q - w) * d
             shift += d * d
-    else:
-        for j in range(first, last):
-            s, q = np.float64(_float32(stored[np.uintp(start + j)])), np.float64(restored[np.uintp(j)])
-            missed += (q - s) * (q - s)
-            whole += s * s
-    sums[row, 0] += missed
-    sums[row, 1] += whole
-    sums[row, 2] += along
-    sums[row, 3] += shift
+        sums[row, 0] += missed
+        sums[row, 1] += whole
+        sums[row, 2] += along
+        sums[row, 3] += shift
+        first = end
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _end_row(row_sums, sums, row):  # type: ignore[no-untyped-def]
-    """Add a row's sums by lane to its sums, always in the same order, and begin anew."""
-    for lane in range(row_sums.size):
-        sums[row, lane // _LANES] += row_sums[lane]
-        row_sums[lane] = 0.0
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _tally(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, columns, begin, size, block, restored, absmax, sums
+):
+    """The same, in float32 within a block, wherever that will do."""
+    for number in range(absmax.size):
+        first, last, scale = number * block, min((number + 1) * block, size), absmax[number]
+        row = (begin + first) // columns
+        missed, whole, along, shift = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        if begin + last > (row + 1) * columns:
+            last = first  # nothing here, all of it below
+        if merged:
+            for j in range(first, last):
+                w, d = _value(stored[np.uintp(begin + j)]), delta[np.uintp(begin + j)] * scaling
+                s, q = w + d, restored[np.uintp(j)] * scale
+                missed += (q - s) * (q - s)
+                whole += s * s
+                along += (q - w) * d
+                shift += d * d
+        else:
+            for j in range(first, last):
+                s, q = _value(stored[np.uintp(begin + j)]), restored[np.uintp(j)] * scale
+                missed += (q - s) * (q - s)
+                whole += s * s
+            shift = whole
+        if min(missed, whole, shift) > _FEW and max(missed, whole, shift) < _MANY:
+            sums[row, 0] += missed
+            sums[row, 1] += whole
+            if merged:
+                sums[row, 2] += along
+                sums[row, 3] += shift
+        else:
+            last = min((number + 1) * block, size)
+            _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -203,121 +286,42 @@ def _quantize(  # type: ignore[no-untyped-def]
     merged,
     scaling,
     columns,
+    values,
+    order,
     bounds,
     identity,
-    pair_codes,
-    pair_values,
     block,
     rounding,
     packed,
     absmax,
     sums,
 ):
-    total = stored.size
-    bits = np.empty(block, np.uint32)  # of what is quantized
-    values = bits.view(np.float32)
-    signed = bits.view(np.int32)
-    ranks = np.empty(block // 2, np.int32)  # two in each
-    restored_pairs = np.empty(block // 2, np.uint64)
-    restored = restored_pairs.view(np.float32)
-    unit_sums = np.empty(SUMS * _LANES, np.float32)
-    row_sums = np.zeros(SUMS * _LANES)
-    lanes = (SUMS if merged else 2) * _LANES
+    group = max(block, _GROUP)
+    rounded = np.empty(group, np.float32)
+    codes = np.empty(group, np.int32)
+    restored = np.empty(group, np.float32)
+    halves = np.empty((256, 2), np.float32)
+    for byte in range(256):
+        halves[byte, 0], halves[byte, 1] = values[byte >> 4], values[byte & 15]
+    stands_for = halves.reshape(512).view(np.uint64)
     finite = True
-    row = 0
     sums[:] = 0.0
-    for number in range(absmax.size):
-        start = number * block
-        count = min(block, total - start)
-        if rounding == EXACT and merged:
-            for j in range(count):
-                values[j] = _float32(stored[np.uintp(start + j)]) + delta[np.uintp(start + j)] * scaling
+    for begin in range(0, stored.size, group):
+        size = min(group, stored.size - begin)
+        scales = absmax[begin // block : (begin + size + block - 1) // block]
+        if rounding == EXACT:
+            finite &= _merge(stored, delta, merged, scaling, EXACT, begin, size, block, rounded, scales)
+        elif rounding == BFLOAT16:
+            finite &= _merge(stored, delta, merged, scaling, BFLOAT16, begin, size, block, rounded, scales)
         else:
-            for j in range(count):
-                values[j] = _float32(stored[np.uintp(start + j)])
-            if rounding != EXACT:
-                _round(bits, count, rounding)
-                if merged:
-                    for j in range(count):
-                        values[j] += delta[np.uintp(start + j)] * scaling
-                    _round(bits, count, rounding)
-        # A short block ends with zeros: the second half of its last byte may be the code of one.
-        for j in range(count, block):
-            values[j] = np.float32(0.0)
-        # Without their sign, floats are ordered as their bits are; NaN and infinity come last.
-        largest = np.int32(0)
-        for j in range(block):
-            largest = max(largest, np.int32(signed[j] & np.int32(0x7FFFFFFF)))
-        if np.uint32(largest) >= _INFINITY:
-            finite = False
-        scale = _float32(np.uint32(largest))
-        # No bound lies beyond ±1, so that values just beyond need not be clamped.
-        if count == block:
-            factor = np.float32(1.0) / max(scale, _SMALLEST)
-        else:
-            # bitsandbytes divides in a last block that is short, and keeps its absmax from being zero.
-            scale = max(scale, _SMALLEST)
-            for j in range(count):
-                values[j] = values[j] / scale
-            factor = np.float32(1.0)
-        absmax[number] = scale
-        nbytes = (count + 1) // 2
-        for j in range(nbytes):
-            high, low = _rank(values[2 * j] * factor, bounds), _rank(values[2 * j + 1] * factor, bounds)
-            ranks[j] = (high << 4) | low
-        if identity:
-            for j in range(nbytes):
-                packed[np.uintp(start // 2 + j)] = ranks[j]
-        else:
-            for j in range(nbytes):
-                packed[np.uintp(start // 2 + j)] = pair_codes[np.uint8(ranks[j])]
-        for j in range(nbytes):
-            restored_pairs[j] = pair_values[np.uint8(ranks[j])]
-        for j in range(count):
-            restored[j] *= scale
-        first = 0
-        while first < count:
-            now = (start + first) // columns
-            if now != row:
-                _end_row(row_sums, sums, row)
-                row = now
-            last = min(count, first + _UNIT, (row + 1) * columns - start)
-            if last - first < _UNIT:  # at the end of a row, or of a small block
-                _tally(stored, delta, merged, scaling, restored, start, first, last, sums, row)
-                first = last
-                continue
-            if merged:
-                for lane in range(_LANES):
-                    missed = whole = along = shift = np.float32(0.0)
-                    for k in range(_UNIT // _LANES):
-                        j = first + lane + k * _LANES
-                        w, d = _float32(stored[np.uintp(start + j)]), delta[np.uintp(start + j)] * scaling
-                        s, q = w + d, restored[np.uintp(j)]
-                        missed += (q - s) * (q - s)
-                        whole += s * s
-                        along += (q - w) * d
-                        shift += d * d
-                    unit_sums[lane] = missed
-                    unit_sums[_LANES + lane] = whole
-                    unit_sums[2 * _LANES + lane] = along
-                    unit_sums[3 * _LANES + lane] = shift
-            else:
-                for lane in range(_LANES):
-                    missed = whole = np.float32(0.0)
-                    for k in range(_UNIT // _LANES):
-                        j = first + lane + k * _LANES
-                        s, q = _float32(stored[np.uintp(start + j)]), restored[np.uintp(j)]
-                        missed += (q - s) * (q - s)
-                        whole += s * s
-                    unit_sums[lane] = missed
-                    unit_sums[_LANES + lane] = whole
-            small = unit_sums[_LANES] < _SMALL or (merged and unit_sums[3 * _LANES] < _SMALL)
-            if small or scale > _LARGE:  # zeros, as a rule; squares that float32 may not hold
-                _tally(stored, delta, merged, scaling, restored, start, first, last, sums, row)
-                first = last
-                continue
-            for lane in range(lanes):
-                row_sums[lane] += np.float64(unit_sums[lane])
-            first = last
-    _end_row(row_sums, sums, row)
+            finite &= _merge(stored, delta, merged, scaling, FLOAT16, begin, size, block, rounded, scales)
+        _search(rounded, size, block, scales, bounds, codes)
+        if size % 2:
+            codes[size] = (bounds < np.float32(0.0)).sum()  # the code of zero
+        _pack(codes.view(np.uint64), size, packed, begin)
+        _unpack(packed, begin, size, stands_for, restored.view(np.uint64))
+        _tally(stored, delta, merged, scaling, columns, begin, size, block, restored, scales, sums)
+    if not identity:
+        for j in range(packed.size):
+            packed[j] = order[packed[j] >> 4] << 4 | order[packed[j] & 15]
     return finite

@@ -6,8 +6,8 @@ With S the float32 sum of base W and delta Δ, and Q(S) what the output holds (b
 - survival: ⟨Q(S) − W, Δ⟩ / ⟨Δ, Δ⟩: 1 where the output moved as far along the delta as it should, 0 where rounding
   put every weight back to where the base alone would have been.
 
-Sums are taken in float64 (the CPU kernels: of 64 values in float32), first along each row, then over the rows, so that
-they don't depend on tiles or threads.
+Sums are taken in float64, first along each row, then over the rows, so that they don't depend on tiles or threads. The
+CPU kernels take those of a block in float32, which may move the last digit that is reported.
 """
 
 from __future__ import annotations

