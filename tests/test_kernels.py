@@ -166,3 +166,29 @@ def test_the_code_tables_are_those_of_bitsandbytes(quant_type: str) -> None:
 
     assert torch.equal(expected.view(torch.int32), four_bit_map(quant_type).view(torch.int32))
     assert torch.equal(create_dynamic_map().view(torch.int32), dynamic_map().view(torch.int32))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("merged", [False, True])
+def test_squares_beyond_the_range_of_float32_are_counted(magnitude: float, merged: bool) -> None:
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    product = torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) if merged else None
+    _, _, _, expected = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+
+    _, _, _, sums = run(
+        weight * magnitude, None if product is None else product * magnitude, 1.0, "nf4", 64, kernels.EXACT
+    )
+
+    np.testing.assert_allclose(sums, expected * float(magnitude) ** 2, rtol=1e-5)
+
+
+def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> None:
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)) * 1e25
+    product = -weight * (1 + torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) * 1e-3)
+    merged = merge_tile(weight, product, "float32", torch.bfloat16)
+
+    _, _, _, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+
+    assert np.isfinite(sums).all()
+    np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(sums[:, 1], (merged.exact.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
