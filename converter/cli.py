@@ -271,14 +271,16 @@ def _convert_several(adapters: Sequence[str], of_batches: dict[str, Any], **opti
     from converter.jobs import Job, named_jobs
 
     recipe = _recipe(options)
-    base, out, revisions = options.pop("base"), options.pop("out"), options.pop("base_revision")
-    if options.pop("adapter_revision") is not None and len(adapters) > 1:
+    base, out, base_revision = options.pop("base"), options.pop("out"), options.pop("base_revision")
+    adapter_revision = options.pop("adapter_revision")
+    if adapter_revision is not None and len(adapters) > 1:
         raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
     folder = Path(out or "OUT")
     if _is_named(adapters):
-        jobs = named_jobs(adapters, folder, base, recipe, revisions)
+        jobs = named_jobs(adapters, folder, base, recipe, base_revision, adapter_revision)
     else:
-        jobs = [Job(folder, adapters[0] if adapters else None, base, recipe, revisions)]
+        adapter = adapters[0] if adapters else None
+        jobs = [Job(folder, adapter, base, recipe, base_revision, adapter_revision)]
     _run_batch(jobs, of_batches, **options)
 
 

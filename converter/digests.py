@@ -44,12 +44,12 @@ def recall(base: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def digests_of(base: Checkpoint, names: Iterable[str]) -> dict[str, str]:
-    """Digests of tensors of a base; those that are not remembered are read."""
+def digests_of(base: Checkpoint, tensors: Iterable[TensorHeader]) -> dict[str, str]:
+    """Digests of tensors of a base, whatever they are called; those that are not remembered are read."""
     known, new = recall(base), False
-    for name in names:
-        if name in base.tensors and name not in known:
-            known[name] = tensor_digest(base, base.tensors[name])
+    for tensor in tensors:
+        if tensor.name not in known:
+            known[tensor.name] = tensor_digest(base, tensor)
             new = True
     if new:
         remember(base, known)

@@ -40,7 +40,12 @@ class Job:
 
 
 def named_jobs(
-    adapters: Iterable[str], out: Path, base: Reference | None, recipe: Recipe, base_revision: str | None = None
+    adapters: Iterable[str],
+    out: Path,
+    base: Reference | None,
+    recipe: Recipe,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
 ) -> list[Job]:
     """A job for each adapter, `NAME=PATH` or a path or an id, under `out` by its name.
 
@@ -54,7 +59,7 @@ def named_jobs(
             raise BadRecipe(f"--adapter {text}: {name!r} can't be a folder's name; give NAME=PATH")
         if name in jobs:
             raise BadRecipe(f"--adapter {text}: another one is called {name}, too; give NAME=PATH")
-        jobs[name] = Job(out / name, adapter, base, recipe, base_revision)
+        jobs[name] = Job(out / name, adapter, base, recipe, base_revision, adapter_revision)
     return list(jobs.values())
 
 

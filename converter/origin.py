@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from converter.digests import digests_of, recall
+from converter.digests import digests_of
 from converter.hub import is_repo_id
 from converter.receipt import Origin, fingerprint_of
 from converter.side_files import read_side_files
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def origin_of(plan: Plan, inputs: Inputs, device: str, digests: Mapping[str, str]) -> Origin:
-    """What goes in. `digests` are the xxh3-128 of the base's tensors; a base on the Hub is known by its files' own."""
-    read = {tensor.name for tensor in plan.tensors() if tensor.origin == "base" and tensor.name in inputs.base.tensors}
+    """What goes in. `digests` are the xxh3-128 of what is read of the base; the Hub has its files' own."""
+    read = {tensor.name for tensor in plan.tensors() if tensor.origin == "base"}
     config = json.dumps(inputs.base.config, sort_keys=True).encode()
     return Origin(
         base_config=hashlib.sha256(config).hexdigest(),
@@ -58,13 +58,12 @@ def already_made(
         return None
     if receipt.get("plan") != plan.digest and not any_layout:
         return None
-    digests = recall(inputs.base)
-    unknown = dict.fromkeys(inputs.base.tensors, "")
-    sketch = asdict(origin_of(plan, inputs, device, unknown | digests))
+    digests = dict.fromkeys((tensor.name for tensor in plan.tensors()), "")
+    sketch = asdict(origin_of(plan, inputs, device, digests))
     made_of = receipt.get("origin")
     if not isinstance(made_of, dict) or any(made_of.get(k) != v for k, v in sketch.items() if k != "base"):
         return None
     if not inputs.hub_digests():
-        digests = digests_of(inputs.base, (tensor.name for tensor in plan.tensors() if tensor.origin == "base"))
+        digests = digests_of(inputs.base, (tensor.source for tensor in plan.tensors() if tensor.origin == "base"))
     known = fingerprint_of(str(receipt.get("plan")), origin_of(plan, inputs, device, digests))
     return known if destination.holds(known) else None

@@ -30,7 +30,7 @@ class Origin:
     base_config: str
     """sha256 of config.json."""
     base: Mapping[str, str]
-    """xxh3-128 of the bytes of every tensor of the base that was read; of a base on the Hub, its shards' digests."""
+    """xxh3-128 of the bytes of the base that were read for each tensor; of a base on the Hub, its shards' digests."""
     adapter: str | None
     """sha256 of the adapter's config and tensors."""
     side_files: Mapping[str, str]
@@ -63,17 +63,20 @@ def fingerprint_of(plan: str, origin: Origin) -> str:
     return _sha256_of(whole)
 
 
-def identity(shard: ShardPlan, recipe: Recipe, origin: Origin) -> str:
-    """sha256 of all that shapes the bytes of a shard that has nothing of an adapter: equal identities, equal files."""
+def identity(shard: ShardPlan, recipe: Recipe, base: Mapping[str, str], device: str) -> str:
+    """sha256 of all that shapes the bytes of a shard that has nothing of an adapter: equal identities, equal files.
+
+    `base` is what `Origin.base` is.
+    """
     whole = shard.as_json()
     del whole["file"]
     for tensor in whole["tensors"]:
         del tensor["tiles"]
     # Of a base on the Hub its files' digests are known, not those of its tensors.
     names = [tensor.name for tensor in shard.tensors]
-    base = {name: origin.base[name] for name in names if name in origin.base} or dict(origin.base)
+    read = {name: base[name] for name in names} if all(name in base for name in names) else dict(base)
     choices = {key: value for key, value in recipe.as_json().items() if key not in ("keep", "max_shard_size")}
-    return _sha256_of({"shard": whole, "base": base, "recipe": choices, "device": origin.device, **versions()})
+    return _sha256_of({"shard": whole, "base": read, "recipe": choices, "device": device, **versions()})
 
 
 def _sha256_of(value: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def write_receipt(
         "plan": plan.digest,
         "content": plan.content,
         "of_the_base_alone": {
-            shard.file: {"identity": identity(shard, plan.recipe, origin)}
+            shard.file: {"identity": identity(shard, plan.recipe, origin.base, origin.device)}
             | ({"link": links[shard.file]} if shard.file in links else {})
             for shard in plan.shards
             if shard.is_of_the_base_alone

@@ -15,7 +15,7 @@ from converter.measure import Fidelity
 from converter.plan import Plan, ShardPlan, TensorPlan
 from converter.production import Made
 from converter.read import Checkpoint, LocalFolder
-from converter.receipt import Origin, identity, read_receipt
+from converter.receipt import identity, read_receipt
 from converter.seal import sha256_of
 
 if TYPE_CHECKING:
@@ -78,19 +78,23 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
     receipt = read_receipt(folder)
     if receipt is None:
         raise BadOutput(f"{folder}: no finished conversion of this tool: it has no receipt that can be read")
-    stated = receipt.get("of_the_base_alone")
+    stated = receipt.get("of_the_base_alone") or {}
     found: list[Given] = []
     local = LocalFolder(folder)
     try:
         with Checkpoint(local) as written:
-            names_in: dict[str, list[str]] = {}
-            for tensor in written:
-                names_in.setdefault(tensor.file, []).append(tensor.name)
-        for file in sorted(stated) if isinstance(stated, dict) else ():
-            # The order of the tensors in a shard is that of the base; their outputs' names begin with theirs.
-            names = [name for name in common if name in names_in.get(file, ())]
-            if names and (given := _given(folder, file, names, receipt, plan, common, inputs, device)) is not None:
-                found.append(given)
+            file_of = {tensor.name: tensor.file for tensor in written}
+        # The order of the tensors in a shard is that of the base, which is that of `common`.
+        names_in: dict[str, list[str]] = {}
+        for name in common:
+            if (file := file_of.get(name)) in stated:
+                names_in.setdefault(str(file), []).append(name)
+        digests = digests_of(inputs.base, [common[name].source for names in names_in.values() for name in names])
+        for file, names in sorted(names_in.items()):
+            shard = _shards([[common[name] for name in names]])[0]
+            if identity(shard, plan.recipe, inputs.hub_digests() or digests, device) == stated[file]["identity"]:
+                made = [_made(common[name], digests[name], receipt) for name in names]
+                found.append(Given(_as_it_was_made(folder / file, receipt), tuple(made)))
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BadOutput(f"{folder}: its receipt can't be understood ({type(exc).__name__})") from exc
     finally:
@@ -98,33 +102,16 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
     return found
 
 
-def _given(
-    folder: Path,
-    file: str,
-    names: Sequence[str],
-    receipt: Mapping[str, Any],
-    plan: Plan,
-    common: Mapping[str, TensorPlan],
-    inputs: Inputs,
-    device: str,
-) -> Given | None:
-    shard = _shards([[common[name] for name in names]])[0]
-    known = digests_of(inputs.base, [tensor.source.name for tensor in shard.tensors])
-    digests = {name: known[common[name].source.name] for name in names}
-    if identity(shard, plan.recipe, _origin(inputs, digests, device)) != receipt["of_the_base_alone"][file]["identity"]:
-        return None
-    sha256 = sha256_of(folder / file)
-    if sha256 != receipt["files"][file]["sha256"]:
-        raise BadOutput(f"{folder / file}: has changed since it was made: its sha256 is not the receipt's")
-    made = []
-    for name in names:
-        error = float(receipt["tensors"][name]["error"])
-        made.append(Made(name, Fidelity(error, None), digests[name], common[name].source.nbytes))
-    return Given(GivenShard(folder / file, sha256), tuple(made))
+def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
+    sha256 = sha256_of(path)
+    if sha256 != receipt["files"][path.name]["sha256"]:
+        raise BadOutput(f"{path}: has changed since it was made: its sha256 is not the receipt's")
+    return GivenShard(path, sha256)
 
 
-def _origin(inputs: Inputs, digests: Mapping[str, str], device: str) -> Origin:
-    return Origin("", inputs.hub_digests() or digests, None, {}, device)
+def _made(tensor: TensorPlan, digest: str, receipt: Mapping[str, Any]) -> Made:
+    figures = Fidelity(float(receipt["tensors"][tensor.name]["error"]), None)
+    return Made(tensor.name, figures, digest, tensor.source.nbytes)
 
 
 def _shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:

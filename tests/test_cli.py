@@ -793,3 +793,16 @@ def test_a_file_of_jobs_that_is_not_understood_ends_with_2_and_one_line(run: Run
     assert ran.code == 2
     assert is_one_line(ran.err)
     assert "job 1: 'quant' is not known" in ran.err
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["by a name", "against an output"])
+def test_the_revision_of_an_adapter_is_not_lost_on_the_way_to_a_batch(
+    named: bool, run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("converter.batch.convert_batch", lambda jobs, *_, **__: asked.extend(jobs) or [])
+    more = () if named else ("--against", tmp_path)
+
+    run("--base", base, "--adapter", "x=org/a" if named else "org/a", "--adapter-revision", "v1", "--out", "z", *more)
+
+    assert [job.adapter_revision for job in asked] == ["v1"]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from converter import Inputs, Plan, Recipe, convert, make_plan
+from converter import Inputs, Job, Plan, Recipe, Terms, convert, convert_batch, make_plan
 from converter.errors import BadOutput
 from converter.receipt import read_receipt
 from converter.sharing import given_by, in_common, laid_out, untouched
-from tests.folders import change_json
+from converter.verify import verify
+from tests.folders import change_json, change_tensor, copy
 from tests.models import save_adapter, save_base
 
 SMALL = Recipe(max_shard_size=1_000_000)
@@ -94,3 +95,22 @@ def test_a_receipt_that_makes_no_sense_gives_nothing_and_says_so(
                 given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
         else:
             assert given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu") == []
+
+
+def test_a_head_that_was_untied_is_told_from_one_of_another_embedding(tmp_path: Path) -> None:
+    """Its values are the embedding's, of which the base has no tensor by its name."""
+    base = save_base(tmp_path / "base", "qwen3")  # ties its head
+    other = copy(base, tmp_path / "other")
+    (shard,) = other.glob("*.safetensors")
+    change_tensor(shard, "model.embed_tokens.weight", lambda value: value.mul_(2))
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    one, two = (save_adapter(tmp_path / name, base, "qwen3", **whole) for name in ("one", "two"))
+    convert_batch([Job(tmp_path / "out" / "one", one, base)])
+
+    (outcome,) = convert_batch([Job(tmp_path / "later", two, other)], Terms(against=tmp_path / "out" / "one"))
+
+    assert outcome.status == "refused"
+    assert "another base" in outcome.message
+    (outcome,) = convert_batch([Job(tmp_path / "later", two, base)], Terms(against=tmp_path / "out" / "one"))
+    assert (outcome.status, outcome.link) == ("made", "hard")
+    assert verify(tmp_path / "later", base, two).problems == []
