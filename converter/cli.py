@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from converter.batch import Outcome
     from converter.budget import Resources
     from converter.jobs import Job
+    from converter.members import Outcome
     from converter.recipe import Recipe
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -198,7 +198,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    adapters, of_batches = options.pop("adapters"), {name: options.pop(name) for name in ("strict", "link", "against")}
+    adapters, of_batches = options.pop("adapters"), _take_of_batches(options)
     if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not options["dry_run"]:
@@ -255,7 +255,12 @@ def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     wanted = read_jobs(jobs)
     if part is not None:
         wanted = slice_of(wanted, *part)
-    _run_batch(wanted, {name: options.pop(name) for name in ("strict", "link", "against")}, **options)
+    _run_batch(wanted, _take_of_batches(options), **options)
+
+
+def _take_of_batches(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what `_of_batches` adds out of the options."""
+    return {name: options.pop(name) for name in ("strict", "link", "against")}
 
 
 def _is_named(adapters: Sequence[str]) -> bool:
@@ -288,7 +293,8 @@ def _run_batch(
     jobs: Sequence[Job], of_batches: dict[str, Any], *, quiet: bool, verbose: bool, as_json: bool, **options: Any
 ) -> None:
     """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
-    from converter.batch import Terms, convert_batch
+    from converter.batch import convert_batch
+    from converter.members import Terms
     from converter.show import batch_json, batch_text, print_json, progress_bar
 
     dry_run = options.pop("dry_run")

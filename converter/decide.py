@@ -13,9 +13,9 @@ from converter.ask import check_output, describe, dismiss
 from converter.budget import Resources, cut_into_tiles
 from converter.config import output_config, refuse_unconvertible
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
-from converter.layout import lay_out, outputs_of, pack_shards, shard_names
+from converter.layout import outputs_of
 from converter.match import Match, match
-from converter.plan import Plan, ShardPlan, TensorPlan
+from converter.plan import Plan, TensorPlan, in_shards, packed
 from converter.read import Checkpoint, TensorHeader, read_bytes
 from converter.recipe import Recipe
 from converter.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
@@ -79,7 +79,7 @@ def make_plan(
     return Plan(
         recipe=recipe,
         class_name=architecture.class_name,
-        shards=_in_shards(tensors, recipe),
+        shards=in_shards(packed(tensors, recipe)),
         config=config,
         side_files=side_files,
         notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors)),
@@ -123,16 +123,6 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
         outputs=outputs_of(name, shape, dtype, recipe, quantize=role.quantize),
         checked=role.parameter is not None,
     )
-
-
-def _in_shards(tensors: list[TensorPlan], recipe: Recipe) -> tuple[ShardPlan, ...]:
-    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size)
-    shards = []
-    for file, indices in zip(shard_names(len(groups)), groups, strict=True):
-        members = tuple(tensors[index] for index in indices)
-        layout = lay_out(output for tensor in members for output in tensor.outputs)
-        shards.append(ShardPlan(file, members, layout))
-    return tuple(shards)
 
 
 def _weights_dtype(base: Checkpoint) -> str:

@@ -54,13 +54,18 @@ def named_jobs(
     jobs: dict[str, Job] = {}
     for text in adapters:
         name, adapter = split_name(text)
-        name = name or os.path.basename(os.path.normpath(adapter))  # noqa: PTH119  (an id is no path)
+        name = name or _last_part(adapter)
         if _NAME.fullmatch(name) is None or name in (".", "..") or name.startswith("."):
             raise BadRecipe(f"--adapter {text}: {name!r} can't be a folder's name; give NAME=PATH")
         if name in jobs:
             raise BadRecipe(f"--adapter {text}: another one is called {name}, too; give NAME=PATH")
         jobs[name] = Job(out / name, adapter, base, recipe, base_revision, adapter_revision)
     return list(jobs.values())
+
+
+def _last_part(reference: str) -> str:
+    """Of a path, or of an id, which is none."""
+    return os.path.basename(os.path.normpath(reference))  # noqa: PTH119
 
 
 def split_name(text: str) -> tuple[str | None, str]:
@@ -129,7 +134,7 @@ def _job(path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> J
     if "out" in own:
         out = path.parent / own["out"]
     elif "out" in defaults:
-        name = stated.get("name") or os.path.basename(os.path.normpath(adapter or str(base)))  # noqa: PTH119
+        name = stated.get("name") or _last_part(adapter or str(base))
         out = path.parent / defaults["out"] / name
     else:
         raise BadRecipe(f"{where}: has no out")

@@ -10,15 +10,15 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from converter.adapter import LoraPair
 from converter.budget import Resources
 from converter.estimate import Estimate
-from converter.layout import Output, ShardLayout
+from converter.layout import Output, ShardLayout, lay_out, pack_shards, shard_names
 from converter.read import TensorHeader
 from converter.recipe import Recipe
 from converter.side_files import SideFile
@@ -111,6 +111,13 @@ class ShardPlan:
             "tensors": [_tensor_json(tensor, self.layout) for tensor in self.tensors],
         }
 
+    def essence(self) -> dict[str, Any]:
+        """The same without how its tensors are cut, for the same bytes come out however that is."""
+        whole = self.as_json()
+        for tensor in whole["tensors"]:
+            del tensor["tiles"]
+        return whole
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -162,19 +169,15 @@ class Plan:
         whole = self.as_json()
         for prediction in ("memory_bytes", "notes", "counts", "estimate"):
             del whole[prediction]
-        for shard in whole["shards"]:
-            for tensor in shard["tensors"]:
-                # The same bytes come out however they are cut.
-                del tensor["tiles"]
+        whole["shards"] = [shard.essence() for shard in self.shards]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def content(self) -> str:
         """sha256 of what will happen to each tensor, in whatever shard it will lie: of what a loader gets."""
         whole = self.as_json()
-        tensors = [tensor for shard in whole["shards"] for tensor in shard["tensors"]]
+        tensors = [tensor for shard in self.shards for tensor in shard.essence()["tensors"]]
         for tensor in tensors:
-            del tensor["tiles"]
             for output in tensor["outputs"]:
                 del output["offset"]
         del whole["recipe"]["max_shard_size"]
@@ -198,6 +201,30 @@ class Plan:
             "side_files": {side.name: side.origin for side in self.side_files},
             "shards": [shard.as_json() for shard in self.shards],
         }
+
+
+def packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
+    """Tensors, in their order, in groups that fit a shard; none for none."""
+    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size) if tensors else []
+    return [[tensors[index] for index in group] for group in groups]
+
+
+def in_shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:
+    """Shards of groups of tensors, named and laid out."""
+    files = shard_names(len(groups))
+    return tuple(
+        ShardPlan(file, tuple(group), lay_out(output for tensor in group for output in tensor.outputs))
+        for file, group in zip(files, groups, strict=True)
+    )
+
+
+def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
+    """The plan with some of its tensors, by name and rows, cut otherwise, which changes no byte."""
+    shards = tuple(
+        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
+        for s in plan.shards
+    )
+    return replace(plan, shards=shards)
 
 
 def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:

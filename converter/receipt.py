@@ -68,10 +68,8 @@ def identity(shard: ShardPlan, recipe: Recipe, base: Mapping[str, str], device: 
 
     `base` is what `Origin.base` is.
     """
-    whole = shard.as_json()
+    whole = shard.essence()
     del whole["file"]
-    for tensor in whole["tensors"]:
-        del tensor["tiles"]
     # Of a base on the Hub its files' digests are known, not those of its tensors.
     names = [tensor.name for tensor in shard.tensors]
     read = {name: base[name] for name in names} if all(name in base for name in names) else dict(base)

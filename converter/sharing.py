@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from converter.digests import digests_of
 from converter.errors import BadOutput
-from converter.layout import lay_out, pack_shards, shard_names
 from converter.link import GivenShard
 from converter.measure import Fidelity
-from converter.plan import Plan, ShardPlan, TensorPlan
+from converter.plan import Plan, TensorPlan, in_shards, packed
 from converter.production import Made
 from converter.read import Checkpoint, LocalFolder
 from converter.receipt import identity, read_receipt
@@ -20,7 +19,6 @@ from converter.seal import sha256_of
 
 if TYPE_CHECKING:
     from converter.inputs import Inputs
-    from converter.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,12 @@ def in_common(one: Mapping[str, TensorPlan], other: Mapping[str, TensorPlan]) ->
     return {name: tensor for name, tensor in one.items() if other.get(name) == tensor}
 
 
+def left_by(given: Sequence[Given], tensors: Mapping[str, TensorPlan]) -> dict[str, TensorPlan]:
+    """The tensors that no given shard holds."""
+    taken = {name for one in given for name in one.names}
+    return {name: tensor for name, tensor in tensors.items() if name not in taken}
+
+
 def laid_out(plan: Plan, given: Sequence[Given], common: Container[str]) -> tuple[Plan, int, int]:
     """The plan with its tensors in other shards: those that are given, those of what is in common, those of its own.
 
@@ -53,16 +57,11 @@ def laid_out(plan: Plan, given: Sequence[Given], common: Container[str]) -> tupl
     """
     tensors = {tensor.name: tensor for tensor in plan.tensors()}
     of_given = [[tensors[name] for name in one.names] for one in given]
-    left = {name: tensors[name] for name in tensors if not any(name in one.names for one in given)}
-    of_common = _packed([left.pop(name) for name in list(left) if name in common], plan.recipe)
-    of_its_own = _packed(list(left.values()), plan.recipe)
-    relaid = replace(plan, shards=_shards([*of_given, *of_common, *of_its_own]))
+    left = left_by(given, tensors)
+    of_common = packed([left.pop(name) for name in list(left) if name in common], plan.recipe)
+    of_its_own = packed(list(left.values()), plan.recipe)
+    relaid = replace(plan, shards=in_shards([*of_given, *of_common, *of_its_own]))
     return relaid, len(of_given), len(of_common)
-
-
-def _packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
-    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size) if tensors else []
-    return [[tensors[index] for index in group] for group in groups]
 
 
 def shards_of(plan: Plan, start: int, count: int) -> Plan:
@@ -91,7 +90,7 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
                 names_in.setdefault(str(file), []).append(name)
         digests = digests_of(inputs.base, [common[name].source for names in names_in.values() for name in names])
         for file, names in sorted(names_in.items()):
-            shard = _shards([[common[name] for name in names]])[0]
+            shard = in_shards([[common[name] for name in names]])[0]
             if identity(shard, plan.recipe, inputs.hub_digests() or digests, device) == stated[file]["identity"]:
                 made = [_made(common[name], digests[name], receipt) for name in names]
                 found.append(Given(_as_it_was_made(folder / file, receipt), tuple(made)))
@@ -112,14 +111,6 @@ def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
 def _made(tensor: TensorPlan, digest: str, receipt: Mapping[str, Any]) -> Made:
     figures = Fidelity(float(receipt["tensors"][tensor.name]["error"]), None)
     return Made(tensor.name, figures, digest, tensor.source.nbytes)
-
-
-def _shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:
-    files = shard_names(len(groups))
-    return tuple(
-        ShardPlan(file, tuple(group), lay_out(output for tensor in group for output in tensor.outputs))
-        for file, group in zip(files, groups, strict=True)
-    )
 
 
 def _uncut(tensor: TensorPlan) -> TensorPlan:

@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from converter.batch import Outcome
 from converter.estimate import WRITE_RATE
 from converter.jobs import group_key
+from converter.members import Outcome
 from converter.pipeline import Progress, Report
 from converter.plan import Plan, TensorPlan
 from converter.verify import Verification

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converter.batch
 import converter.budget
 import converter.journal
+import converter.members
 import converter.pipeline
 from converter import Job, Outcome, Recipe, Resources, Terms, convert, convert_batch
 from converter.errors import Interrupted, WriteFailed
@@ -45,6 +45,13 @@ def adapters(folder: Path, base: Path, name: str = "llama", **settings: Any) -> 
 
 def jobs_for(some: list[Path], base: Path, out: Path, recipe: Recipe = Recipe()) -> list[Job]:
     return [Job(out / adapter.name, adapter, base, recipe) for adapter in some]
+
+
+def interrupt(jobs: list[Job], tiles: int) -> None:
+    """Begin a batch, and have a signal end it after so many tiles."""
+    count = itertools.count()
+    with pytest.raises(Interrupted, match="goes on with it"):
+        convert_batch(jobs, stop=lambda: signal.SIGTERM if next(count) == tiles else None)
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
@@ -166,7 +173,7 @@ def test_several_passes_give_the_bytes_of_one(
 ) -> None:
     convert_batch(jobs_for(three, base, tmp_path / "one"))
     monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
-    monkeypatch.setattr(converter.batch, "MOST_PLANS", 1)
+    monkeypatch.setattr(converter.members, "MOST_PLANS", 1)
     outcomes = convert_batch(jobs_for(three, base, tmp_path / "many"), Terms(Resources(threads=threads)))
 
     assert statuses(outcomes) == ["made"] * 3
@@ -230,15 +237,15 @@ def test_a_disk_that_fails_one_output_fails_no_other(
     write = converter.write.ShardWriter.write
 
     def failing(writer: Any, name: str, start: int, raw: bytes) -> int:
-        if "a1" in str(writer._path):
+        if writer._path.parent.name == "a1.partial":
             raise WriteFailed(f"{writer._path}: No space left on device")
         return write(writer, name, start, raw)
 
-    monkeypatch.setattr("converter.write.ShardWriter.write", failing)
-    outcomes = convert_batch(jobs_for(three, base, tmp_path / "out"))
+    with monkeypatch.context() as broken:
+        broken.setattr("converter.write.ShardWriter.write", failing)
+        outcomes = convert_batch(jobs_for(three, base, tmp_path / "out"))
 
     assert statuses(outcomes) == ["made", "failed", "made"]
-    monkeypatch.undo()
     assert statuses(convert_batch(jobs_for(three, base, tmp_path / "out"))) == [
         "nothing to do",
         "made",
@@ -254,10 +261,7 @@ def test_a_batch_that_was_interrupted_ends_in_the_bytes_of_one_that_was_not(
     convert_batch(jobs_for(three, base, tmp_path / "undisturbed"))
     monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
-    count = itertools.count()
-
-    with pytest.raises(Interrupted, match="goes on with it"):
-        convert_batch(jobs, stop=lambda: signal.SIGTERM if next(count) == tiles else None)
+    interrupt(jobs, tiles)
     assert not any(job.out.exists() for job in jobs)
     assert statuses(convert_batch(jobs)) == ["made"] * 3
 
@@ -270,11 +274,7 @@ def test_what_another_batch_left_in_common_is_made_anew(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
-    count = itertools.count()
-    with pytest.raises(Interrupted):
-        convert_batch(
-            jobs_for(three[:2], base, tmp_path / "out"), stop=lambda: signal.SIGINT if next(count) == 12 else None
-        )
+    interrupt(jobs_for(three[:2], base, tmp_path / "out"), tiles=12)
     for adapter in three[:2]:
         shutil.rmtree(tmp_path / "out" / f"{adapter.name}.partial", ignore_errors=True)  # if it had begun
 
@@ -357,7 +357,7 @@ def test_an_adapter_that_changes_before_its_turn_comes_is_dropped_alone(
     what: str, plans: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
-    monkeypatch.setattr(converter.batch, "MOST_PLANS", plans)
+    monkeypatch.setattr(converter.members, "MOST_PLANS", plans)
     some = [three[0], copy(three[1], tmp_path / "a1"), copy(three[0], tmp_path / "last")]
 
     def change() -> None:
@@ -493,11 +493,7 @@ def test_what_a_batch_left_is_taken_away_by_one_that_begins_with_another_job(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
-    count = itertools.count()
-    with pytest.raises(Interrupted):
-        convert_batch(
-            jobs_for(three[1:], base, tmp_path / "out"), stop=lambda: signal.SIGINT if next(count) == 12 else None
-        )
+    interrupt(jobs_for(three[1:], base, tmp_path / "out"), tiles=12)
 
     assert statuses(convert_batch(jobs_for(three, base, tmp_path / "out"))) == ["made"] * 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]

@@ -1,0 +1,298 @@
+"""One pass over a base for several outputs, and the place where the shards are made that they have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from converter import budget
+from converter.digests import remember
+from converter.errors import BadOutput, ConverterError
+from converter.inputs import Inputs
+from converter.jobs import group_key
+from converter.journal import job_of
+from converter.link import GivenShard
+from converter.pipeline import Progress, convert_tensors, crew_of, one_thread, seal
+from converter.plan import Plan, with_tiles
+from converter.production import UNFINISHED_BUSINESS, Made, Production, Target
+from converter.quantize import Quantizer
+from converter.seal import Destination, Staging
+from converter.sharing import Given, laid_out, shards_of
+from converter.tiles import torch_device
+
+if TYPE_CHECKING:
+    from converter.batch import Batch
+    from converter.members import Group, Member, Terms
+
+_IN_COMMON = -1
+"""The number of what is nobody's own, among the numbers of outputs."""
+
+
+class Place:
+    """Where the shards in common are made: a staging folder of the batch's own, which is gone when they are linked.
+
+    What an earlier run left there is gone on with, if it is of the same plan.
+    """
+
+    def __init__(self, group: Group, given: Sequence[Given], terms: Terms) -> None:
+        first = next(iter(group.members.values()))
+        plan, given_count, count = laid_out(first.plan, given, group.common or {})
+        self.count = given_count + count
+        """Shards of each output that are not its own: those given, then those made here."""
+        self.production: Production | None = None
+        self.need = 0
+        inputs = Inputs(None, None, opened=group.base)
+        destination = Destination(_place_of(first), inputs=inputs.folders, overwrite=False)
+        tidy(member for member in group.members.values() if member is not first or not count)
+        if not count:
+            return
+        shared = shards_of(plan, given_count, count)
+        tensors = [tensor for shard in plan.shards[: self.count] for tensor in shard.tensors]
+        self.need = budget.in_flight(tensors, plan.recipe, plan.resources)
+        job, files = job_of(shared, inputs), [shard.file for shard in shared.shards]
+        try:
+            staging = Staging(destination, job, files, resume=terms.resume)
+        except BadOutput:
+            # What another batch left is of no use to this one; a batch that is running has the lock, and refuses again.
+            staging = Staging(destination, job, files, resume=False)
+        self.production = Production(shared, None, staging)
+
+    def cut(self, reserved: int) -> None:
+        """Cut the tensors as those of the outputs are cut."""
+        if self.production is not None:
+            self.production.cut(_cut(self.production.plan, reserved))
+
+    def shards(self) -> list[GivenShard]:
+        """The finished shards."""
+        if self.production is None:
+            return []
+        return [self.production.staging.finished(shard.file) for shard in self.production.plan.shards]
+
+    def made(self) -> list[Made]:
+        return [] if self.production is None else list(self.production.made.values())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.production is None:
+            return
+        if isinstance(value, UNFINISHED_BUSINESS):
+            self.production.keep()
+        if value is None:
+            self.production.staging.spend()
+        self.production.close(value)
+
+
+class Pass:
+    """One pass over a base, for some outputs and, the first time, for what they have in common."""
+
+    def __init__(
+        self, batch: Batch, group: Group, members: Mapping[int, Member], given: Sequence[Given], place: Place
+    ) -> None:
+        self._batch, self._group, self._given, self._place = batch, group, given, place
+        self._members: dict[int, Member] = {}
+        laid: dict[int, Plan] = {}
+        for index, member in members.items():
+            if index in batch.outcomes:
+                continue
+            try:
+                member.refuse_if_changed()
+                laid[index] = laid_out(member.plan, given, group.common or {})[0]
+            except ConverterError as exc:
+                batch.fail(index, exc)
+            else:
+                self._members[index] = member
+        reserved = budget.FIXED + place.need + sum(member.need for member in self._members.values())
+        place.cut(reserved)
+        self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
+        self._cut_alike()
+        self.memory = max((plan.memory for plan in self._plans.values()), default=0)
+        """Predicted, in bytes."""
+        self._productions: dict[int, Production] = {}
+        self._links: dict[int, str] = {}
+        """How an output has what is not its own."""
+
+    def _cut_alike(self) -> None:
+        """A tensor that one adapter changes and others copy has one set of tiles, the smallest: it is read once."""
+        smallest: dict[tuple[str, int], tuple[int, ...]] = {}
+        for plan in self._plans.values():
+            for tensor in plan.tensors():
+                if not tensor.indivisible:
+                    key = (tensor.name, tensor.rows)
+                    smallest[key] = max(smallest.get(key, ()), tensor.tiles, key=len)
+        for index, plan in self._plans.items():
+            self._plans[index] = with_tiles(plan, smallest)
+
+    def run(self) -> None:
+        """Convert, and seal each output that nothing went wrong with."""
+        batch, base = self._batch, self._group.base
+        of_base = Inputs(None, None, opened=base)
+        failure: BaseException | None = None
+        try:
+            with of_base.unchanged():
+                self._convert()
+            digests = self._digests()
+            remember(base.checkpoint, digests)
+            for index in list(self._productions):
+                total = base.checkpoint.nbytes
+                batch.show(Progress("sealing", total, total, str(self._members[index].job.out)))
+                self._seal(index, digests)
+        except BaseException as exc:
+            failure = exc
+            raise
+        finally:
+            for production in self._productions.values():
+                if isinstance(failure, UNFINISHED_BUSINESS):
+                    production.keep()
+                production.close(failure)
+
+    def _convert(self) -> None:
+        batch, base = self._batch, self._group.base.checkpoint
+        self._open()
+        if not self._productions:
+            return
+        plan = next(iter(self._plans.values()))
+        quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
+        read: set[str] = set()
+        done = 0
+        with one_thread(), crew_of(plan) as crew:
+            for target, made in convert_tensors(self._targets(), base.folder, quantizer, crew, batch.stop):
+                self._take(target, made)
+                name, nbytes = target.tensor.name, target.tensor.source.nbytes
+                done += 0 if name in read else nbytes
+                read.add(name)
+                batch.show(Progress("converting", done, base.nbytes, name))
+
+    def _open(self) -> None:
+        terms = self._batch.terms
+        for index, member in self._members.items():
+            plan = self._plans[index]
+            files = [shard.file for shard in plan.shards]
+            try:
+                staging = Staging(member.destination, job_of(plan, member.inputs), files, resume=terms.resume)
+            except ConverterError as exc:
+                self._batch.fail(index, exc)
+                continue
+            try:
+                # At once: the output that has them may be gone when this one is sealed.
+                for given, planned in zip(self._given, plan.shards, strict=False):
+                    self._links[index] = staging.take(given.shard, planned.file, terms.link)
+            except ConverterError as exc:
+                staging.__exit__(type(exc), exc, None)
+                self._batch.fail(index, exc)
+                continue
+            adapter = member.inputs.adapter.folder if member.inputs.adapter else None
+            self._productions[index] = Production(plan, adapter, staging, index, files[: self._place.count])
+
+    def _targets(self) -> Iterator[list[Target]]:
+        """Each tensor of the base in its order on disk, with all that becomes of it."""
+        shared = self._place.production
+        names = dict.fromkeys(tensor.name for plan in self._plans.values() for tensor in plan.tensors())
+        headers = self._group.base.checkpoint.tensors
+        last = ("\U0010ffff", 0)
+        if not self._productions:
+            return
+        for name in sorted(names, key=lambda n: (headers[n].file, headers[n].offset) if n in headers else last):
+            alike: dict[object, list[Target]] = {}
+            if shared is not None and (target := shared.target(name)) is not None:
+                alike["in common"] = [replace(target, output=_IN_COMMON)]
+            for index in list(self._productions):
+                try:
+                    target = self._productions[index].target(name)
+                except ConverterError as exc:
+                    self._drop(index, exc)
+                    continue
+                if target is not None:
+                    whose = index if target.tensor.origin == "adapter" else None
+                    alike.setdefault((whose, target.tensor.source, target.tensor.tiles), []).append(target)
+            yield from alike.values()
+            if not self._productions:
+                return
+
+    def _take(self, target: Target, made: Made | ConverterError) -> None:
+        if target.output == _IN_COMMON:
+            assert self._place.production is not None  # noqa: S101  (where else would it come from)
+            if isinstance(made, ConverterError):
+                raise made
+            self._place.production.note(made)
+        elif (production := self._productions.get(target.output)) is not None:
+            if isinstance(made, ConverterError):
+                self._drop(target.output, made)
+                return
+            try:
+                production.note(made)
+            except ConverterError as exc:
+                self._drop(target.output, exc)
+
+    def _drop(self, index: int, error: ConverterError) -> None:
+        """Do without an output; what is done of it stays, where that is of use to another run."""
+        production = self._productions.pop(index)
+        if isinstance(error, UNFINISHED_BUSINESS):
+            production.keep()
+        production.close(error)
+        self._batch.fail(index, error)
+
+    def _seal(self, index: int, digests: Mapping[str, str]) -> None:
+        production, member, plan = self._productions[index], self._members[index], self._plans[index]
+        try:
+            member.refuse_if_changed()
+            for shard, planned in zip(self._place.shards(), plan.shards[len(self._given) :], strict=False):
+                self._links[index] = production.staging.take(shard, planned.file, self._batch.terms.link)
+            production.made |= {made.name: made for made in self._shared_made()}
+            report = seal(production, member.inputs, digests, member.job.out)
+        except ConverterError as exc:
+            self._drop(index, exc)
+            return
+        del self._productions[index]
+        production.close(None)
+        touched = {tensor.name for tensor in plan.tensors() if tensor.is_touched}
+        self._batch.end(
+            index,
+            "made",
+            fingerprint=report.fingerprint,
+            output_bytes=plan.output_bytes,
+            shared_bytes=sum(shard.layout.size for shard in plan.shards[: self._place.count]),
+            link=self._links.get(index, ""),
+            fidelity={name: report.fidelity[name] for name in sorted(touched)},
+            notes=plan.notes,
+        )
+
+    def _shared_made(self) -> list[Made]:
+        return [made for given in self._given for made in given.made] + self._place.made()
+
+    def _digests(self) -> dict[str, str]:
+        """xxh3-128 of every tensor of the base that was read."""
+        found = {made.name: made.digest for made in self._shared_made()}
+        for production in self._productions.values():
+            replaced = {tensor.name for tensor in production.plan.tensors() if tensor.origin == "adapter"}
+            found |= {made.name: made.digest for made in production.made.values() if made.name not in replaced}
+        return found
+
+
+def _place_of(first: Member) -> Path:
+    """Beside the first output, and named by it: slices of one batch may be made at the same time."""
+    key = hashlib.sha256(repr((group_key(first.job), first.destination.out.name)).encode()).hexdigest()[:12]
+    return first.destination.out.parent / f".shared-{key}"
+
+
+def tidy(members: Iterable[Member]) -> None:
+    """Take away what batches left that died, and that began with one of these; not what one makes that is running."""
+    for member in members:
+        destination = Destination(_place_of(member), inputs=(), overwrite=False)
+        if destination.staging.exists():
+            with suppress(ConverterError), Staging(destination, {}, (), resume=False) as staging:
+                staging.spend()
+
+
+def _cut(plan: Plan, reserved: int) -> Plan:
+    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
+    cut, memory, _ = budget.cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
+    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
