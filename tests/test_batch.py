@@ -523,18 +523,18 @@ def test_a_kept_tensor_that_one_adapter_changes_and_others_copy_is_read_once(
         save_adapter(tmp_path / "head", base, "llama", target_modules=["q_proj", "lm_head"]),
         save_adapter(tmp_path / "plain", base, "llama", target_modules=["q_proj"]),
     ]
-    monkeypatch.setattr(converter.budget, "FIXED", 1_000_000)  # else both would not be made in one pass
     file = some[0] / "adapter_model.safetensors"  # PEFT saves the head whole, too
     save_file({name: tensor for name, tensor in load_file(file).items() if "lora_" in name}, file)
-    read = rows_read(monkeypatch)
 
-    outcomes = convert_batch(
-        jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=20_000_000, threads=1, kernels=False))
-    )
+    with monkeypatch.context() as patched:
+        patched.setattr(converter.budget, "FIXED", 1_000_000)  # else both would not be made in one pass
+        read = rows_read(patched)
+        outcomes = convert_batch(
+            jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=20_000_000, threads=1, kernels=False))
+        )
 
     assert statuses(outcomes) == ["made"] * 2
     assert read["lm_head.weight"] == 9000
-    monkeypatch.undo()
     for adapter in some:
         assert (
             differences(tmp_path / "out" / adapter.name, convert(base, adapter, tmp_path / f"{adapter.name}1").out)
