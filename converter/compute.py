@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -38,13 +39,19 @@ class TileResult:
 
 
 class Conversion:
-    """A tensor on its way into one output. What goes wrong with it is kept, for other outputs may do without it."""
+    """A tensor on its way into one output. What goes wrong with it is kept, for other outputs may do without it.
+
+    Its tiles may be converted in any order, by several threads: the one that comes last does what takes all of them.
+    """
 
     def __init__(self, target: Target, quantizer: Quantizer) -> None:
         self.target = target
         self._quantizer = quantizer
         self._factors: tuple[Tensor, Tensor] | None = None
         self._tiles: dict[int, TileResult] = {}
+        self._left = len(target.tensor.tiles) - 1
+        self._counting = threading.Lock()
+        self._made: Fidelity | None = None
         self._failure: ConverterError | None = None
         pair = target.tensor.pair
         if pair is not None and target.adapter is not None:
@@ -60,34 +67,40 @@ class Conversion:
 
     def convert(self, start: int, end: int, stored: Tensor, buffers: Buffers) -> None:
         """Convert rows `start` to `end` and write them; nothing once something went wrong."""
-        if self._failure is not None:
-            return
         target = self.target
         try:
-            self._tiles[start] = convert_rows(
-                target.tensor, start, end, stored, self._factors, self._quantizer, buffers, target.writer
-            )
+            if self._failure is None:
+                self._tiles[start] = convert_rows(
+                    target.tensor, start, end, stored, self._factors, self._quantizer, buffers, target.writer
+                )
+            with self._counting:
+                self._left -= 1
+                was_last = self._left == 0
+            if was_last and self._failure is None:
+                self._made = self._finish()
         except ConverterError as exc:
             self._failure = exc
 
-    def finish(self) -> Fidelity | ConverterError:
-        """When all rows are there, write what takes the whole tensor: its quant state."""
+    def made(self) -> Fidelity | ConverterError:
+        """What became of it, once all tiles are converted."""
+        made = self._failure or self._made
+        assert made is not None  # noqa: S101  (the caller waited for the tiles)
+        return made
+
+    def _finish(self) -> Fidelity:
+        """Write what takes the whole tensor: its quant state."""
         import torch
 
         tensor, tally = self.target.tensor, Tally()
-        if self._failure is not None:
-            return self._failure
         results = [self._tiles[start] for start, _ in tensor.spans()]
         for result in results:
             if result.sums is not None:
                 tally.add_rows(result.sums)
-        try:
-            if tensor.action == "quantize":
-                absmax = torch.cat([result.absmax for result in results if result.absmax is not None])
-                for name, value in self._quantizer.statistics(tensor.name, absmax, tensor.shape).items():
-                    self.target.writer.write(name, 0, as_bytes(value))
-        except ConverterError as exc:
-            return exc
+        if tensor.action == "quantize":
+            absmax = torch.cat([result.absmax for result in results if result.absmax is not None])
+            for name, value in self._quantizer.statistics(tensor.name, absmax, tensor.shape).items():
+                self.target.writer.write(name, 0, as_bytes(value))
+        self._tiles.clear()
         return tally.fidelity()
 
 

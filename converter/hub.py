@@ -137,6 +137,11 @@ class HubFolder:
         if len(head) < len(buffer):
             self._request(name, offset + len(head), buffer[len(head) :])
 
+    def expect(self, name: str, offset: int) -> None:
+        """What follows byte `offset` is read next; of use where the file was fetched."""
+        if self._cached is not None:
+            self._cached.expect(name, offset)
+
     def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
         """Download those of these files that the Hub's cache lacks, and open its snapshot of this commit.
 

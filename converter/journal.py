@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,19 +99,23 @@ class Journal:
         """Whether what was noted is worth the disk's time."""
         return time.monotonic() - self._committed >= SECONDS
 
-    def commit(self) -> None:
-        """Make what was noted durable. Its tensors must be so already."""
+    def take(self) -> list[Entry]:
+        """What was noted and not yet committed, for `commit`."""
+        taken, self._new = self._new, []
+        return taken
+
+    def commit(self, entries: Sequence[Entry]) -> None:
+        """Make entries durable. Their tensors must be so already."""
         with writing(self._path):
             if self._failure is not None:
                 raise self._failure
             try:
-                self._append(b"".join(map(_line_of, self._new)))
+                self._append(b"".join(map(_line_of, entries)))
             except OSError as exc:
                 # Half a line may be there; or the disk hasn't got it, and asking again would say that all is well.
                 self._failure = exc
                 raise
-        self.entries |= {entry.tensor: entry for entry in self._new}
-        self._new = []
+        self.entries |= {entry.tensor: entry for entry in entries}
         self._committed = time.monotonic()
 
     def written(self, shard: str) -> Written:

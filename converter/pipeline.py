@@ -204,12 +204,12 @@ class _UnderWay:
         return all(tile.done() for tile in self.tiles)
 
     def finish(self) -> Iterator[Result]:
-        """Wait for the tiles, and write what takes the whole tensor: its quant state."""
+        """Wait for the tiles; what became of the tensor."""
         for tile in self.tiles:
             tile.result()
         for conversion in self.conversions:
             tensor = conversion.target.tensor
-            made = conversion.finish()
+            made = conversion.made()
             if isinstance(made, Fidelity):
                 yield conversion.target, Made(tensor.name, made, self.digest.hexdigest(), tensor.source.nbytes)
             else:

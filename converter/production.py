@@ -5,7 +5,8 @@ A conversion makes one of these, a batch many at a time, from the same tiles of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -68,6 +69,8 @@ class Production:
         self.cut(plan)
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, set[str]] = {}
+        self._background = ThreadPoolExecutor(1, "sync") if plan.resources.threads > 1 else None
+        self._syncing: Future[None] | None = None
 
     def cut(self, plan: Plan) -> None:
         """Take the same plan with its tensors cut into other tiles."""
@@ -97,8 +100,13 @@ class Production:
         return Target(tensor, self._adapter, self._writers[shard.file], self._number)
 
     def note(self, made: Made) -> None:
-        """Take note of a tensor that was written: in the journal, durably, every few seconds."""
+        """Take note of a tensor that was written: in the journal, durably, every few seconds.
+
+        Raises `WriteFailed`; also what making earlier ones durable met with, behind the caller's back.
+        """
         shard, journal = self._planned[made.name][0], self.staging.journal
+        if self._syncing is not None and self._syncing.done():
+            self._await_sync()
         writer, figures = self._writers[shard.file], made.fidelity
         pieces, states = writer.pieces(made.name), writer.states(made.name)
         journal.add(Entry(made.name, shard.file, pieces, states, figures.error, figures.survival, made.digest))
@@ -106,8 +114,8 @@ class Production:
         self._left[shard.file].discard(made.name)
         if not self._left[shard.file]:
             self._finish(shard.file)
-        elif journal.is_due():
-            self._sync()
+        elif journal.is_due() and self._syncing is None:
+            self._sync_behind()
 
     def keep(self) -> bool:
         """After an exception: make durable what is there. Whether a run of the same command can go on with it."""
@@ -147,14 +155,36 @@ class Production:
         self.staging.digest_soon(file)
 
     def _sync(self) -> None:
+        """Make durable what is there, then note it."""
+        self._await_sync()
+        self._make_durable(list(self._writers.values()), self.staging.journal.take())
+
+    def _sync_behind(self) -> None:
+        """The same while more is made: the disk takes its time, and nobody need wait for it."""
+        if self._background is None:
+            self._sync()
+            return
+        writers, entries = list(self._writers.values()), self.staging.journal.take()
+        self._syncing = self._background.submit(self._make_durable, writers, entries)
+
+    def _make_durable(self, writers: Sequence[ShardWriter], entries: Sequence[Entry]) -> None:
         """A line of the journal must not speak of what isn't durable, in whatever shard it lies."""
-        for writer in self._writers.values():
+        for writer in writers:
             writer.sync()
-        self.staging.journal.commit()
+        self.staging.journal.commit(entries)
+
+    def _await_sync(self) -> None:
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
 
     def close(self, reason: BaseException | None) -> None:
         """Let go of files and staging folder; `reason` says whether what was made is of any more use."""
         kind = None if reason is None else type(reason)
+        with suppress(WriteFailed):
+            self._await_sync()
+        if self._background is not None:
+            self._background.shutdown()
         for writer in self._writers.values():
             writer.__exit__(kind, reason, None)
         self._writers.clear()

@@ -6,6 +6,7 @@ against its memory. Nothing here is trusted either: the header is parsed by this
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,9 @@ MAX_JSON_VALUES = 3_000_000  # in one file; what Python makes of a value takes u
 MAX_JSON_DEPTH = 64  # what copies or writes JSON again is recursive
 MAX_NAME_LENGTH = 512
 MAX_RANK = 8
+
+READ_AHEAD = 64_000_000
+"""Bytes of a file that the disk may be ahead of its reader."""
 
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -88,6 +92,9 @@ class Folder(Protocol):
         """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before, `ReadFailed`
         if the disk fails."""
 
+    def expect(self, name: str, offset: int) -> None:
+        """What follows byte `offset` of a file is read next, in order: no more than a hint."""
+
     def close(self) -> None:
         """Let go of open files."""
 
@@ -100,6 +107,8 @@ class LocalFolder:
             raise ConversionRefused(f"{path}: no such folder")
         self.path = path
         self._descriptors: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        """Of each file: up to where the system was asked to read ahead."""
 
     @property
     def label(self) -> str:
@@ -130,6 +139,16 @@ class LocalFolder:
             if count == 0:
                 raise InputChanged(f"{self.path / name}: ends at byte {offset + done}, expected {offset + len(buffer)}")
             done += count
+
+    def expect(self, name: str, offset: int) -> None:
+        # Of itself the system reads ahead by less than a tile, and the disk idles while tiles are converted.
+        asked, until = self._asked.get(name, offset), offset + READ_AHEAD
+        if not offset <= asked <= until:
+            asked = offset
+        if until - asked >= READ_AHEAD // 2:
+            with contextlib.suppress(OSError):  # a filesystem that takes no hints
+                os.posix_fadvise(self._open(name), asked, until - asked, os.POSIX_FADV_WILLNEED)
+            self._asked[name] = until
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():

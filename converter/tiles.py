@@ -65,6 +65,7 @@ def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers:
     row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
     flat = buffers.take("stored", torch.uint8, (end - start) * row_bytes)
     raw = memoryview(flat.numpy())
+    folder.expect(header.file, header.offset + start * row_bytes)
     folder.read_into(header.file, header.offset + start * row_bytes, raw)
     values = flat.view(torch_dtype(header.dtype))
     return values.view(header.shape).T if tensor.transpose else values.view(end - start, tensor.columns), raw

@@ -38,7 +38,7 @@ def keep(folder: Path, *entries: Entry) -> None:
     journal = Journal(folder, JOB)
     for one in entries:
         journal.add(one)
-        journal.commit()
+        journal.commit(journal.take())
     journal.close()
 
 
@@ -126,7 +126,7 @@ def test_it_is_due_after_some_seconds_and_not_before(tmp_path: Path, monkeypatch
     now[0] += converter.journal.SECONDS
     assert journal.is_due()
 
-    journal.commit()
+    journal.commit(journal.take())
     assert not journal.is_due()
     journal.close()
 
@@ -245,9 +245,9 @@ def test_after_a_line_that_was_written_in_part_none_is_written(three: Path, monk
         patch.setattr(os, "write", full)
         for _ in range(2):
             with pytest.raises(WriteFailed, match=r"\.journal: No space left on device"):
-                journal.commit()
+                journal.commit(journal.take())
     with pytest.raises(WriteFailed, match="No space left"):
-        journal.commit()
+        journal.commit(journal.take())
     journal.close()
 
     assert len(calls) == 2
@@ -272,7 +272,7 @@ def test_after_a_failed_sync_it_is_not_synced_again_and_the_next_run_takes_a_new
         patch.setattr(os, "fdatasync", sync)
         for _ in range(3):
             with pytest.raises(WriteFailed, match=r"\.journal: Input/output error"):
-                journal.commit()
+                journal.commit(journal.take())
     journal.close()
     inode = (three / JOURNAL).stat().st_ino
 

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -829,3 +830,54 @@ def test_scalars_and_tensors_without_elements_have_their_rows_and_bytes(tmp_path
         "empty": ((0, 3), 0, 6),
         "flat": ((3, 0), 0, 0),
     }
+
+
+@pytest.fixture
+def hints(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(offset, length) of what the system is asked to read ahead of 1,000 bytes."""
+    asked: list[tuple[int, int]] = []
+
+    def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((offset, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(converter.read, "READ_AHEAD", 1000)
+    return asked
+
+
+def test_the_disk_is_kept_ahead_of_who_reads_in_order_and_asked_for_nothing_twice(
+    file: tuple[LocalFolder, Path], hints: list[tuple[int, int]]
+) -> None:
+    folder, path = file
+
+    for offset in range(0, 3000, 100):
+        folder.expect(path.name, offset)
+
+    assert hints[0] == (0, 1000)
+    assert all(before + length == offset for (before, length), (offset, _) in pairwise(hints))
+    assert all(length >= 500 for _, length in hints), "one hint for many tiles"
+    assert sum(hints[-1]) >= 2900 + 500
+
+
+def test_who_jumps_in_a_file_has_the_disk_follow(file: tuple[LocalFolder, Path], hints: list[tuple[int, int]]) -> None:
+    folder, path = file
+
+    for offset in (0, 5000, 100):
+        folder.expect(path.name, offset)
+
+    assert hints == [(0, 1000), (5000, 1000), (100, 1000)]
+
+
+def test_a_filesystem_that_takes_no_hints_is_read_all_the_same(
+    file: tuple[LocalFolder, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = file
+    folder.size(path.name)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+
+    folder.expect(path.name, 0)
