@@ -294,11 +294,13 @@ def _run_batch(
 ) -> None:
     """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
     from converter.batch import convert_batch
+    from converter.heap import keep_small
     from converter.members import Terms
     from converter.show import batch_json, batch_text, print_json, progress_bar
 
     dry_run = options.pop("dry_run")
     terms = Terms(_resources(options), **of_batches, **options)
+    keep_small()
     stop = _Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
 
@@ -317,10 +319,12 @@ def _run_batch(
 
 
 def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
+    from converter.heap import keep_small
     from converter.pipeline import convert
     from converter.show import print_json, progress_bar, summary, summary_json
 
     recipe, resources = _recipe(options), _resources(options)
+    keep_small()
     stop = _Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
         report = convert(recipe=recipe, resources=resources, progress=progress, stop=stop, **options)
