@@ -118,7 +118,7 @@ class Adapter:
 
     def is_zero(self, tensor: TensorHeader) -> bool:
         """Whether a tensor holds nothing but zeros."""
-        return not any(any(piece) for piece in self._pieces(tensor))
+        return all(piece == bytes(len(piece)) for piece in self._pieces(tensor))
 
     def same_bytes(self, one: TensorHeader, other: TensorHeader) -> bool:
         """Whether two tensors of the file are equal in dtype, shape and bytes."""
@@ -291,14 +291,14 @@ class Adapter:
             raise BadAdapter(f"{where}: rank {a.shape[0]} in the file, {rank} in {CONFIG}")
         return LoraPair(module, a, b, scaling)
 
-    def _pieces(self, tensor: TensorHeader) -> Iterator[bytes]:
+    def _pieces(self, tensor: TensorHeader) -> Iterator[bytearray]:
         for start in range(0, tensor.nbytes, _PIECE):
             buffer = bytearray(min(_PIECE, tensor.nbytes - start))
             self.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
-            yield bytes(buffer)
+            yield buffer
 
 
-def _all_finite(raw: bytes, dtype: str) -> bool:
+def _all_finite(raw: bytearray, dtype: str) -> bool:
     import numpy
 
     width, exponent = _FLOATS[dtype]
