@@ -459,9 +459,13 @@ def _hub_file(file: RepoSibling) -> _HubFile:
 
 
 def _cached_file(path: Path) -> _HubFile:
+    return _HubFile(path.stat().st_size, digest_in_cache(path))
+
+
+def digest_in_cache(path: Path) -> str | None:
+    """Of a file in a snapshot of the Hub's cache: `sha256:…` or `git-sha1:…`; None of any other file."""
     # The cache calls its blobs by the digests of their files, and a snapshot links to them.
-    blob = path.readlink().name if path.is_symlink() else None
-    return _HubFile(path.stat().st_size, _prefixed(blob))
+    return _prefixed(path.readlink().name if path.is_symlink() else None)
 
 
 def _prefixed(digest: str | None) -> str | None:
