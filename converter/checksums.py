@@ -1,4 +1,4 @@
-"""The sha256 of weights files, held against what somebody states: the Hub, its cache, or SHA256SUMS beside them.
+"""The sha256 of weights files, held against what somebody states: the Hub, what came from it, or SHA256SUMS.
 
 safetensors has no checksums, so without this a flipped bit in a base is a slightly other model. A file is read for it
 once: its sha256 is remembered per user, under all by which the file would be told from another in its place.
@@ -20,9 +20,10 @@ from typing import NamedTuple, Self
 
 from converter.digests import cache_folder, keep, kept
 from converter.errors import BadCheckpoint, InputChanged, Interrupted
-from converter.hub import digest_in_cache
+from converter.hub import digest_at_download, digest_in_cache
 from converter.read import LocalFolder, read_bytes
 
+HUB, CACHE, DOWNLOAD = "the Hub", "the Hub's cache", "the record of hf download"
 SUMS = "SHA256SUMS"
 """As `sha256sum` writes it, and checks it with -c."""
 MAX_SUMS_BYTES = 1_000_000
@@ -46,22 +47,28 @@ class Stated(NamedTuple):
 
     sha256: str
     by: str
-    """the Hub, the Hub's cache, or SHA256SUMS"""
+    """HUB, CACHE, DOWNLOAD or SUMS"""
 
 
 def stated(folder: LocalFolder, names: Iterable[str], hub: Mapping[str, str] = {}) -> dict[str, Stated]:
     """Of some files of a folder: name → its sha256, where it is known.
 
     `hub` has what the Hub says: name → `sha256:…`. Next the folder is asked whether it is one of the Hub's cache, whose
-    files are called by their sha256; then its SHA256SUMS. Raises `BadCheckpoint` if that is none.
+    files are called by their sha256; whether it was downloaded from the Hub; then its SHA256SUMS. Raises
+    `BadCheckpoint` if that is none.
     """
     found: dict[str, Stated] = {}
     left = []
     for name in names:
-        for digest, by in ((hub.get(name), "the Hub"), (digest_in_cache(folder.path / name), "the Hub's cache")):
-            if digest is not None and digest.startswith(_PREFIX):
-                found[name] = Stated(digest.removeprefix(_PREFIX), by)
-                break
+        by_source = {
+            HUB: hub.get(name),
+            CACHE: digest_in_cache(folder.path / name),
+            DOWNLOAD: digest_at_download(folder, name),
+        }
+        known = [(by, digest) for by, digest in by_source.items() if digest is not None and digest.startswith(_PREFIX)]
+        if known:
+            by, digest = known[0]
+            found[name] = Stated(digest.removeprefix(_PREFIX), by)
         else:
             left.append(name)
     if left and SUMS in folder.names():
@@ -212,6 +219,6 @@ def _path(folder: LocalFolder) -> Path:
 
 def _is_another(folder: LocalFolder, name: str, found: str, expected: Stated) -> str:
     what = f"{folder.path / name}: its sha256 is {found[:12]}…, expected {expected.sha256[:12]}… by {expected.by}: "
-    if expected.by == SUMS:
-        return f"{what}the file is damaged, or another than {SUMS} was written for; get it anew"
+    if expected.by in (SUMS, DOWNLOAD):
+        return f"{what}the file is damaged, or another than was meant there; get it anew"
     return f"{what}the file is damaged; remove {(folder.path / name).resolve()}, and it is fetched anew, if online"

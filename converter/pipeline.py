@@ -63,8 +63,8 @@ class Report:
     nothing_to_do: bool = False
     """OUT was a finished conversion of the same inputs by the same recipe already."""
     checked: dict[str, dict[str, str]] = field(default_factory=dict)
-    """base, adapter → weights file → who stated the sha256 that it was found to have: the Hub, the Hub's cache,
-    SHA256SUMS. Others have none that is known."""
+    """base, adapter → weights file → who stated the sha256 that it was found to have: `checksums.HUB`, `CACHE`,
+    `DOWNLOAD` or `SUMS`. Others have none that is known."""
 
 
 def convert(

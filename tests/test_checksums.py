@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from huggingface_hub import hf_hub_download
 
 import converter.checksums
 import converter.hub
@@ -72,6 +73,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
+def sha256_of(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
 def shards_of(base: Path) -> list[Path]:
     return sorted(base.glob("*.safetensors"))
 
@@ -98,7 +103,7 @@ def test_a_flipped_bit_in_a_base_with_sums_is_refused_with_the_files_name_and_no
     assert ended.value.code == 2
     assert said.count("\n") == 1
     assert said.startswith(f"error: {shard}: its sha256 is {sha256(shard)[:12]}…, expected ")
-    assert "by SHA256SUMS: the file is damaged, or another than" in said
+    assert "by SHA256SUMS: the file is damaged, or another than was meant there; get it anew" in said
     assert nothing_is_left_of(place / "out")
 
 
@@ -563,6 +568,82 @@ def test_the_hub_is_asked_first_then_its_cache_then_the_list(tmp_path: Path) -> 
         assert stated(folder, [SHARD]) == {SHARD: Stated(ONES, "the Hub's cache")}
 
 
+def test_a_blob_that_repositories_share_is_known_by_the_link_to_it(tmp_path: Path) -> None:
+    # With hf_xet, the file lies in <cache>/blobs/<2 digits>/<another hash>, and the repository's blob is a link to it.
+    with closing(in_a_cache(tmp_path / "repository", sha256_of(b"raw"), b"raw")) as folder:
+        blob = (folder.path / SHARD).resolve()
+        shared = tmp_path / "blobs" / "ab" / ("ab" * 32)
+        shared.parent.mkdir(parents=True)
+        blob.rename(shared)
+        blob.symlink_to(os.path.relpath(shared, blob.parent))
+        known = stated(folder, [SHARD])
+        assert known == {SHARD: Stated(sha256_of(b"raw"), "the Hub's cache")}
+        with Hashing() as hashing:
+            hashing.check(folder, known)
+        flip_bit(shared)
+        with pytest.raises(BadCheckpoint, match=f"remove {shared}, and it"), Hashing() as hashing:
+            hashing.check(folder, known)
+
+
+# Folders that the Hub's own program filled
+
+
+@pytest.fixture
+def downloaded(hub: StandInHub, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The base, as `hf download maker/base --local-dir` leaves it."""
+    for file in sorted((place / "sharded").iterdir()):
+        hf_hub_download("maker/base", file.name, local_dir=place / "downloaded")
+    return place / "downloaded"
+
+
+def record_of(file: Path) -> Path:
+    return file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+
+
+def test_a_folder_that_was_downloaded_is_held_against_what_the_hub_stated_then(downloaded: Path, place: Path) -> None:
+    shards = shards_of(downloaded)
+    by = dict.fromkeys((shard.name for shard in shards), "the record of hf download")
+    assert convert(downloaded, None, place / "good").checked["base"] == by
+
+    before = shards[0].stat()
+    flip_bit(shards[0])
+    os.utime(shards[0], ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(BadCheckpoint, match=f"{shards[0].name}: its sha256 is .* by the record of hf download: "):
+        convert(downloaded, None, place / "out")
+
+
+def test_the_record_says_nothing_of_a_file_that_was_written_to_later(downloaded: Path, place: Path) -> None:
+    shard = shards_of(downloaded)[0]
+    flip_bit(shard)
+    os.utime(shard, (shard.stat().st_atime, shard.stat().st_mtime + 60))
+    checked = convert(downloaded, None, place / "out").checked["base"]
+    assert sorted(checked) == [other.name for other in shards_of(downloaded)[1:]]
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"x" * 20_000, b"\xff\n\xff\n\xff\n", f"{'0' * 40}\n{ZEROS}\nlate\n".encode(), b"a\nb\n9e99\n"]
+)
+def test_a_record_that_the_library_did_not_write_tells_nothing(record: bytes, downloaded: Path) -> None:
+    shard = shards_of(downloaded)[0]
+    record_of(shard).write_bytes(record)
+    with closing(LocalFolder(downloaded)) as folder:
+        assert stated(folder, [shard.name]) == {}
+
+
+@pytest.mark.parametrize("what", ["the record", "the folder of records", "the folder around it"])
+def test_no_link_to_a_record_is_followed(what: str, downloaded: Path, place: Path) -> None:
+    shard = shards_of(downloaded)[0]
+    linked = {
+        "the record": record_of(shard),
+        "the folder of records": record_of(shard).parent,
+        "the folder around it": downloaded / ".cache",
+    }[what]
+    linked.rename(place / "elsewhere")
+    linked.symlink_to(place / "elsewhere")
+    with closing(LocalFolder(downloaded)) as folder:
+        assert stated(folder, [shard.name]) == {}
+
+
 # The thing itself
 
 
@@ -572,7 +653,7 @@ def test_the_sha256_of_pieces_is_that_of_the_whole(size: int, tmp_path: Path, mo
     raw = os.urandom(size)
     (tmp_path / "file").write_bytes(raw)
     with closing(LocalFolder(tmp_path)) as folder, Hashing() as hashing:
-        hashing.check(folder, {"file": Stated(hashlib.sha256(raw).hexdigest(), "somebody")})
+        hashing.check(folder, {"file": Stated(sha256_of(raw), "somebody")})
         with pytest.raises(BadCheckpoint):
             hashing.check(folder, {"file": Stated(ZEROS, "somebody")})
 
