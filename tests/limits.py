@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 HANG = 300
-"""Seconds of the clock on the wall after which something counts as hanging; nothing that a test does takes a tenth."""
+"""Seconds of the clock on the wall after which something counts as hanging: many times what anything here takes."""
 
 
 def cpu_seconds() -> float:
