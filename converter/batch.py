@@ -144,8 +144,7 @@ class Batch:
             return
         try:
             self._refuse_if_too_full(group, pending)
-            total = group.base.checkpoint.nbytes
-            group.base.fetch(lambda name, done: self.show(Progress("fetching", done, total, name)))
+            group.base.bring(lambda *how_far: self.show(Progress(*how_far)), self.stop)
             given = self._given(group)
             indices = list(pending)
             with Place(group, given, self.terms) as place:

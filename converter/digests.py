@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -34,8 +35,8 @@ def recall(base: Checkpoint) -> dict[str, str]:
     """Digests known from an earlier reading of the very same files; tensor name → xxh3-128."""
     if not isinstance(base.folder, LocalFolder):
         return {}
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        remembered = json.loads(_path(base.folder).read_text())
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        remembered = kept(_path(base.folder))
         known: dict[str, str] = {}
         for shard in base.shards:
             if remembered.get(shard, {}).get("file") == base.folder.identity(shard):
@@ -68,17 +69,28 @@ def remember(base: Checkpoint, digests: Mapping[str, str]) -> None:
         }
         for shard in base.shards
     }
-    with contextlib.suppress(OSError):
-        path = _path(base.folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(shards))
-        temporary.rename(path)
+    keep(_path(base.folder), shards)
 
 
 def cache_folder() -> Path:
     """Where this user's runs keep what they need not find out again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4-converter"
+
+
+def keep(path: Path, value: Any) -> None:
+    """Write what later runs may want, as JSON; where there is no place for it, they find it out again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(value))
+        temporary.rename(path)
+
+
+def kept(path: Path) -> Any:
+    """What an earlier run wrote; None if there is nothing, or nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(path.read_text())
+    return None
 
 
 def _path(folder: LocalFolder) -> Path:

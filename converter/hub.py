@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from converter.errors import (
+    BadCheckpoint,
     ConverterError,
     HubFailed,
     HubGated,
@@ -25,7 +26,7 @@ from converter.errors import (
     InputChanged,
     WriteFailed,
 )
-from converter.read import INDEX, LocalFolder, read_json
+from converter.read import INDEX, LocalFolder, read_bytes, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -40,6 +41,7 @@ RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth tr
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 DEFAULT_REVISION = "main"
+MAX_RECORD_BYTES = 10_000  # of one download; the library's have about 130
 MAX_REPO_ID = 96
 
 _REPO_ID = re.compile(r"(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?", re.ASCII)
@@ -464,9 +466,30 @@ def _hub_file(file: RepoSibling) -> _HubFile:
 
 
 def _cached_file(path: Path) -> _HubFile:
+    return _HubFile(path.stat().st_size, digest_in_cache(path))
+
+
+def digest_in_cache(path: Path) -> str | None:
+    """Of a file in a snapshot of the Hub's cache: `sha256:…` or `git-sha1:…`; None of any other file."""
     # The cache calls its blobs by the digests of their files, and a snapshot links to them.
-    blob = path.readlink().name if path.is_symlink() else None
-    return _HubFile(path.stat().st_size, _prefixed(blob))
+    return _prefixed(path.readlink().name if path.is_symlink() else None)
+
+
+def digest_at_download(folder: LocalFolder, name: str) -> str | None:
+    """Of a file that `hf download --local-dir` brought: what the Hub stated; None if it was written to since.
+
+    None, too, where the library's record of the download is missing or not as the library writes it.
+    """
+    # Commit, ETag and time in a line each, as in huggingface_hub._local_folder, which allows a second likewise.
+    notes = folder.path / ".cache" / "huggingface" / "download"
+    if not notes.is_dir() or notes.resolve() != folder.path.resolve() / notes.relative_to(folder.path):
+        return None  # links out of the folder are not followed
+    with contextlib.closing(LocalFolder(notes)) as records, contextlib.suppress(BadCheckpoint, ValueError):
+        raw = read_bytes(records, f"{name}.metadata", limit=MAX_RECORD_BYTES)
+        _, digest, written = raw.decode("ascii").splitlines()
+        if (folder.path / name).stat().st_mtime - 1 <= float(written):
+            return _prefixed(digest)
+    return None
 
 
 def _prefixed(digest: str | None) -> str | None:

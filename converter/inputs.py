@@ -7,18 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from converter.adapter import CONFIG as ADAPTER_CONFIG
 from converter.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.adapter import Adapter
-from converter.errors import ConversionRefused, HubFailed, HubRefused, InputChanged
+from converter.checksums import Hashing, stated
+from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
 from converter.hub import HubFolder, is_hub_id
 from converter.read import Checkpoint, Folder, LocalFolder
 from converter.side_files import wanted_from_base
 
 Reference = str | os.PathLike[str]
 """A folder, or an id on the Hub."""
+
+
+Show = Callable[[str, int, int, str], None]
+"""Told a stage, how many bytes are done, of how many, and a file's name."""
 
 
 class Base:
@@ -29,14 +34,40 @@ class Base:
         self.checkpoint = Checkpoint(self._opened)
         self.commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
         self.id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+        self.checked: dict[str, str] = {}
+        """Shard → who stated the sha256 that it was found to have; empty before `bring`."""
 
-    def fetch(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Bring what a conversion reads of a base on the Hub; nothing to do for a folder."""
+    def fetch(
+        self,
+        progress: Callable[[str, int], None] | None = None,
+        arrived: Callable[[LocalFolder, str], None] = lambda *_: None,
+    ) -> None:
+        """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder. `arrived` hears of shards."""
         if isinstance(self._opened, HubFolder):
             code = [name for name in self._opened.names() if name.endswith(".py")]
             rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
-            wanted = [*rest, *wanted_from_base(self._opened.names()), *code, *self.checkpoint.shards]
-            self.checkpoint = Checkpoint(self._opened.fetch(wanted, progress))
+            folder = self._opened.fetch([*rest, *wanted_from_base(self._opened.names()), *code], progress)
+            for shard in self.checkpoint.shards:
+                arrived(self._opened.fetch([shard], progress), shard)
+            self.checkpoint = Checkpoint(folder)
+
+    def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
+        """`fetch`, and hold the shards against what is known of their sha256.
+
+        `BadCheckpoint` names one that is another; `Interrupted` once `stop` gives the number of a signal.
+        """
+        total, hub = self.checkpoint.nbytes, self.hub_digests()
+        with Hashing() as hashing:
+            # What has arrived is hashed while the next shard does: it is in memory still.
+            self.fetch(
+                lambda name, done: show("fetching", done, total, name),
+                hashing.begin,
+            )
+            folder = self.checkpoint.folder
+            assert isinstance(folder, LocalFolder)  # noqa: S101  (`fetch` saw to it)
+            known = stated(folder, self.checkpoint.shards, hub)
+            hashing.check(folder, known, lambda *how_far: show("checking", *how_far), stop)
+        self.checked = {shard: of.by for shard, of in known.items()}
 
     def hub_digests(self) -> dict[str, str]:
         """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
@@ -64,13 +95,9 @@ class Inputs:
     ) -> None:
         if base is None and adapter is None and opened is None:
             raise ConversionRefused("no base: give --base, or an --adapter that names its base")
-        self.adapter: Adapter | None = None
-        self.adapter_commit: str | None = None
-        self.adapter_id: str | None = None
+        self._adapter: OpenedAdapter | None = None
         if adapter is not None:
-            self.adapter, self.adapter_commit, self.adapter_id = open_adapter(
-                adapter, adapter_revision, offline=offline
-            )
+            self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
         self._owns_base = opened is None
         if opened is None:
             if base is None:
@@ -84,6 +111,23 @@ class Inputs:
         return self.opened.checkpoint
 
     @property
+    def adapter(self) -> Adapter | None:
+        return self._adapter.adapter if self._adapter else None
+
+    @property
+    def adapter_commit(self) -> str | None:
+        return self._adapter.commit if self._adapter else None
+
+    @property
+    def adapter_id(self) -> str | None:
+        return self._adapter.id if self._adapter else None
+
+    @property
+    def checked(self) -> dict[str, dict[str, str]]:
+        """base, adapter → weights file → who stated the sha256 that it was found to have."""
+        return {"base": self.opened.checked, "adapter": self._adapter.checked if self._adapter else {}}
+
+    @property
     def base_commit(self) -> str | None:
         return self.opened.commit
 
@@ -91,9 +135,13 @@ class Inputs:
     def base_id(self) -> str | None:
         return self.opened.id
 
-    def fetch(self, progress: Callable[[str, int], None] | None = None) -> None:
-        """Bring what a conversion reads of a base on the Hub; nothing to do for a folder."""
-        self.opened.fetch(progress)
+    def fetch(self) -> None:
+        """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder."""
+        self.opened.fetch()
+
+    def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
+        """`Base.bring`."""
+        self.opened.bring(show, stop)
 
     def hub_digests(self) -> dict[str, str]:
         """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
@@ -106,9 +154,10 @@ class Inputs:
         return self.base.folder
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime."""
-        before = self.identities()
+    def unchanged(self, before: Mapping[Path, list[int] | None] | None = None) -> Iterator[None]:
+        """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime, or since
+        `identities` gave `before`."""
+        before = self.identities() if before is None else before
         yield
         self.refuse_if_changed(before)
 
@@ -148,16 +197,38 @@ class Inputs:
         self.close()
 
 
-def open_adapter(
-    reference: Reference, revision: str | None = None, *, offline: bool = False
-) -> tuple[Adapter, str | None, str | None]:
-    """An adapter, fetched if it is on the Hub; its commit and its id there."""
+class OpenedAdapter(NamedTuple):
+    """An adapter; of one on the Hub, its commit and its id there."""
+
+    adapter: Adapter
+    commit: str | None
+    id: str | None
+    checked: dict[str, str]
+    """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
+
+
+def open_adapter(reference: Reference, revision: str | None = None, *, offline: bool = False) -> OpenedAdapter:
+    """An adapter, fetched if it is on the Hub; `BadAdapter` if its sha256 is known and it has another.
+
+    That costs little, for planning reads its values, too.
+    """
     folder = _open(reference, revision, offline=offline)
-    if not isinstance(folder, HubFolder):
-        return Adapter(folder), None, None
-    wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
-    fetched = folder.fetch([*wanted, *wanted_from_base(folder.names())])
-    return Adapter(fetched), folder.commit, folder.repo_id
+    commit = name = digest = None
+    if isinstance(folder, HubFolder):
+        wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
+        commit, name = folder.commit, folder.repo_id
+        digest = folder.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
+        folder = folder.fetch([*wanted, *wanted_from_base(folder.names())])
+    assert isinstance(folder, LocalFolder)  # noqa: S101  (there is no third kind)
+    adapter = Adapter(folder)
+    try:
+        known = stated(folder, [ADAPTER_WEIGHTS], {} if digest is None else {ADAPTER_WEIGHTS: digest})
+        with Hashing() as hashing:
+            hashing.check(folder, known)
+    except BadCheckpoint as exc:
+        folder.close()
+        raise BadAdapter(str(exc)) from exc
+    return OpenedAdapter(adapter, commit, name, {file: of.by for file, of in known.items()})
 
 
 def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Reference, str | None]:

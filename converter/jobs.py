@@ -182,7 +182,7 @@ def with_base(job: Job, *, offline: bool = False) -> Job:
     """The job with its base named, by its adapter if it doesn't say so itself."""
     if job.base is not None or job.adapter is None:
         return job
-    adapter = open_adapter(job.adapter, job.adapter_revision, offline=offline)[0]
+    adapter = open_adapter(job.adapter, job.adapter_revision, offline=offline).adapter
     adapter.folder.close()
     base, revision = base_of_adapter(adapter, job.base_revision)
     return replace(job, base=base, base_revision=revision)

@@ -154,7 +154,7 @@ class Journal:
                 else:
                     entry = _entry(value)
                     self.entries[entry.tensor] = entry
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # an error of 400 digits, too
                 return
 
     def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:

@@ -43,6 +43,8 @@ class Outcome:
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
     """Of the tensors that the adapter changed."""
     notes: tuple[str, ...] = ()
+    checked: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """As in `Report.checked`."""
 
     @property
     def is_good(self) -> bool:

@@ -263,6 +263,7 @@ class Pass:
             link=self._links.get(index, ""),
             fidelity={name: report.fidelity[name] for name in sorted(touched)},
             notes=plan.notes,
+            checked=report.checked,
         )
 
     def _shared_made(self) -> list[Made]:

@@ -43,7 +43,7 @@ class Progress:
     """How far a conversion is."""
 
     stage: str
-    """fetching, converting or sealing"""
+    """fetching, checking, converting or sealing"""
     done: int
     """Bytes of the base."""
     total: int
@@ -62,6 +62,9 @@ class Report:
     """By tensor name; empty if there was nothing to do."""
     nothing_to_do: bool = False
     """OUT was a finished conversion of the same inputs by the same recipe already."""
+    checked: dict[str, dict[str, str]] = field(default_factory=dict)
+    """base, adapter → weights file → who stated the sha256 that it was found to have: `checksums.HUB`, `CACHE`,
+    `DOWNLOAD` or `SUMS`. Others have none that is known."""
 
 
 def convert(
@@ -86,7 +89,8 @@ def convert(
     `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
     `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
     earlier conversion. `out` appears only whole. `resume`: go on with what a run of the same job left that died.
-    `stop` is asked before each tile; once it gives the number of a signal, the conversion ends with `Interrupted`.
+    `stop` is asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal,
+    the conversion ends with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
@@ -100,12 +104,13 @@ def convert(
             return Report(Path(out), plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         destination.refuse_if_too_full(plan.output_bytes)
-        inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
+        inputs.bring(lambda *how_far: progress(Progress(*how_far)), stop)
+        before = inputs.identities()
 
         staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
             quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
-            with inputs.unchanged(), crew_of(plan) as crew:
+            with inputs.unchanged(before), crew_of(plan) as crew:
                 for target, made in convert_tensors(output.targets(), inputs.base.folder, quantizer, crew, stop):
                     if isinstance(made, ConverterError):
                         raise made
@@ -124,7 +129,7 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], out: Pa
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
     output.staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
-    return Report(out, plan, fingerprint(plan, origin), fidelity)
+    return Report(out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
 
 
 def plan_conversion(

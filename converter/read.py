@@ -128,6 +128,12 @@ class LocalFolder:
         status = (self.path / name).stat()
         return [status.st_size, status.st_mtime_ns, status.st_ino]
 
+    def state(self, name: str) -> list[int]:
+        """Of the file that is open: size, modification time in ns, inode, and the time of its last change of any kind,
+        in ns, which nobody can set."""
+        status = os.fstat(self._open(name))
+        return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         descriptor = self._open(name)
         done = 0

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from converter.ask import check_output
 from converter.card import CARD, model_card
+from converter.checksums import SUMS
 from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
 from converter.journal import JOURNAL, Journal
 from converter.link import GivenShard, How, link
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from converter.measure import Fidelity
     from converter.plan import Plan
 
-SUMS = "SHA256SUMS"
-"""Of every other file, for `sha256sum -c`."""
 _LOCK = ".lock"
 _OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"

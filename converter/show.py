@@ -87,6 +87,8 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
         if figure := figures[key]:
             lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
+    if stated := Counter(by for files in report.checked.values() for by in files.values()):
+        lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
     return "\n".join(lines) + "\n"
 
@@ -117,6 +119,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "error": _figures(errors, max),
         "survival": _figures(survivals, min),
         "notes": list(report.plan.notes),
+        "checked": report.checked,
     }
 
 
@@ -168,6 +171,7 @@ def batch_json(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
                 "link": outcome.link,
                 **_batch_figures(outcome),
                 "notes": list(outcome.notes),
+                "checked": outcome.checked,
             }
             for outcome in outcomes
         ],

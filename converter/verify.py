@@ -14,6 +14,7 @@ from typing import Any
 
 from converter.ask import check_output
 from converter.budget import Resources
+from converter.checksums import SUMS
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
@@ -26,7 +27,6 @@ from converter.quantize import Quantizer
 from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
 from converter.receipt import RECEIPT, read_receipt
 from converter.recipe import Recipe
-from converter.seal import SUMS
 from converter.tiles import refuse_not_finite, torch_device, torch_dtype
 
 _STATE = ".quant_state.bitsandbytes__"

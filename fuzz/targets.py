@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from contextlib import closing
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from converter import adapter as adapters
 from converter.adapter import Adapter
+from converter.checksums import SUMS, read_sums
 from converter.errors import ConverterError
+from converter.hub import digest_at_download
 from converter.journal import JOURNAL, Journal
 from converter.patterns import Patterns
 from converter.read import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
@@ -125,6 +128,26 @@ def parse_journal(raw: bytes, scratch: Path) -> bool:
     return _understood(use) and bool(entries)
 
 
+def parse_sums(raw: bytes, scratch: Path) -> bool:
+    place = scratch / "sums"
+    place.mkdir(exist_ok=True)
+    (place / SUMS).write_bytes(raw)
+    with closing(LocalFolder(place)) as folder:
+        return _understood(lambda: read_sums(folder))
+
+
+def parse_record(raw: bytes, scratch: Path) -> bool:
+    """What `hf download` writes of a file that it brought."""
+    place = scratch / "downloaded"
+    records = place / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True, exist_ok=True)
+    (place / SINGLE_FILE).touch()
+    os.utime(place / SINGLE_FILE, (0, 0))
+    (records / f"{SINGLE_FILE}.metadata").write_bytes(raw)
+    with closing(LocalFolder(place)) as folder:
+        return digest_at_download(folder, SINGLE_FILE) is not None
+
+
 def parse_tokenizer(raw: bytes, _: Path) -> bool:
     return _understood(lambda: largest_token(raw))
 
@@ -184,6 +207,14 @@ TARGETS = {
         (_json({"format": FORMAT, "fingerprint": "ab", "files": {"config.json": {"bytes": 1}}, "origin": {}}),),
     ),
     "journal": Target(parse_journal, (_json({"journal": 1, "job": JOB}) + b"\n" + (_json(_LINE) + b"\n") * 2,)),
+    "sums": Target(
+        parse_sums,
+        (
+            f"{'ab' * 32}  model.safetensors\n{'cd' * 32} *./config.json\n# of two files\n".encode(),
+            f"SHA256 (model.safetensors) = {'ab' * 32}\r\n\\{'cd' * 32}  a\\nb\n".encode(),
+        ),
+    ),
+    "record": Target(parse_record, (f"{'ab' * 20}\n{'cd' * 32}\n1700000000.5\n".encode(),)),
     "tokenizer": Target(
         parse_tokenizer,
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those about it talk to a server of their own
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,10 @@ with quietly():
     import transformers
 
 REPOSITORY = Path(__file__).parent.parent
+
+# By the clock on the wall, which is no measure on a busy machine; see limits.py.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.fixture(autouse=True, scope="session")

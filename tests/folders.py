@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,6 +36,20 @@ def change_tensor(file: Path, name: str, change: Callable[[torch.Tensor], object
         shard.write(changed.read_bytes())
     changed.unlink()
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def flip_bit(file: Path, at: int = -1) -> None:
+    """Make one bit of a byte another; the last byte is a weight's."""
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+
+
+def write_sums(folder: Path, *more: str) -> None:
+    """SHA256SUMS of a folder's weights, as `sha256sum *.safetensors` prints it, and more lines."""
+    files = sorted(folder.glob("*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    (folder / "SHA256SUMS").write_text("".join(f"{line}\n" for line in [*lines, *more]))
 
 
 def copy(folder: Path, target: Path) -> Path:

@@ -53,6 +53,7 @@ class StandInHub:
         self.failing_message = "try later"
         self.failing_body: str | None = None  # where the failure is an answer of another kind
         self.ignores_range = False
+        self.flips: dict[str, int] = {}  # file name → the byte of which a bit is another when it arrives
         self.stores_elsewhere = False  # redirect for large files to another host, as the Hub does
         self.repositories: dict[str, Repository] = {}
         for repo_id, folder in folders.items():
@@ -186,7 +187,9 @@ class _Answer(BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(first)
             starts = range(first, last + 1, PIECE)
-            self._send(status, headers, (file.read(min(PIECE, last + 1 - start)) for start in starts))
+            flip = self.hub.flips.get(path.name, -1)
+            pieces = (_flipped(file.read(min(PIECE, last + 1 - start)), flip - start) for start in starts)
+            self._send(status, headers, pieces)
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         body = (self.hub.failing_body or json.dumps({"error": message})).encode()
@@ -215,6 +218,10 @@ class _Answer(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def _flipped(piece: bytes, at: int) -> bytes:
+    return piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :] if 0 <= at < len(piece) else piece
 
 
 def _is_large(path: Path) -> bool:

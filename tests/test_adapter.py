@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import converter.patterns
 from converter.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from converter.errors import BadAdapter, ConversionRefused, Unsupported
 from converter.read import LocalFolder
+from tests.limits import cpu_below
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = f"{PREFIX}{MODULE}.lora_A.weight", f"{PREFIX}{MODULE}.lora_B.weight"
@@ -624,12 +624,9 @@ def test_an_endless_expression_for_targets_is_refused_in_time(
 ) -> None:
     monkeypatch.setattr(converter.patterns, "SECONDS", 0.2)
     adapter = opened(save(tmp_path / "adapter", target_modules=expression))
-    start = time.monotonic()
 
-    with pytest.raises(BadAdapter, match=r"the pattern .* takes longer than 0\.2 s to match$"):
+    with cpu_below(5), pytest.raises(BadAdapter, match=r"the pattern .* takes longer than 0\.2 s to match$"):
         adapter.targets("a" * 300 + "!")
-
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
@@ -647,10 +644,9 @@ def test_an_endless_expression_for_scaling_is_refused_in_time(
 @pytest.mark.parametrize("expression", [r"(a+)+$", r"(a|a)*b", r"(.*)*x", r".*" * 30 + "x", r"(a|aa)+$"])
 def test_an_expression_that_python_would_run_for_years_ends(expression: str, tmp_path: Path) -> None:
     adapter = opened(save(tmp_path / "adapter", target_modules=expression))
-    start = time.monotonic()
 
-    assert not adapter.targets("a" * 30 + "!")
-    assert time.monotonic() - start < 5
+    with cpu_below(5):
+        assert not adapter.targets("a" * 30 + "!")
 
 
 def test_the_time_for_expressions_is_shared_by_all_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from converter.cli import main
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.hub_server import StandInHub
+from tests.limits import HANG
 from tests.models import save_adapter, save_base
 from tests.reference import differences
 
@@ -434,7 +435,7 @@ def start(command: Sequence[object], environment: dict[str, str], **settings: An
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
         **settings,
     )
@@ -522,7 +523,7 @@ def test_a_signal_midway_leaves_no_out_and_has_its_own_exit_code(
         text=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG
         while not list(out.parent.glob("out.partial/*.safetensors")):  # a shard is finished, others are to come
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -530,7 +531,7 @@ def test_a_signal_midway_leaves_no_out_and_has_its_own_exit_code(
 
         process.send_signal(number)
 
-        told, err = process.communicate(timeout=30)
+        told, err = process.communicate(timeout=HANG)
     finally:
         process.kill()
         process.wait()

@@ -173,6 +173,17 @@ def test_what_follows_a_line_that_cannot_be_read_is_not_relied_on(garbage: bytes
     assert names(three) == ["a"]
 
 
+@pytest.mark.parametrize("change", [{"survival": 10**400}, {"error": 10**400}, {"error": "x"}, {"pieces": [{}]}])
+def test_what_follows_a_forged_line_with_a_value_that_no_line_of_ours_has_is_not_relied_on(
+    change: dict[str, object], three: Path
+) -> None:
+    lines = (three / JOURNAL).read_bytes().splitlines(keepends=True)
+    forged = converter.journal._line(json.loads(lines[2].partition(b" ")[2]) | change)
+    (three / JOURNAL).write_bytes(b"".join([*lines[:2], forged, *lines[2:]]))
+
+    assert names(three) == ["a"]
+
+
 def test_no_flipped_bit_is_believed(three: Path) -> None:
     whole = (three / JOURNAL).read_bytes()
     known = {name: entry(name) for name in "abc"}
