@@ -262,7 +262,7 @@ class Pass:
             shared_bytes=sum(shard.layout.size for shard in plan.shards[: self._place.count]),
             link=self._links.get(index, ""),
             fidelity={name: report.fidelity[name] for name in sorted(touched)},
-            notes=plan.notes,
+            notes=plan.notes + production.staging.notes,
         )
 
     def _shared_made(self) -> list[Made]:

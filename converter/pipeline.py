@@ -103,6 +103,7 @@ def convert(
         inputs.fetch(lambda name, done: progress(Progress("fetching", done, plan.base_bytes, name)))
 
         staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
+        plan = replace(plan, notes=plan.notes + staging.notes)
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
             quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
             with inputs.unchanged(), crew_of(plan) as crew:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SUMS = "SHA256SUMS"
 """Of every other file, for `sha256sum -c`."""
+ANEW = "an earlier run had begun it with the same tensors in other shards: it was begun anew"
 _LOCK = ".lock"
 _OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"
@@ -179,7 +180,8 @@ class Staging:
     """The locked staging folder of one run, with the journal of what is done.
 
     Left without `seal` it stays for the next run of the same job, if something is done and the reason was not a fault
-    of the inputs. `resume` false: what an earlier run left is discarded.
+    of the inputs. `resume` false: what an earlier run left is discarded. So it is where it has the same tensors in other
+    shards: `notes` says so.
     """
 
     def __init__(
@@ -191,6 +193,8 @@ class Staging:
         self._spent = False
         self._digests: dict[str, Future[str]] = {}
         self._links: dict[str, str] = {}
+        self.notes: tuple[str, ...] = ()
+        """What a user should know of what an earlier run left."""
         self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -204,6 +208,9 @@ class Staging:
                 if not resume:
                     _clear(self.folder, but={_LOCK})
                 self.journal = Journal(self.folder, job)  # may refuse; then the other job's files stay
+                if self.journal.is_begun_anew:
+                    self.notes = (ANEW,)
+                    shards = ()
                 _clear(self.folder, but={_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
             except BlockingIOError:
                 os.close(self._lock)

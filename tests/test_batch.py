@@ -270,6 +270,40 @@ def test_a_batch_that_was_interrupted_ends_in_the_bytes_of_one_that_was_not(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
 
 
+@pytest.mark.parametrize("tiles", [12, 20])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)], ids=["one more", "one less"])
+def test_what_was_begun_for_another_list_of_adapters_is_begun_anew_by_itself(
+    before: int, after: int, tiles: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shared depends on the whole list, and with it the layout of each output."""
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    interrupt(jobs_for(three[:before], base, tmp_path / "out"), tiles)
+
+    outcomes = convert_batch(jobs_for(three[:after], base, tmp_path / "out"))
+
+    assert [outcome.message for outcome in outcomes if not outcome.is_good] == []
+    told = {outcome.job.out.name for outcome in outcomes if any("begun anew" in note for note in outcome.notes)}
+    assert told == {"a0", "a1"}
+    for adapter in three[:after]:
+        assert verify(tmp_path / "out" / adapter.name, base, adapter).problems == []
+
+
+def test_what_was_begun_of_an_adapter_that_changed_is_refused_and_the_others_go_on(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    mine = [copy(adapter, tmp_path / adapter.name) for adapter in three]
+    interrupt(jobs_for(mine[:2], base, tmp_path / "out"), tiles=20)
+    change_tensor(next(mine[0].glob("*.safetensors")), _a_factor(mine[0]), lambda value: value.mul_(2))
+    before = contents(tmp_path / "out" / "a0.partial")
+
+    outcomes = convert_batch(jobs_for(mine, base, tmp_path / "out"))
+
+    assert statuses(outcomes) == ["refused", "made", "made"]
+    assert "another conversion, of which adapter differ" in outcomes[0].message
+    assert contents(tmp_path / "out" / "a0.partial") == before
+
+
 def test_what_another_batch_left_in_common_is_made_anew(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from tests.folders import contents, copy
 from tests.models import save_adapter, save_base
 
 ONE_THREAD = Resources(threads=1)
-JOB = {"plan": "p", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
+JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
 SHARD = "model.safetensors"
 
 
@@ -188,12 +188,20 @@ def test_no_flipped_bit_is_believed(three: Path) -> None:
         assert journal.entries == {name: known[name] for name in "abc"[: max(number - 1, 0)]}
 
 
+def test_the_same_job_in_another_layout_is_begun_anew_and_says_so(three: Path) -> None:
+    for said in (True, False):
+        journal = Journal(three, JOB | {"layout": "other"})
+        journal.close()
+        assert journal.is_begun_anew == said
+        assert journal.entries == {}
+
+
 @pytest.mark.parametrize("key", ["plan", "base", "adapter", "device", "versions"])
 def test_another_job_is_refused_with_what_differs(key: str, three: Path) -> None:
     before = contents(three)
 
     with pytest.raises(BadOutput, match=rf"another conversion, of which {key} differ; --no-resume discards it"):
-        Journal(three, JOB | {key: "other"})
+        Journal(three, JOB | {key: "other", "layout": "other"})
 
     assert contents(three) == before
 
@@ -370,10 +378,21 @@ def test_the_work_of_another_job_is_kept_to_the_last_file_where_its_shards_have_
     before = contents(out.with_name("out.partial"))
 
     with pytest.raises(BadOutput, match="of which plan differ"):
-        convert(base, adapter, out, Recipe(max_shard_size=1_000_000), ONE_THREAD)
+        convert(base, adapter, out, Recipe(max_shard_size=1_000_000, double_quant=False), ONE_THREAD)
 
     assert contents(out.with_name("out.partial")) == before
     assert convert(base, adapter, out, resources=ONE_THREAD).out == out
+
+
+def test_the_same_tensors_in_other_shards_are_begun_anew_with_a_note(left: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = left
+    recipe = Recipe(max_shard_size=1_000_000)
+
+    report = convert(base, adapter, out, recipe, ONE_THREAD)
+
+    fresh = convert(base, adapter, out.with_name("fresh"), recipe, ONE_THREAD)
+    assert contents(out) == contents(fresh.out)
+    assert set(report.plan.notes) - set(fresh.plan.notes) == {converter.seal.ANEW}
 
 
 def test_without_resume_nothing_that_was_left_is_taken(
