@@ -749,6 +749,56 @@ def test_what_an_earlier_run_left_stays_on_a_disk_that_is_full_meanwhile(
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_a_damaged_file_that_others_have_too_is_left_to_them_and_made_anew(
+    finished: bool, tmp_path: Path, undisturbed: bytes
+) -> None:
+    folder, other = tmp_path / "staging", tmp_path / "other"
+    folder.mkdir()
+    written = leave(folder, finish=finished)
+    left = folder / (FILE if finished else FILE + UNFINISHED)
+    other.hardlink_to(left)
+    change_byte(left, TWO.layout.offsets[WEIGHT.name])
+    before = other.read_bytes()
+
+    with ShardWriter(folder, TWO, written) as writer:
+        assert writer.resumed == set()
+        assert names(folder) == {FILE + UNFINISHED}  # should this run die, the next one goes on with it
+    assert finish(folder, written) == set()
+
+    assert (folder / FILE).read_bytes() == undisturbed
+    assert other.read_bytes() == before
+
+
+def test_a_whole_file_that_others_have_too_stays_theirs_and_ours(tmp_path: Path) -> None:
+    folder, other = tmp_path / "staging", tmp_path / "other"
+    folder.mkdir()
+    written = leave(folder, finish=True)
+    other.hardlink_to(folder / FILE)
+
+    assert finish(folder, written) == BOTH
+    assert other.samefile(folder / FILE)
+
+
+def test_a_new_file_in_the_place_of_one_that_others_have_is_not_left_where_the_disk_is_full(
+    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    written = leave(folder, finish=True)
+    (tmp_path / "other").hardlink_to(folder / FILE)
+    change_byte(folder / FILE, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
+        with pytest.raises(WriteFailed, match="No space left"):
+            ShardWriter(folder, TWO, written)
+
+    assert names(folder) == set()
+    assert finish(folder, written) == set()
+    assert (folder / FILE).read_bytes() == undisturbed
+
+
 @pytest.mark.parametrize("name", [FILE, FILE + UNFINISHED])
 def test_a_link_in_a_files_place_is_not_followed(name: str, tmp_path: Path) -> None:
     folder, victim = tmp_path / "staging", tmp_path / "victim"
