@@ -54,7 +54,8 @@ class Entry:
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other's work.
 
-    All but the layout tells what will be made, the layout in which shards: it changes with what a batch shares. Of a local base: headers, sizes and modification times. Its contents are known only when they have been read.
+    The layout says in which shards, and changes with what a batch shares; the rest, what will be made of what. Of a
+    local base: headers, sizes and modification times. Its contents are known only when they have been read.
     """
     base = inputs.base
     headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from converter.ask import check_output
 from converter.card import CARD, model_card
 from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
 from converter.journal import JOURNAL, Journal
-from converter.link import GivenShard, How, link
+from converter.link import GivenShard, How, identity_of, link
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
@@ -88,11 +88,7 @@ class Destination:
 
     def refuse_if_too_full(self, nbytes: int) -> None:
         """`BadOutput` if the disk has no room for `nbytes`, what an earlier run has left there counted in."""
-        there = next(folder for folder in (self.staging, *self.staging.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        if there == self.staging:
-            free += sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(there))
-        if free < nbytes:
+        if (free := room([self.staging])) < nbytes:
             raise BadOutput(f"{self.out}: {nbytes:,} bytes are needed, the disk has {free:,} free")
 
     @property
@@ -176,12 +172,26 @@ class Destination:
         return all(sizes.get(name) == file.get("bytes") for name, file in self.receipt["files"].items())
 
 
+def room(folders: Sequence[Path]) -> int:
+    """Bytes that some staging folders of one disk may come to: what is free, and what they hold already."""
+    free = shutil.disk_usage(first_that_exists(folders[0])).free
+    there = (folder for folder in folders if folder.is_dir())
+    files = (entry.stat(follow_symlinks=False) for folder in there for entry in os.scandir(folder))
+    # What has several names, linked by a batch, is one file.
+    return free + sum({file.st_ino: file.st_size for file in files}.values())
+
+
+def first_that_exists(path: Path) -> Path:
+    """A path, or the nearest folder above it that there is."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 class Staging:
     """The locked staging folder of one run, with the journal of what is done.
 
     Left without `seal` it stays for the next run of the same job, if something is done and the reason was not a fault
-    of the inputs. `resume` false: what an earlier run left is discarded. So it is where it has the same tensors in other
-    shards: `notes` says so.
+    of the inputs. `resume` false: what an earlier run left is discarded. That is done, too, where it has the same
+    tensors in other shards, and `notes` says so.
     """
 
     def __init__(
@@ -224,9 +234,14 @@ class Staging:
         self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
 
     def take(self, shard: GivenShard, name: str, how: How) -> str:
-        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy."""
+        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
+
+        `ReadFailed` if it is gone, or isn't what its digest was taken of.
+        """
+        shard.refuse_if_changed()
         with writing(self.folder / name):
             self._links[name] = link(shard.path, self.folder / name, how)
+        shard.refuse_if_changed()
         done: Future[str] = Future()
         done.set_result(shard.sha256)
         self._digests[name] = done
@@ -234,7 +249,8 @@ class Staging:
 
     def finished(self, name: str) -> GivenShard:
         """A finished shard of this folder, for other folders to take."""
-        return GivenShard(self.folder / name, self._digest(name))
+        with writing(self.folder / name):
+            return GivenShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
 
     def spend(self) -> None:
         """What is here has served its purpose: it is removed at the end."""
@@ -251,11 +267,12 @@ class Staging:
         write_file(self.folder / CARD, model_card(plan, origin))
         write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         verify(self.folder, plan)
-        files = {
-            entry.name: (entry.stat().st_size, self._digest(entry.name))
-            for entry in os.scandir(self.folder)
-            if entry.name not in _OURS
-        }
+        with writing(self.folder):
+            files = {
+                entry.name: (entry.stat().st_size, self._digest(entry.name))
+                for entry in os.scandir(self.folder)
+                if entry.name not in _OURS
+            }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
