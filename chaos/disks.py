@@ -66,7 +66,7 @@ def mounted(image: Path, folder: Path, options: str = "loop") -> Iterator[Path]:
 
 def full(lab: Lab, every: int) -> Iterator[Row]:
     """Room for a part of the output only."""
-    whole = sum(map(len, lab.whole.values()))
+    whole = sum(len(raw) for files in lab.whole.values() for raw in files.values())
     row = Row("ENOSPC on a tmpfs of any size", "python -m chaos full")
     for size in range(16_384, whole + 400_000, 65_536 * every):
         with tmpfs(lab.place / "disk", size) as disk:
