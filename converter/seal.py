@@ -123,8 +123,7 @@ class Destination:
             sync_folder(self.out.parent)
         finally:
             self._tidy()
-        _clear(self.staging)
-        self.staging.rmdir()
+        _remove(self.staging)
 
     def _move_in(self) -> None:
         """Move one file after the other; what fails or is interrupted is undone.
@@ -150,8 +149,7 @@ class Destination:
             raise
         self.accepted = True
         sync_folder(self.out)
-        _clear(self.staging)
-        self.staging.rmdir()
+        _remove(self.staging)
 
     def _is_half_moved_in(self, names: set[str]) -> bool:
         """Whether OUT is what a run left that died while it moved its files in."""
@@ -174,11 +172,12 @@ class Destination:
 
 def room(folders: Sequence[Path]) -> int:
     """Bytes that some staging folders of one disk may come to: what is free, and what they hold already."""
-    free = shutil.disk_usage(first_that_exists(folders[0])).free
-    there = (folder for folder in folders if folder.is_dir())
-    files = (entry.stat(follow_symlinks=False) for folder in there for entry in os.scandir(folder))
-    # What has several names, linked by a batch, is one file.
-    return free + sum({file.st_ino: file.st_size for file in files}.values())
+    held: dict[int, int] = {}  # by inode: what has several names, linked by a batch, is one file
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it isn't there, or what is made in it will say what is wrong with it
+            files = [entry.stat(follow_symlinks=False) for entry in os.scandir(folder)]
+            held |= {file.st_ino: file.st_size for file in files}
+    return shutil.disk_usage(first_that_exists(folders[0])).free + sum(held.values())
 
 
 def first_that_exists(path: Path) -> Path:
@@ -296,9 +295,12 @@ class Staging:
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
         useless = at_fault or self._spent or not self.journal.entries or self._destination.accepted
-        if not self._sealed and useless:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        try:
+            if not self._sealed and useless:
+                with contextlib.suppress(OSError):  # the next run takes away what is left
+                    _remove(self.folder)
+        finally:
+            os.close(self._lock)
 
 
 def verify(folder: Path, plan: Plan) -> None:
@@ -355,9 +357,15 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
     return name != RECEIPT, name == CONFIG, name
 
 
+def _remove(folder: Path) -> None:
+    """Take a staging folder away."""
+    _clear(folder)
+    folder.rmdir()
+
+
 def _clear(folder: Path, *, but: Collection[str] = ()) -> None:
-    """Empty a staging folder; the lock, by which it is known as one, goes last."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name == _LOCK):
+    """Empty a staging folder: first the journal, which tells of the rest; last the lock, by which it is known."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.name == _LOCK, entry.name != JOURNAL)):
         if entry.name in but:
             continue
         if entry.is_dir(follow_symlinks=False):

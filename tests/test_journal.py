@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import converter.journal
+import converter.seal
 from converter import Recipe, Resources, convert
 from converter.errors import BadOutput, Interrupted, WriteFailed
 from converter.journal import JOURNAL, Entry, Journal
@@ -468,13 +468,13 @@ def test_no_line_is_written_of_data_whose_sync_failed(
         fdatasync(descriptor)
 
     kept: dict[str, bytes] = {}
-    rmtree = shutil.rmtree
+    remove = converter.seal._remove
 
-    def watched(folder: Path, **settings: Any) -> None:
-        kept.update(contents(Path(folder)))
-        rmtree(folder, **settings)
+    def watched(folder: Path) -> None:
+        kept.update(contents(folder))
+        remove(folder)
 
-    monkeypatch.setattr(shutil, "rmtree", watched)
+    monkeypatch.setattr("converter.seal._remove", watched)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", sync)
         with pytest.raises(WriteFailed, match=r"model\.safetensors\.unfinished: Input/output error$"):
