@@ -80,15 +80,16 @@ def prepare_batch(lab: Lab) -> Lab:
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     lines = [
-        "| fault | tried | OUT absent | OUT whole | resumed to the same bytes | tensors made twice, at most | losses |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| fault | tried | OUT absent | OUT whole | resumed to the same bytes | tensors made twice, at most | losses "
+        "| command |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         if row.skipped:
-            lines.append(f"| {row.fault} | skipped: {row.skipped} | | | | | |")
+            lines.append(f"| {row.fault} | skipped: {row.skipped} | | | | | | `{row.command}` |")
         else:
             cells = (row.fault, row.tried, row.absent, row.whole, row.resumed, row.lost, len(row.failures))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines.append("| " + " | ".join(map(str, cells)) + f" | `{row.command}` |")
     return "\n".join(lines) + "\n"
 
 

@@ -66,8 +66,10 @@ def _known(calls: str) -> str:
     return ",".join(f"?{call}" for call in calls.split())
 
 
-def _numbers(count: int, every: int) -> Iterator[int]:
-    yield from range(1 + (random.randrange(every) if every > 1 else 0), count + 1, every)
+def sample(calls: Counter[str], every: int) -> list[tuple[str, int]]:
+    """Of all calls, which one of its name; of so many one, from a random one on, but one at the least."""
+    each = [(call, number) for call, count in calls.items() for number in range(1, count + 1)]
+    return each[random.randrange(min(every, len(each))) :: every] if each else []
 
 
 def kills(lab: Lab, every: int, scenes: list[Scene], command: str = "kills") -> Iterator[Row]:
@@ -77,15 +79,14 @@ def kills(lab: Lab, every: int, scenes: list[Scene], command: str = "kills") -> 
         row = Row(f"kill -9 at a system call that changes the disk, {name}", f"python -m chaos {command}")
         usual = lab.tensors
         calls, lab.tensors = calls_of(lab, scene, CHANGES), lab.made
-        for call, count in calls.items():
-            for number in _numbers(count, every):
-                out = prepare(lab, lab.place / "place")
-                earlier = lab.left(out)
-                inject = f"inject={call}:signal=SIGKILL:when={number}"
-                code = lab.traced(lab.command(out, *options), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-                if code == 0:
-                    continue  # fewer calls this time
-                lab.judge(row, out, f"{call} {number}", *options, earlier=earlier)
+        for call, number in sample(calls, every):
+            out = prepare(lab, lab.place / "place")
+            earlier = lab.left(out)
+            inject = f"inject={call}:signal=SIGKILL:when={number}"
+            code = lab.traced(lab.command(out, *options), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+            if code == 0:
+                continue  # fewer calls this time
+            lab.judge(row, out, f"{call} {number}", *options, earlier=earlier)
         lab.tensors = usual
         yield row
 
@@ -95,12 +96,11 @@ def errors(lab: Lab, every: int, faults: list[tuple[str, str]] = ERRORS, command
     scene = SCENES[0]
     for error, calls in faults:
         row = lab.row(f"{error} from {', '.join(calls.split())}", command)
-        for call, count in calls_of(lab, scene, calls).items():
-            for number in _numbers(count, every):
-                out = scene[1](lab, lab.place / "place")
-                inject = f"inject={call}:error={error}:when={number}"
-                lab.traced(lab.command(out), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-                lab.judge(row, out, f"{error} from {call} {number}")
+        for call, number in sample(calls_of(lab, scene, calls), every):
+            out = scene[1](lab, lab.place / "place")
+            inject = f"inject={call}:error={error}:when={number}"
+            lab.traced(lab.command(out), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+            lab.judge(row, out, f"{error} from {call} {number}")
         yield row
 
 
