@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from converter import budget
 from converter.digests import remember
-from converter.errors import BadOutput, ConverterError
+from converter.errors import BadOutput, ConverterError, Interrupted
 from converter.inputs import Inputs
 from converter.jobs import group_key
 from converter.journal import job_of
@@ -171,13 +171,25 @@ class Pass:
         quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
         read: set[str] = set()
         done = 0
-        with one_thread(), crew_of(plan) as crew:
-            for target, made in convert_tensors(self._targets(), base.folder, quantizer, crew, batch.stop):
-                self._take(target, made)
-                name, nbytes = target.tensor.name, target.tensor.source.nbytes
-                done += 0 if name in read else nbytes
-                read.add(name)
-                batch.show(Progress("converting", done, base.nbytes, name))
+
+        def convert(tensors: Iterator[list[Target]]) -> None:
+            nonlocal done
+            with one_thread(), crew_of(plan) as crew:
+                for target, made in convert_tensors(tensors, base.folder, quantizer, crew, batch.stop):
+                    self._take(target, made)
+                    name, nbytes = target.tensor.name, target.tensor.source.nbytes
+                    done += 0 if name in read else nbytes
+                    read.add(name)
+                    batch.show(Progress("converting", done, base.nbytes, name))
+
+        convert(self._targets())
+        for index in list(self._productions):
+            try:
+                convert(self._targets_of_adapter(index))
+            except Interrupted:
+                raise
+            except ConverterError as exc:
+                self._drop(index, exc)
 
     def _open(self) -> None:
         terms = self._batch.terms
@@ -218,11 +230,17 @@ class Pass:
                 except ConverterError as exc:
                     self._drop(index, exc)
                     continue
-                if target is not None:
-                    whose = index if target.tensor.origin == "adapter" else None
-                    alike.setdefault((whose, target.tensor.source, target.tensor.tiles), []).append(target)
+                if target is not None and target.tensor.origin == "base":
+                    alike.setdefault((target.tensor.source, target.tensor.tiles), []).append(target)
             yield from alike.values()
             if not self._productions:
+                return
+
+    def _targets_of_adapter(self, index: int) -> Iterator[list[Target]]:
+        """What replaces tensors of the base in one output: where it can't be read, no other wants it."""
+        for targets in self._productions[index].targets():
+            yield targets
+            if index not in self._productions:
                 return
 
     def _take(self, target: Target, made: Made | ConverterError) -> None:
@@ -242,7 +260,8 @@ class Pass:
 
     def _drop(self, index: int, error: ConverterError) -> None:
         """Do without an output; what is done of it stays, where that is of use to another run."""
-        production = self._productions.pop(index)
+        if (production := self._productions.pop(index, None)) is None:
+            return  # it was dropped already
         if isinstance(error, UNFINISHED_BUSINESS):
             production.keep()
         production.close(error)

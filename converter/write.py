@@ -130,7 +130,8 @@ class ShardWriter:
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
         self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
-        self._counting = threading.Lock()
+        self._counting = threading.Condition()
+        self._writers = 0
         self._count_nothing()
         self._finished = False
         self._flusher: _Flusher | None = None
@@ -244,9 +245,9 @@ class ShardWriter:
 
     def _put(self, raw: bytes | memoryview, offset: int) -> None:
         view = memoryview(raw)
-        with writing(self._temporary):
+        with writing(self._temporary), self._kept_open() as descriptor:
             while view:
-                count = os.pwrite(self._descriptor, view, offset)
+                count = os.pwrite(descriptor, view, offset)
                 view, offset = view[count:], offset + count
             if (flusher := self._flusher) is not None:
                 self._synchronize(lambda _: flusher.wrote(len(raw)))
@@ -321,9 +322,25 @@ class ShardWriter:
         except OSError:
             return b""
 
+    @contextmanager
+    def _kept_open(self) -> Iterator[int]:
+        """The descriptor, which stays this file's meanwhile: once it is closed, its number may be another file's."""
+        with self._counting:
+            if self._descriptor < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._writers += 1
+        try:
+            yield self._descriptor
+        finally:
+            with self._counting:
+                self._writers -= 1
+                self._counting.notify_all()
+
     def _close(self) -> None:
-        # Once only: a close that fails has closed all the same, and the number may by now be another file's.
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._counting:
+            self._counting.wait_for(lambda: not self._writers)
+            # Once only: a close that fails has closed all the same.
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 

@@ -22,7 +22,7 @@ import converter.journal
 import converter.members
 import converter.pipeline
 from converter import Job, Outcome, Recipe, Resources, Terms, convert, convert_batch
-from converter.errors import Interrupted, WriteFailed
+from converter.errors import Interrupted, ReadFailed, WriteFailed
 from converter.pipeline import Progress
 from converter.receipt import read_receipt
 from converter.verify import verify
@@ -214,6 +214,26 @@ def test_an_adapter_whose_sum_overflows_is_dropped_alone(base: Path, three: list
     assert "q_proj" in outcomes[1].message
     assert verify(tmp_path / "out" / "a2", base, three[2]).problems == []
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a2"]
+
+
+def test_an_adapter_whose_own_tensors_can_not_be_read_is_dropped_alone(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = save_adapter(tmp_path / "head", base, "llama", target_modules=ATTENTION, modules_to_save=["lm_head"])
+    read_tile = converter.pipeline.read_tile
+
+    def failing(tensor: Any, *rest: Any) -> Any:
+        if tensor.origin == "adapter":
+            raise ReadFailed("adapter_model.safetensors: Input/output error")
+        return read_tile(tensor, *rest)
+
+    jobs = jobs_for([three[0], head, three[2]], base, tmp_path / "out")
+    with monkeypatch.context() as broken:
+        broken.setattr("converter.pipeline.read_tile", failing)
+        assert statuses(convert_batch(jobs)) == ["made", "failed", "made"]
+
+    assert statuses(convert_batch(jobs)) == ["nothing to do", "made", "nothing to do"]
+    assert verify(tmp_path / "out" / "head", base, head).problems == []
 
 
 def test_a_nan_in_what_all_have_in_common_fails_all(three: list[Path], base: Path, tmp_path: Path) -> None:

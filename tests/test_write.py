@@ -11,6 +11,7 @@ import resource
 import signal
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -797,6 +798,44 @@ def test_a_new_file_in_the_place_of_one_that_others_have_is_not_left_where_the_d
     assert names(folder) == set()
     assert finish(folder, written) == set()
     assert (folder / FILE).read_bytes() == undisturbed
+
+
+def test_a_file_is_not_closed_under_a_write_whose_number_could_by_then_be_another_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch drops an output while its tiles are on their way, and opens other files at once."""
+    pwrite, begun, go_on = os.pwrite, threading.Event(), threading.Event()
+
+    def slow(descriptor: int, raw: bytes, offset: int) -> int:
+        begun.set()
+        assert go_on.wait(20)
+        return pwrite(descriptor, raw, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    writer = ShardWriter(tmp_path, TWO)
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            writer.write(WEIGHT.name, 0, BYTES[WEIGHT.name])
+        except BaseException as exc:
+            failures.append(exc)
+
+    writing, closing = threading.Thread(target=write), threading.Thread(target=writer.__exit__, args=[None] * 3)
+    writing.start()
+    assert begun.wait(20)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    with (tmp_path / "another").open("wb"):
+        go_on.set()
+        writing.join(20)
+        closing.join(20)
+
+    assert failures == []
+    assert (tmp_path / "another").read_bytes() == b""
+    with pytest.raises(WriteFailed, match="Bad file descriptor"):
+        writer.write(WEIGHT.name, 0, BYTES[WEIGHT.name])
 
 
 @pytest.mark.parametrize("name", [FILE, FILE + UNFINISHED])
