@@ -16,8 +16,8 @@ from pathlib import Path
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from chaos import disks, processes
-from chaos.trial import Lab, Row, visible
+from chaos import batches, disks, processes
+from chaos.trial import Lab, Row, fresh
 
 
 def experiments(lab: Lab, *, short: bool) -> dict[str, Callable[[], Iterator[Row]]]:
@@ -32,11 +32,12 @@ def experiments(lab: Lab, *, short: bool) -> dict[str, Callable[[], Iterator[Row
         "full": lambda: disks.full(lab, 12 if short else 1),
         "dying": lambda: disks.dying(lab, 2 if short else 40),
         "power": lambda: disks.power(lab, 40 if short else 1, 3 if short else 60),
+        "batch": lambda: batches.batch(prepare_batch(lab), 80 if short else 1, 150 if short else 5, 2 if short else 60),
     }
 
 
 def prepare(place: Path) -> Lab:
-    """Inputs, an earlier conversion, and what an undisturbed one gives; the libraries are loaded and warm."""
+    """Inputs, an earlier conversion, and what an undisturbed one gives; the libraries are loaded."""
     os.environ["XDG_CACHE_HOME"] = str(place / "cache")
     import torch
 
@@ -51,38 +52,50 @@ def prepare(place: Path) -> Lab:
 
         base = save_base(place / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=6000)
         adapter = save_adapter(place / "adapter", base, "llama")
-    lab = Lab(place, base, adapter)
-    recipe, resources = Recipe(max_shard_size=1_000_000), Resources(threads=1)
-    report = convert(base, adapter, place / "whole", recipe, resources)
-    lab.whole, lab.tensors = visible(report.out), len(list(report.plan.tensors()))
+    lab = Lab(place, base, {"": adapter})
     other = Recipe(max_shard_size=1_000_000, double_quant=False)
-    convert(base, adapter, place / "earlier", other, resources)
-    for name in ("first", "second"):
-        started = time.monotonic()
-        if code := lab.run(lab.command(place / name)):
-            raise RuntimeError(f"an undisturbed run ended with {code}: {lab.said()}")
-        lab.seconds = time.monotonic() - started
+    convert(base, adapter, place / "earlier", other, Resources(threads=1))
+    lab.learn()
     return lab
+
+
+def prepare_batch(lab: Lab) -> Lab:
+    """Three adapters on the same base: two of the same modules, one of more."""
+    from converter.silence import quietly
+
+    place = fresh(lab.place / "batch")
+    with quietly():
+        from tests.models import save_adapter
+
+        attention = {"target_modules": ["q_proj", "v_proj"]}
+        adapters = {
+            name: save_adapter(place / f"adapter {name}", lab.base, "llama", scale=0.02 * number, **settings)
+            for number, (name, settings) in enumerate({"a": attention, "b": attention, "c": {}}.items(), 1)
+        }
+    several = Lab(place, lab.base, adapters, batches.KIND)
+    several.learn()
+    return several
 
 
 def table(rows: list[Row]) -> str:
     """As Markdown."""
     lines = [
-        "| fault | tried | OUT absent | OUT whole | resumed to the same bytes | tensors made twice, at most | losses |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| fault | tried | OUT absent | OUT whole | resumed to the same bytes | tensors made twice, at most | losses "
+        "| command |",
+        "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         if row.skipped:
-            lines.append(f"| {row.fault} | skipped: {row.skipped} | | | | | |")
+            lines.append(f"| {row.fault} | skipped: {row.skipped} | | | | | | `{row.command}` |")
         else:
             cells = (row.fault, row.tried, row.absent, row.whole, row.resumed, row.lost, len(row.failures))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines.append("| " + " | ".join(map(str, cells)) + f" | `{row.command}` |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("kinds", nargs="*", help="kills, errors, instants, memory, damage, full, dying, power")
+    parser.add_argument("kinds", nargs="*", help="kills, errors, instants, memory, damage, full, dying, power, batch")
     parser.add_argument("--short", action="store_true", help="a sample of each")
     parser.add_argument("--json", type=Path, help="the figures, as JSON")
     options = parser.parse_args()
@@ -93,7 +106,7 @@ def main() -> int:
         wanted = experiments(lab, short=options.short)
         for kind in options.kinds or wanted:
             reason = ""
-            if kind in ("kills", "errors", "power") and shutil.which("strace") is None:
+            if kind in ("kills", "errors", "power", "batch") and shutil.which("strace") is None:
                 reason = "needs strace"
             if kind in ("full", "dying", "power"):
                 reason = disks.missing() or reason

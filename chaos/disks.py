@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chaos.processes import CHANGES, SCENES, _numbers, calls_of
+from chaos.processes import CHANGES, SCENES, calls_of, sample
 from chaos.trial import Lab, Row, ended, fresh, kill_after, visible
 
 _SHUT_DOWN = 0x8004587D  # FS_IOC_SHUTDOWN: the filesystem answers everything with an error from now on
@@ -66,7 +66,7 @@ def mounted(image: Path, folder: Path, options: str = "loop") -> Iterator[Path]:
 
 def full(lab: Lab, every: int) -> Iterator[Row]:
     """Room for a part of the output only."""
-    whole = sum(map(len, lab.whole.values()))
+    whole = sum(len(raw) for files in lab.whole.values() for raw in files.values())
     row = Row("ENOSPC on a tmpfs of any size", "python -m chaos full")
     for size in range(16_384, whole + 400_000, 65_536 * every):
         with tmpfs(lab.place / "disk", size) as disk:
@@ -151,14 +151,13 @@ def power(lab: Lab, every: int, count: int) -> Iterator[Row]:
     yield row
 
     row = Row("power loss at a system call that changes the disk, ext4", "python -m chaos power")
-    for call, number_of in calls_of(lab, SCENES[0], CHANGES).items():
-        for number in _numbers(number_of, every):
-            with mounted(make_image(image), folder) as disk:
-                inject = f"inject={call}:signal=SIGKILL:when={number}"
-                out = lab.command(disk / "out")
-                lab.traced(out, "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-                _sh("cp", "--sparse=always", image, copy)
-            look(row, f"power at {call} {number}")
+    for call, number in sample(calls_of(lab, SCENES[0], CHANGES), every):
+        with mounted(make_image(image), folder) as disk:
+            inject = f"inject={call}:signal=SIGKILL:when={number}"
+            out = lab.command(disk / "out")
+            lab.traced(out, "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+            _sh("cp", "--sparse=always", image, copy)
+        look(row, f"power at {call} {number}")
     yield row
 
     row = Row("power loss right after it said that it is done, ext4", "python -m chaos power")

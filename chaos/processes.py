@@ -29,9 +29,10 @@ ERRORS = [
 ]
 
 Scene = tuple[str, Callable[[Lab, Path], Path], tuple[str, ...]]
+"""What a run finds: its name, how it is made (gives OUT), and the options that go with it."""
 
 
-def _new(_: Lab, place: Path) -> Path:
+def new(_: Lab, place: Path) -> Path:
     return fresh(place) / "out"
 
 
@@ -45,14 +46,14 @@ def _earlier(lab: Lab, place: Path) -> Path:
 
 
 SCENES: list[Scene] = [
-    ("a new OUT", _new, ()),
+    ("a new OUT", new, ()),
     ("an empty folder as OUT", _empty, ()),
     ("--overwrite", _earlier, ("--overwrite",)),
 ]
 
 
 def calls_of(lab: Lab, scene: Scene, calls: str) -> Counter[str]:
-    """How often an undisturbed run makes each system call."""
+    """How often an undisturbed run makes each system call; afterwards, `lab.made` is what it made."""
     log = lab.place / "calls"
     out = scene[1](lab, lab.place / "place")
     code = lab.traced(lab.command(out, *scene[2]), "-o", str(log), "-e", f"trace={_known(calls)}")
@@ -65,47 +66,55 @@ def _known(calls: str) -> str:
     return ",".join(f"?{call}" for call in calls.split())
 
 
-def _numbers(count: int, every: int) -> Iterator[int]:
-    yield from range(1 + (random.randrange(every) if every > 1 else 0), count + 1, every)
+def sample(calls: Counter[str], every: int) -> list[tuple[str, int]]:
+    """Of all calls, which one of its name; of so many one, from a random one on, but one at the least."""
+    each = [(call, number) for call, count in calls.items() for number in range(1, count + 1)]
+    return each[random.randrange(min(every, len(each))) :: every] if each else []
 
 
-def kills(lab: Lab, every: int, scenes: list[Scene]) -> Iterator[Row]:
+def kills(lab: Lab, every: int, scenes: list[Scene], command: str = "kills") -> Iterator[Row]:
     """Kill at every call that changes the disk."""
     for scene in scenes:
         name, prepare, options = scene
-        row = Row(f"kill -9 at a system call that changes the disk, {name}", "python -m chaos kills")
-        earlier = visible(lab.place / "earlier")
-        for call, count in calls_of(lab, scene, CHANGES).items():
-            for number in _numbers(count, every):
-                out = prepare(lab, lab.place / "place")
-                inject = f"inject={call}:signal=SIGKILL:when={number}"
-                code = lab.traced(lab.command(out, *options), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-                if code == 0:
-                    continue  # fewer calls this time
-                lab.judge(row, out, f"{call} {number}", *options, earlier=earlier)
+        row = Row(f"kill -9 at a system call that changes the disk, {name}", f"python -m chaos {command}")
+        usual = lab.tensors
+        calls, lab.tensors = calls_of(lab, scene, CHANGES), lab.made
+        for call, number in sample(calls, every):
+            out = prepare(lab, lab.place / "place")
+            earlier = lab.left(out)
+            inject = f"inject={call}:signal=SIGKILL:when={number}"
+            code = lab.traced(lab.command(out, *options), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+            if code == 0:
+                continue  # fewer calls this time
+            lab.judge(row, out, f"{call} {number}", *options, earlier=earlier)
+        lab.tensors = usual
         yield row
 
 
-def errors(lab: Lab, every: int) -> Iterator[Row]:
+def errors(lab: Lab, every: int, faults: list[tuple[str, str]] = ERRORS, command: str = "errors") -> Iterator[Row]:
     """Have every call fail once."""
     scene = SCENES[0]
-    for error, calls in ERRORS:
-        row = Row(f"{error} from {', '.join(calls.split())}", "python -m chaos errors")
-        for call, count in calls_of(lab, scene, calls).items():
-            for number in _numbers(count, every):
-                out = scene[1](lab, lab.place / "place")
-                inject = f"inject={call}:error={error}:when={number}"
-                lab.traced(lab.command(out), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
-                lab.judge(row, out, f"{error} from {call} {number}")
+    for error, calls in faults:
+        row = lab.row(f"{error} from {', '.join(calls.split())}", command)
+        for call, number in sample(calls_of(lab, scene, calls), every):
+            out = scene[1](lab, lab.place / "place")
+            inject = f"inject={call}:error={error}:when={number}"
+            lab.traced(lab.command(out), "-o", os.devnull, "-e", f"trace={call}", "-e", inject)
+            lab.judge(row, out, f"{error} from {call} {number}")
         yield row
 
 
-def instants(lab: Lab, count: int) -> Iterator[Row]:
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def instants(
+    lab: Lab, count: int, signals: tuple[signal.Signals, ...] = SIGNALS, command: str = "instants"
+) -> Iterator[Row]:
     """Kill, and ask for an end, at instants drawn by chance."""
-    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        row = Row(f"{signum.name} at a random instant", "python -m chaos instants")
+    for signum in signals:
+        row = lab.row(f"{signum.name} at a random instant", command)
         for _ in range(count):
-            out = _new(lab, lab.place / "place")
+            out = new(lab, lab.place / "place")
             code = kill_after(lab.start(lab.command(out)), random.uniform(0, lab.seconds), signum)
             # Python itself dies of a signal that comes before the command line has begun.
             if code not in (0, -signum, 128 + signum):
@@ -119,7 +128,7 @@ def memory(lab: Lab, every: int) -> Iterator[Row]:
     row = Row("RLIMIT_DATA below what is needed", "python -m chaos memory")
     hung = 0
     for limit in range(200_000_000, 2_000_000_000, 2_000_000 * every):
-        out = _new(lab, lab.place / "place")
+        out = new(lab, lab.place / "place")
         command = [sys.executable, "-m", "converter", *lab.command(out)]
         limited = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, -1))
         process = subprocess.Popen(command, preexec_fn=limited, stderr=subprocess.PIPE)
@@ -145,7 +154,7 @@ def damage(lab: Lab, count: int) -> Iterator[Row]:
     for how in ("cut short", "with flipped bits"):
         row = Row(f"files in staging {how}", "python -m chaos damage")
         for _ in range(count):
-            out = _new(lab, lab.place / "place")
+            out = new(lab, lab.place / "place")
             staging = out.with_name("out.partial")
             for _ in range(10):
                 kill_after(lab.start(lab.command(out)), random.uniform(0.2, 1.0) * lab.seconds)
@@ -166,18 +175,18 @@ def damage(lab: Lab, count: int) -> Iterator[Row]:
 
 
 def _damage_input(lab: Lab, row: Row, which: str, how: str, *, between: bool) -> None:
-    out = _new(lab, lab.place / "place")
+    out = new(lab, lab.place / "place")
     if between:
         kill_after(lab.start(lab.command(out)), random.uniform(0.2, 1.0) * lab.seconds)
-    folder = lab.base if which == "base" else lab.adapter
+    folder = lab.base if which == "base" else lab.adapters[""]
     path = random.choice(sorted(folder.glob("*.safetensors")))
     raw, times = path.read_bytes(), path.stat()
     _spoil(path, how)
     code = lab.run(lab.command(out))
-    left = visible(out)
-    if code == 0 and left != lab.whole and how == "with flipped bits":
+    left, whole = visible(out), lab.whole[""]
+    if code == 0 and left != whole and how == "with flipped bits":
         # The format has no checksums: other values are another input. The receipt must say so.
-        if left["conversion.json"] == lab.whole["conversion.json"]:
+        if left["conversion.json"] == whole["conversion.json"]:
             row.failures.append("another input, the same receipt")
         shutil.rmtree(out)
     if code == HUNG:

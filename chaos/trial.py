@@ -1,4 +1,4 @@
-"""One conversion in a process of its own, with a fault; what it leaves, and whether the same command goes on."""
+"""One command in a process of its own, with a fault; what it leaves, and whether the same command goes on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
     """How to try this row alone."""
     tried: int = 0
     absent: int = 0
-    """OUT was not there, or no checkpoint, or still the earlier one."""
+    """OUT, or an output of a batch, was not there, or no checkpoint, or still the earlier one."""
     whole: int = 0
     resumed: int = 0
     """The same command gave the bytes of an undisturbed run."""
@@ -40,15 +40,24 @@ class Row:
     failures: list[str] = field(default_factory=list)
 
 
+Files = dict[str, bytes]
+"""Of an output, by name."""
+
+
 @dataclass
 class Lab:
     """The inputs, a place to work in, and what an undisturbed run gives."""
 
     place: Path
     base: Path
-    adapter: Path
-    whole: dict[str, bytes] = field(default_factory=dict)
+    adapters: dict[str, Path]
+    """By the name of the output, below OUT; without a name, it is OUT itself."""
+    kind: str = ""
+    """What is converted, as the rows call it, if not one adapter."""
+    whole: dict[str, Files] = field(default_factory=dict)
+    """By output."""
     tensors: int = 0
+    """An undisturbed run makes; one that several outputs have of their own counts in each."""
     seconds: float = 0.0
     """An undisturbed run takes."""
     _made: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 8))
@@ -58,8 +67,27 @@ class Lab:
         self._made[:8] = count.to_bytes(8, "little")
 
     def command(self, out: Path, *options: str) -> list[str]:
-        paths = ["--base", str(self.base), "--adapter", str(self.adapter), "--out", str(out)]
+        paths = ["--base", str(self.base), "--out", str(out)]
+        for name, adapter in self.adapters.items():
+            paths += ["--adapter", f"{name}={adapter}" if name else str(adapter)]
         return [*paths, "--max-shard-size", "1MB", "--threads", "1", "--quiet", *options]
+
+    def row(self, fault: str, command: str) -> Row:
+        """A row for a fault that `python -m chaos COMMAND` tries."""
+        return Row(f"{fault}, {self.kind}" if self.kind else fault, f"python -m chaos {command}")
+
+    def learn(self) -> None:
+        """What an undisturbed run gives, makes and takes, from the second of two: the first warms up."""
+        for name in ("first", "second"):
+            started = time.monotonic()
+            if code := self.run(self.command(self.place / name)):
+                raise RuntimeError(f"an undisturbed run ended with {code}: {self.said()}")
+            self.seconds = time.monotonic() - started
+        self.whole, self.tensors = self.left(self.place / "second"), self.made
+
+    def left(self, out: Path) -> dict[str, Files]:
+        """The files of each output."""
+        return {name: visible(out / name) for name in self.adapters}
 
     @property
     def made(self) -> int:
@@ -104,14 +132,13 @@ class Lab:
     def _count_tensors(self) -> None:
         import converter.pipeline
 
-        read_tile = converter.pipeline.read_tile
+        conversion: Any = converter.pipeline.Conversion
 
-        def counted(tensor: Any, folder: Any, start: int, *rest: Any) -> Any:
-            if start == 0:
-                self.note_made(self.made + 1)
-            return read_tile(tensor, folder, start, *rest)
+        def counted(*arguments: Any) -> Any:
+            self.note_made(self.made + 1)
+            return conversion(*arguments)
 
-        converter.pipeline.read_tile = counted
+        converter.pipeline.Conversion = counted  # type: ignore[misc,assignment]
 
     def traced(self, command: Sequence[str], *options: str) -> int:
         """Run a command line under strace; its exit code."""
@@ -136,28 +163,34 @@ class Lab:
         out: Path,
         what: str,
         *options: str,
-        earlier: dict[str, bytes] | None = None,
+        earlier: dict[str, Files] | None = None,
         lift: Callable[[], object] = lambda: None,
     ) -> None:
-        """Look at what a trial left, lift the fault, run the same command, and look again."""
-        made, left = self.made, visible(out)
-        said = self.said()
+        """Look at what a trial left, lift the fault, run the same command, and look again.
+
+        `earlier` is what was there before; an output may still be that.
+        """
+        made, left, said = self.made, self.left(out), self.said()
         row.tried += 1
         if left == self.whole:
             row.whole += 1
-        elif "config.json" not in left or left == earlier:
-            row.absent += 1
+        elif halves := [name for name in left if not self._is_absent_or_whole(name, left[name], earlier or {})]:
+            row.failures.append(f"{what}: {out / halves[0]} is neither absent nor whole: {sorted(left[halves[0]])}")
         else:
-            row.failures.append(f"{what}: OUT is neither absent nor whole: {sorted(left)}")
-        if "Traceback" in said or said.count("\n"):
-            row.failures.append(f"{what}: said more than one line: {said[:200]!r}")
+            row.absent += 1
+        if "Traceback" in said or len(said.splitlines()) > len(self.adapters):
+            row.failures.append(f"{what}: said more than one line for each output: {said[:200]!r}")
         lift()
         code = self.run(self.command(out, *options))
-        if code == 0 and visible(out) == self.whole:
+        remains = leftovers(out.parent)
+        if code == 0 and self.left(out) == self.whole and not remains:
             row.resumed += 1
             row.lost = max(row.lost, made + self.made - self.tensors if self.made else 0)
         else:
-            row.failures.append(f"{what}: the same command ended with {code}: {self.said()[:300]}")
+            row.failures.append(f"{what}: the same command ended with {code}, left {remains}: {self.said()[:300]}")
+
+    def _is_absent_or_whole(self, name: str, files: Files, earlier: dict[str, Files]) -> bool:
+        return files == self.whole[name] or "config.json" not in files or files == earlier.get(name)
 
 
 def ended(pid: int, deadline: float = 60.0) -> int:
@@ -180,7 +213,13 @@ def kill_after(pid: int, seconds: float, signum: int = signal.SIGKILL) -> int:
     return ended(pid)
 
 
-def visible(out: Path) -> dict[str, bytes]:
+def leftovers(folder: Path) -> list[str]:
+    """What a run that ends well takes away."""
+    endings = (".partial", ".unfinished", ".replaced", *HIDDEN)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.endswith(endings))
+
+
+def visible(out: Path) -> Files:
     """The files of OUT, but for hidden ones."""
     if not out.is_dir():
         return {}

@@ -16,8 +16,10 @@ from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterE
 from converter.inputs import Base, Inputs
 from converter.jobs import Job, group_key, refuse_clashes, with_base
 from converter.members import Group, Member, Outcome, Status, Terms
-from converter.passes import Pass, Place, tidy
+from converter.passes import Pass, Place, place_of, tidy
 from converter.pipeline import Progress
+from converter.production import UNFINISHED_BUSINESS
+from converter.seal import first_that_exists, room
 from converter.sharing import Given, given_by, left_by
 from converter.tiles import torch_device
 
@@ -63,6 +65,8 @@ class Batch:
         self.terms, self.show, self.stop = terms, progress, stop
         self._jobs, self._tell = jobs, tell
         self.outcomes: dict[int, Outcome] = {}
+        self.unfinished: set[int] = set()
+        """Jobs that failed and that the same batch goes on with."""
 
     def in_order(self) -> list[Outcome]:
         return [self.outcomes[index] for index in sorted(self.outcomes)]
@@ -76,6 +80,8 @@ class Batch:
         self.end(index, "refused", str(error))
 
     def fail(self, index: int, error: ConverterError) -> None:
+        if isinstance(error, UNFINISHED_BUSINESS):
+            self.unfinished.add(index)
         self.end(index, "refused" if isinstance(error, ConversionRefused) else "failed", str(error))
 
     def plan(self) -> list[Group]:
@@ -143,21 +149,30 @@ class Batch:
             tidy(group.members.values())
             return
         try:
-            self._refuse_if_too_full(group, pending)
+            beside = self._with_room(group, pending)
+            if beside is None:
+                return
             group.base.bring(lambda *how_far: self.show(Progress(*how_far)), self.stop)
             given = self._given(group)
             indices = list(pending)
-            with Place(group, given, self.terms) as place:
+            with Place(group, beside, given, self.terms) as place:
                 passes = deque(budget.passes([member.need for member in pending.values()], self.terms.resources))
                 while passes:
                     numbers = passes.popleft()
                     some = {indices[number]: pending[indices[number]] for number in numbers}
-                    if (one := self._fitting(group, some, given, place)) is None:
+                    try:
+                        one = self._fitting(group, some, given, place)
+                    except BadRecipe as exc:  # of one alone: the others have their turn
+                        self.fail(next(iter(some)), exc)
+                        continue
+                    if one is None:
                         passes.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
                         continue
                     one.run()
                     for member in some.values():
                         member.forget()
+                if not self.unfinished & pending.keys():
+                    place.spend()
         except Interrupted as exc:
             exc.args = (f"{exc}; what is done is kept: the same command goes on with it",)
             raise
@@ -192,9 +207,10 @@ class Batch:
                 break
             try:
                 given += given_by(folder, member.plan, left, member.inputs, device)
-            except ConverterError:
+            except ConverterError as exc:
                 if folder == self.terms.against:
                     raise
+                group.notes.append(f"not linked to: {exc}")
         if self.terms.against is not None and not given:
             raise BadOutput(
                 f"--against {self.terms.against}: none of its shards can be linked to: it was made of another base, "
@@ -202,18 +218,42 @@ class Batch:
             )
         return given
 
-    def _refuse_if_too_full(self, group: Group, pending: dict[int, Member]) -> None:
-        """Room for what is in common, once or as often as it must be copied, and for what is each output's own."""
-        common = group.common_bytes
-        by_disk: dict[int, list[Member]] = {}
-        for member in pending.values():
-            by_disk.setdefault(_disk_of(member.destination.out), []).append(member)
-        home = _disk_of(next(iter(group.members.values())).destination.out)
+    def _with_room(self, group: Group, pending: dict[int, Member]) -> Member | None:
+        """Refuse those on a disk that has no room for all of them there; beside whom what is in common is made then."""
+        full: set[int] = set()
+        while pending:
+            # The first, made or not: that is where the next run looks for it.
+            beside = next((one for one in group.members.values() if _disk_of(place_of(one)) not in full), None)
+            if beside is None:
+                for index in list(pending):
+                    out = pending.pop(index).destination.out
+                    self.refuse(index, BadOutput(f"{out}: no disk has room for what the outputs have in common"))
+            elif (disk := self._refuse_if_too_full(group, pending, beside)) is None:
+                return beside
+            else:
+                full.add(disk)
+        return None
+
+    def _refuse_if_too_full(self, group: Group, pending: dict[int, Member], beside: Member) -> int | None:
+        """Refuse the outputs on the first disk without room: for what is in common, once or as often as it must be
+        copied, and for what is each output's own. Its number; None if there is room everywhere."""
+        common, home = group.common_bytes, _disk_of(place_of(beside))
+        by_disk: dict[int, dict[int, Member]] = {home: {}}
+        for index, member in pending.items():
+            by_disk.setdefault(_disk_of(member.destination.staging), {})[index] = member
         for disk, members in by_disk.items():
             copies = len(members) if disk != home or self.terms.link == "copy" else 0
-            own = sum(member.output_bytes - common for member in members)
-            members[0].destination.refuse_if_too_full(own + common * (copies + (disk == home)))
+            own = sum(member.output_bytes - common for member in members.values())
+            needed = own + common * (copies + (disk == home))
+            folders = [place_of(beside)] if disk == home else []
+            free = room([*folders, *(member.destination.staging for member in members.values())])
+            if free < needed:
+                what = f"{needed:,} bytes are needed, with all that is made on this disk, which has {free:,} free"
+                for index in members:
+                    self.refuse(index, BadOutput(f"{pending.pop(index).destination.out}: {what}"))
+                return disk
+        return None
 
 
 def _disk_of(path: Path) -> int:
-    return next(folder for folder in (path, *path.parents) if folder.exists()).stat().st_dev
+    return first_that_exists(path).stat().st_dev

@@ -107,18 +107,39 @@ def cut_into_tiles(
     return cut, memory, notes
 
 
-def passes(needs: Sequence[int], resources: Resources) -> list[list[int]]:
+def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
     """Which outputs are made together, as indices: as many as leave a quarter of the budget to the tiles."""
     room = (resources.memory or DEFAULT) * 3 // 4 - FIXED
     groups: list[list[int]] = [[]]
     left = room
     for index, need in enumerate(needs):
-        if groups[-1] and (need > left or len(groups[-1]) == MOST_TOGETHER):
+        if groups[-1] and (need.nbytes > left or len(groups[-1]) == MOST_TOGETHER):
             groups.append([])
             left = room
         groups[-1].append(index)
-        left -= need
+        left -= need.nbytes
     return groups
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one output takes besides its tiles, in bytes."""
+
+    in_flight: int
+    objects: int
+    """Python's, of the tensors that its adapter changes."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.in_flight + self.objects
+
+
+def together(needs: Sequence[Need]) -> int:
+    """Bytes that are not for tiles where these outputs are made together: of one alone, as many as in a conversion."""
+    if not needs:
+        return FIXED
+    # `FIXED` has the objects of one output.
+    return FIXED + sum(need.nbytes for need in needs) - min(need.objects for need in needs)
 
 
 def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> int:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 JOURNAL = ".journal"
 SECONDS = 3.0
 """How much of a run may be lost."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Entry:
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other's work.
 
-    Of a local base: headers, sizes and modification times. Its contents are known only when they have been read.
+    The layout says in which shards, and changes with what a batch shares; the rest, what will be made of what. Of a
+    local base: headers, sizes and modification times. Its contents are known only when they have been read.
     """
     base = inputs.base
     headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
@@ -62,7 +63,8 @@ def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     if isinstance(base.folder, LocalFolder) and not identity:
         identity = {shard: base.folder.identity(shard)[:2] for shard in base.shards}
     return {
-        "plan": plan.digest,
+        "plan": plan.content,
+        "layout": plan.digest,
         "base": hashlib.sha256(json.dumps([headers, identity], sort_keys=True).encode()).hexdigest(),
         "adapter": plan.adapter_digest,
         "device": plan.device,
@@ -73,6 +75,7 @@ def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
 class Journal:
     """The journal in a staging folder that is locked. What an earlier run of the same job left is in `entries`.
 
+    Work of the same job in another layout is of no use: none of it is in `entries`, and `is_begun_anew` says so.
     Raises `BadOutput`, saying what differs, if the folder holds the work of another job.
     """
 
@@ -80,6 +83,7 @@ class Journal:
         self._path = folder / JOURNAL
         self.entries: dict[str, Entry] = {}
         """By tensor."""
+        self.is_begun_anew = False
         self._new: list[Entry] = []
         self._failure: OSError | None = None
         self._committed = time.monotonic()
@@ -151,6 +155,8 @@ class Journal:
                 value = json.loads(text)
                 if number == 0:
                     self._check_job(dict(value["job"]) if value["journal"] == _FORMAT else {}, job)
+                    if self.is_begun_anew:
+                        return
                 else:
                     entry = _entry(value)
                     self.entries[entry.tensor] = entry
@@ -159,10 +165,11 @@ class Journal:
 
     def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         differing = [key for key in job if found.get(key) != json.loads(json.dumps(job[key]))]
-        if differing:
+        self.is_begun_anew = differing == ["layout"]
+        if differing and not self.is_begun_anew:
             raise BadOutput(
                 f"{self._path.parent}: holds the unfinished work of another conversion, of which "
-                f"{', '.join(differing)} differ; --no-resume discards it"
+                f"{', '.join(key for key in differing if key != 'layout')} differ; --no-resume discards it"
             )
 
 

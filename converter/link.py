@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from converter.errors import ReadFailed
 from converter.write import UNFINISHED, commit, create, sync_folder
 
 How = Literal["auto", "hard", "reflink", "copy"]
@@ -27,6 +28,26 @@ class GivenShard:
 
     path: Path
     sha256: str
+    identity: tuple[int, int, int]
+    """Of the file whose sha256 that is."""
+
+    def is_as_it_was(self) -> bool:
+        """Whether it is still there, and nobody has written to it."""
+        try:
+            return identity_of(self.path) == self.identity
+        except OSError:
+            return False
+
+    def refuse_if_changed(self) -> None:
+        """`ReadFailed` if it is gone, or is another file."""
+        if not self.is_as_it_was():
+            raise ReadFailed(f"{self.path}: gone or changed since it was looked at; the same command does without it")
+
+
+def identity_of(path: Path) -> tuple[int, int, int]:
+    """Inode, size and time of change of a file; a new name for it changes none of them."""
+    there = path.stat(follow_symlinks=False)
+    return there.st_ino, there.st_size, there.st_mtime_ns
 
 
 def link(source: Path, target: Path, how: How = "auto") -> Literal["hard", "reflink", "copy"]:

@@ -85,8 +85,10 @@ class Member:
             self.destination.refuse_if_taken()
         tensors = list(plan.tensors())
         self.output_bytes, self.notes = plan.output_bytes, plan.notes
-        self.need = budget.in_flight(tensors, plan.recipe, plan.resources)
-        self.need += budget.PER_TENSOR * sum(tensor.is_touched for tensor in tensors)
+        self.need = budget.Need(
+            budget.in_flight(tensors, plan.recipe, plan.resources),
+            budget.PER_TENSOR * sum(tensor.is_touched for tensor in tensors),
+        )
 
     @property
     def plan(self) -> Plan:
@@ -119,6 +121,8 @@ class Group:
     members: dict[int, Member] = field(default_factory=dict)
     common: dict[str, TensorPlan] | None = None
     """What becomes of the tensors that no adapter touches."""
+    notes: list[str] = field(default_factory=list)
+    """What everybody should know whose output is made."""
 
     def add(self, index: int, member: Member) -> None:
         own = untouched(member.plan)

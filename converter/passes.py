@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from converter import budget
 from converter.digests import remember
-from converter.errors import BadOutput, ConverterError
+from converter.errors import BadOutput, ConverterError, Interrupted
 from converter.inputs import Inputs
 from converter.jobs import group_key
 from converter.journal import job_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from converter.batch import Batch
     from converter.members import Group, Member, Terms
 
+MISSED = "shards of an earlier output, gone or changed since they were looked at, were made again"
 _IN_COMMON = -1
 """The number of what is nobody's own, among the numbers of outputs."""
 
@@ -39,21 +40,18 @@ class Place:
     What an earlier run left there is gone on with, if it is of the same plan.
     """
 
-    def __init__(self, group: Group, given: Sequence[Given], terms: Terms) -> None:
-        first = next(iter(group.members.values()))
-        plan, given_count, count = laid_out(first.plan, given, group.common or {})
-        self.count = given_count + count
-        """Shards of each output that are not its own: those given, then those made here."""
+    def __init__(self, group: Group, beside: Member, given: Sequence[Given], terms: Terms) -> None:
+        plan, given_count, self.count = laid_out(beside.plan, given, group.common or {})
+        """Shards that are made here."""
         self.production: Production | None = None
-        self.need = 0
         inputs = Inputs(None, None, opened=group.base)
-        destination = Destination(_place_of(first), inputs=inputs.folders, overwrite=False)
-        tidy(member for member in group.members.values() if member is not first or not count)
-        if not count:
+        destination = Destination(_place_of(beside), inputs=inputs.folders, overwrite=False)
+        tidy(member for member in group.members.values() if member is not beside or not self.count)
+        shared = shards_of(plan, given_count, self.count)
+        self.names = frozenset(tensor.name for tensor in shared.tensors())
+        """Tensors that are made here."""
+        if not self.count:
             return
-        shared = shards_of(plan, given_count, count)
-        tensors = [tensor for shard in plan.shards[: self.count] for tensor in shard.tensors]
-        self.need = budget.in_flight(tensors, plan.recipe, plan.resources)
         job, files = job_of(shared, inputs), [shard.file for shard in shared.shards]
         try:
             staging = Staging(destination, job, files, resume=terms.resume)
@@ -74,7 +72,13 @@ class Place:
         return [self.production.staging.finished(shard.file) for shard in self.production.plan.shards]
 
     def made(self) -> list[Made]:
+        """The tensors that are made here, once they are."""
         return [] if self.production is None else list(self.production.made.values())
+
+    def spend(self) -> None:
+        """Every output has what is here, or will never want it: it goes."""
+        if self.production is not None:
+            self.production.staging.spend()
 
     def __enter__(self) -> Self:
         return self
@@ -84,10 +88,8 @@ class Place:
     ) -> None:
         if self.production is None:
             return
-        if isinstance(value, UNFINISHED_BUSINESS):
+        if value is None or isinstance(value, UNFINISHED_BUSINESS):
             self.production.keep()
-        if value is None:
-            self.production.staging.spend()
         self.production.close(value)
 
 
@@ -97,7 +99,12 @@ class Pass:
     def __init__(
         self, batch: Batch, group: Group, members: Mapping[int, Member], given: Sequence[Given], place: Place
     ) -> None:
-        self._batch, self._group, self._given, self._place = batch, group, given, place
+        self._batch, self._group, self._place = batch, group, place
+        # An earlier output may be gone, or written to, since it was looked at: its tensors are made then.
+        self._given = [one for one in given if one.shard.is_as_it_was()]
+        self._shared = len(self._given) + place.count
+        """Shards of each output that are not its own: those given, then those of the place."""
+        self._notes = (MISSED,) if len(self._given) < len(given) else ()
         self._members: dict[int, Member] = {}
         laid: dict[int, Plan] = {}
         for index, member in members.items():
@@ -105,12 +112,13 @@ class Pass:
                 continue
             try:
                 member.refuse_if_changed()
-                laid[index] = laid_out(member.plan, given, group.common or {})[0]
+                laid[index] = laid_out(member.plan, self._given, place.names)[0]
             except ConverterError as exc:
                 batch.fail(index, exc)
             else:
                 self._members[index] = member
-        reserved = budget.FIXED + place.need + sum(member.need for member in self._members.values())
+        # What is in common needs nothing more: while it is in flight, that much less of the outputs' own is.
+        reserved = budget.together([member.need for member in self._members.values()])
         place.cut(reserved)
         self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
         self._cut_alike()
@@ -163,13 +171,25 @@ class Pass:
         quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
         read: set[str] = set()
         done = 0
-        with one_thread(), crew_of(plan) as crew:
-            for target, made in convert_tensors(self._targets(), base.folder, quantizer, crew, batch.stop):
-                self._take(target, made)
-                name, nbytes = target.tensor.name, target.tensor.source.nbytes
-                done += 0 if name in read else nbytes
-                read.add(name)
-                batch.show(Progress("converting", done, base.nbytes, name))
+
+        def convert(tensors: Iterator[list[Target]]) -> None:
+            nonlocal done
+            with one_thread(), crew_of(plan) as crew:
+                for target, made in convert_tensors(tensors, base.folder, quantizer, crew, batch.stop):
+                    self._take(target, made)
+                    name, nbytes = target.tensor.name, target.tensor.source.nbytes
+                    done += 0 if name in read else nbytes
+                    read.add(name)
+                    batch.show(Progress("converting", done, base.nbytes, name))
+
+        convert(self._targets())
+        for index in list(self._productions):
+            try:
+                convert(self._targets_of_adapter(index))
+            except Interrupted:
+                raise
+            except ConverterError as exc:
+                self._drop(index, exc)
 
     def _open(self) -> None:
         terms = self._batch.terms
@@ -190,7 +210,7 @@ class Pass:
                 self._batch.fail(index, exc)
                 continue
             adapter = member.inputs.adapter.folder if member.inputs.adapter else None
-            self._productions[index] = Production(plan, adapter, staging, index, files[: self._place.count])
+            self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
 
     def _targets(self) -> Iterator[list[Target]]:
         """Each tensor of the base in its order on disk, with all that becomes of it."""
@@ -210,11 +230,17 @@ class Pass:
                 except ConverterError as exc:
                     self._drop(index, exc)
                     continue
-                if target is not None:
-                    whose = index if target.tensor.origin == "adapter" else None
-                    alike.setdefault((whose, target.tensor.source, target.tensor.tiles), []).append(target)
+                if target is not None and target.tensor.origin == "base":
+                    alike.setdefault((target.tensor.source, target.tensor.tiles), []).append(target)
             yield from alike.values()
             if not self._productions:
+                return
+
+    def _targets_of_adapter(self, index: int) -> Iterator[list[Target]]:
+        """What replaces tensors of the base in one output: where it can't be read, no other wants it."""
+        for targets in self._productions[index].targets():
+            yield targets
+            if index not in self._productions:
                 return
 
     def _take(self, target: Target, made: Made | ConverterError) -> None:
@@ -234,7 +260,8 @@ class Pass:
 
     def _drop(self, index: int, error: ConverterError) -> None:
         """Do without an output; what is done of it stays, where that is of use to another run."""
-        production = self._productions.pop(index)
+        if (production := self._productions.pop(index, None)) is None:
+            return  # it was dropped already
         if isinstance(error, UNFINISHED_BUSINESS):
             production.keep()
         production.close(error)
@@ -259,10 +286,10 @@ class Pass:
             "made",
             fingerprint=report.fingerprint,
             output_bytes=plan.output_bytes,
-            shared_bytes=sum(shard.layout.size for shard in plan.shards[: self._place.count]),
+            shared_bytes=sum(shard.layout.size for shard in plan.shards[: self._shared]),
             link=self._links.get(index, ""),
             fidelity={name: report.fidelity[name] for name in sorted(touched)},
-            notes=plan.notes,
+            notes=plan.notes + production.staging.notes + self._notes + tuple(self._group.notes),
             checked=report.checked,
         )
 
@@ -282,6 +309,11 @@ def _place_of(first: Member) -> Path:
     """Beside the first output, and named by it: slices of one batch may be made at the same time."""
     key = hashlib.sha256(repr((group_key(first.job), first.destination.out.name)).encode()).hexdigest()[:12]
     return first.destination.out.parent / f".shared-{key}"
+
+
+def place_of(member: Member) -> Path:
+    """The folder in which it would gather."""
+    return Destination(_place_of(member), inputs=(), overwrite=False).staging
 
 
 def tidy(members: Iterable[Member]) -> None:

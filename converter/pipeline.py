@@ -108,6 +108,7 @@ def convert(
         before = inputs.identities()
 
         staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
+        plan = replace(plan, notes=plan.notes + staging.notes)
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
             quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
             with inputs.unchanged(before), crew_of(plan) as crew:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from converter.card import CARD, model_card
 from converter.checksums import SUMS
 from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
 from converter.journal import JOURNAL, Journal
-from converter.link import GivenShard, How, link
+from converter.link import GivenShard, How, identity_of, link
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from converter.measure import Fidelity
     from converter.plan import Plan
 
+ANEW = "an earlier run had begun it with the same tensors in other shards: it was begun anew"
 _LOCK = ".lock"
 _OURS = frozenset({_LOCK, JOURNAL})
 _INSIDE = ".partial"
@@ -86,11 +87,7 @@ class Destination:
 
     def refuse_if_too_full(self, nbytes: int) -> None:
         """`BadOutput` if the disk has no room for `nbytes`, what an earlier run has left there counted in."""
-        there = next(folder for folder in (self.staging, *self.staging.parents) if folder.exists())
-        free = shutil.disk_usage(there).free
-        if there == self.staging:
-            free += sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(there))
-        if free < nbytes:
+        if (free := room([self.staging])) < nbytes:
             raise BadOutput(f"{self.out}: {nbytes:,} bytes are needed, the disk has {free:,} free")
 
     @property
@@ -125,8 +122,7 @@ class Destination:
             sync_folder(self.out.parent)
         finally:
             self._tidy()
-        _clear(self.staging)
-        self.staging.rmdir()
+        _remove(self.staging)
 
     def _move_in(self) -> None:
         """Move one file after the other; what fails or is interrupted is undone.
@@ -152,8 +148,7 @@ class Destination:
             raise
         self.accepted = True
         sync_folder(self.out)
-        _clear(self.staging)
-        self.staging.rmdir()
+        _remove(self.staging)
 
     def _is_half_moved_in(self, names: set[str]) -> bool:
         """Whether OUT is what a run left that died while it moved its files in."""
@@ -174,11 +169,27 @@ class Destination:
         return all(sizes.get(name) == file.get("bytes") for name, file in self.receipt["files"].items())
 
 
+def room(folders: Sequence[Path]) -> int:
+    """Bytes that some staging folders of one disk may come to: what is free, and what they hold already."""
+    held: dict[int, int] = {}  # by inode: what has several names, linked by a batch, is one file
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it isn't there, or what is made in it will say what is wrong with it
+            files = [entry.stat(follow_symlinks=False) for entry in os.scandir(folder)]
+            held |= {file.st_ino: file.st_size for file in files}
+    return shutil.disk_usage(first_that_exists(folders[0])).free + sum(held.values())
+
+
+def first_that_exists(path: Path) -> Path:
+    """A path, or the nearest folder above it that there is."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 class Staging:
     """The locked staging folder of one run, with the journal of what is done.
 
     Left without `seal` it stays for the next run of the same job, if something is done and the reason was not a fault
-    of the inputs. `resume` false: what an earlier run left is discarded.
+    of the inputs. `resume` false: what an earlier run left is discarded. That is done, too, where it has the same
+    tensors in other shards, and `notes` says so.
     """
 
     def __init__(
@@ -190,6 +201,8 @@ class Staging:
         self._spent = False
         self._digests: dict[str, Future[str]] = {}
         self._links: dict[str, str] = {}
+        self.notes: tuple[str, ...] = ()
+        """What a user should know of what an earlier run left."""
         self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
@@ -203,6 +216,9 @@ class Staging:
                 if not resume:
                     _clear(self.folder, but={_LOCK})
                 self.journal = Journal(self.folder, job)  # may refuse; then the other job's files stay
+                if self.journal.is_begun_anew:
+                    self.notes = (ANEW,)
+                    shards = ()
                 _clear(self.folder, but={_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
             except BlockingIOError:
                 os.close(self._lock)
@@ -216,9 +232,14 @@ class Staging:
         self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
 
     def take(self, shard: GivenShard, name: str, how: How) -> str:
-        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy."""
+        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
+
+        `ReadFailed` if it is gone, or isn't what its digest was taken of.
+        """
+        shard.refuse_if_changed()
         with writing(self.folder / name):
             self._links[name] = link(shard.path, self.folder / name, how)
+        shard.refuse_if_changed()
         done: Future[str] = Future()
         done.set_result(shard.sha256)
         self._digests[name] = done
@@ -226,7 +247,8 @@ class Staging:
 
     def finished(self, name: str) -> GivenShard:
         """A finished shard of this folder, for other folders to take."""
-        return GivenShard(self.folder / name, self._digest(name))
+        with writing(self.folder / name):
+            return GivenShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
 
     def spend(self) -> None:
         """What is here has served its purpose: it is removed at the end."""
@@ -243,11 +265,12 @@ class Staging:
         write_file(self.folder / CARD, model_card(plan, origin))
         write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         verify(self.folder, plan)
-        files = {
-            entry.name: (entry.stat().st_size, self._digest(entry.name))
-            for entry in os.scandir(self.folder)
-            if entry.name not in _OURS
-        }
+        with writing(self.folder):
+            files = {
+                entry.name: (entry.stat().st_size, self._digest(entry.name))
+                for entry in os.scandir(self.folder)
+                if entry.name not in _OURS
+            }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -271,9 +294,12 @@ class Staging:
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
         useless = at_fault or self._spent or not self.journal.entries or self._destination.accepted
-        if not self._sealed and useless:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        try:
+            if not self._sealed and useless:
+                with contextlib.suppress(OSError):  # the next run takes away what is left
+                    _remove(self.folder)
+        finally:
+            os.close(self._lock)
 
 
 def verify(folder: Path, plan: Plan) -> None:
@@ -330,9 +356,15 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
     return name != RECEIPT, name == CONFIG, name
 
 
+def _remove(folder: Path) -> None:
+    """Take a staging folder away."""
+    _clear(folder)
+    folder.rmdir()
+
+
 def _clear(folder: Path, *, but: Collection[str] = ()) -> None:
-    """Empty a staging folder; the lock, by which it is known as one, goes last."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name == _LOCK):
+    """Empty a staging folder: first the journal, which tells of the rest; last the lock, by which it is known."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.name == _LOCK, entry.name != JOURNAL)):
         if entry.name in but:
             continue
         if entry.is_dir(follow_symlinks=False):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.digests import digests_of
-from converter.errors import BadOutput
-from converter.link import GivenShard
+from converter.errors import BadOutput, ReadFailed
+from converter.link import GivenShard, identity_of
 from converter.measure import Fidelity
 from converter.plan import Plan, TensorPlan, in_shards, packed
 from converter.production import Made
@@ -102,10 +102,14 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
 
 
 def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
-    sha256 = sha256_of(path)
+    try:
+        identity = identity_of(path)
+        sha256 = sha256_of(path)
+    except OSError as exc:
+        raise ReadFailed(f"{path}: {exc.strerror}") from exc
     if sha256 != receipt["files"][path.name]["sha256"]:
         raise BadOutput(f"{path}: has changed since it was made: its sha256 is not the receipt's")
-    return GivenShard(path, sha256)
+    return GivenShard(path, sha256, identity)
 
 
 def _made(tensor: TensorPlan, digest: str, receipt: Mapping[str, Any]) -> Made:

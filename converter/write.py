@@ -115,7 +115,7 @@ class ShardWriter:
 
     Left without `finish`, what was written stays for a run that is told of it by `written` (tensor name → its pieces
     and quant states); that run looks at every piece before it relies on it, and says in `resumed` which tensors are
-    there.
+    there. A file that would have to be written to and has a second name is left as it is, and a new one made.
     """
 
     def __init__(
@@ -126,15 +126,13 @@ class ShardWriter:
     ) -> None:
         self._plan = plan
         self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
-        self._pieces: dict[str, list[Piece]] = defaultdict(list)
         self._lost = False
-        self.resumed: set[str] = set()
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
         self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
-        self._left = {o.name: o.nbytes for o in self._outputs.values() if not o.is_state}
-        self._counting = threading.Lock()
-        self._states: dict[str, bytes] = {}
+        self._counting = threading.Condition()
+        self._writers = 0
+        self._count_nothing()
         self._finished = False
         self._flusher: _Flusher | None = None
         with writing(self._temporary):
@@ -143,14 +141,16 @@ class ShardWriter:
             going_on = bool(written) and self._temporary.exists()
             self._descriptor = _open_again(self._temporary) if going_on else create(self._temporary)
             try:
-                if going_on and self._temporary != self._path:
-                    _refuse_second_name(self._descriptor)
                 if going_on and written:
                     self._resume(written)
-                if self._temporary == self._path and not self._is_whole():
-                    _refuse_second_name(self._descriptor)  # whole, it may have one: it isn't written to
-                    self._temporary = folder / (plan.file + UNFINISHED)
-                    self._path.rename(self._temporary)
+                if going_on and not (self.is_finished and self._is_whole()):
+                    unfinished = folder / (plan.file + UNFINISHED)
+                    if _has_second_name(self._descriptor):
+                        going_on = False
+                        self._begin_anew(unfinished)
+                    elif self.is_finished:
+                        self._path.rename(unfinished)
+                    self._temporary = unfinished
                 if self._temporary != self._path:
                     _reserve(self._descriptor, plan.layout.size)
                     sync_folder(folder)
@@ -245,9 +245,9 @@ class ShardWriter:
 
     def _put(self, raw: bytes | memoryview, offset: int) -> None:
         view = memoryview(raw)
-        with writing(self._temporary):
+        with writing(self._temporary), self._kept_open() as descriptor:
             while view:
-                count = os.pwrite(self._descriptor, view, offset)
+                count = os.pwrite(descriptor, view, offset)
                 view, offset = view[count:], offset + count
             if (flusher := self._flusher) is not None:
                 self._synchronize(lambda _: flusher.wrote(len(raw)))
@@ -261,6 +261,21 @@ class ShardWriter:
             # What the disk has now is unknown, and asking again would say that all is well: the file is lost.
             self._lost = True
             raise
+
+    def _count_nothing(self) -> None:
+        """Count nothing as written."""
+        self._pieces: dict[str, list[Piece]] = defaultdict(list)
+        self._left = {o.name: o.nbytes for o in self._outputs.values() if not o.is_state}
+        self._states: dict[str, bytes] = {}
+        self.resumed: set[str] = set()
+
+    def _begin_anew(self, unfinished: Path) -> None:
+        """Let go of a file that others may have, too, and make another one in its place."""
+        self._close()
+        self._count_nothing()
+        self._temporary = unfinished
+        self._descriptor = create(unfinished)
+        self._path.unlink(missing_ok=True)  # the next run, too, goes on with the new one
 
     def _resume(self, written: Written) -> None:
         """Count as written what is still there as it was written."""
@@ -307,9 +322,25 @@ class ShardWriter:
         except OSError:
             return b""
 
+    @contextmanager
+    def _kept_open(self) -> Iterator[int]:
+        """The descriptor, which stays this file's meanwhile: once it is closed, its number may be another file's."""
+        with self._counting:
+            if self._descriptor < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._writers += 1
+        try:
+            yield self._descriptor
+        finally:
+            with self._counting:
+                self._writers -= 1
+                self._counting.notify_all()
+
     def _close(self) -> None:
-        # Once only: a close that fails has closed all the same, and the number may by now be another file's.
-        descriptor, self._descriptor = self._descriptor, -1
+        with self._counting:
+            self._counting.wait_for(lambda: not self._writers)
+            # Once only: a close that fails has closed all the same.
+            descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -359,10 +390,9 @@ def _open_again(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
 
 
-def _refuse_second_name(descriptor: int) -> None:
-    """A file with a second name may be precious to someone: it is not written to."""
-    if os.fstat(descriptor).st_nlink > 1:
-        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+def _has_second_name(descriptor: int) -> bool:
+    """Whether a file may be somebody else's, too: then it is not written to."""
+    return os.fstat(descriptor).st_nlink > 1
 
 
 def commit(temporary: Path, path: Path) -> None:

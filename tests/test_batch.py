@@ -22,7 +22,7 @@ import converter.journal
 import converter.members
 import converter.pipeline
 from converter import Job, Outcome, Recipe, Resources, Terms, convert, convert_batch
-from converter.errors import Interrupted, WriteFailed
+from converter.errors import Interrupted, ReadFailed, WriteFailed
 from converter.pipeline import Progress
 from converter.receipt import read_receipt
 from converter.verify import verify
@@ -216,6 +216,26 @@ def test_an_adapter_whose_sum_overflows_is_dropped_alone(base: Path, three: list
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a2"]
 
 
+def test_an_adapter_whose_own_tensors_can_not_be_read_is_dropped_alone(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = save_adapter(tmp_path / "head", base, "llama", target_modules=ATTENTION, modules_to_save=["lm_head"])
+    read_tile = converter.pipeline.read_tile
+
+    def failing(tensor: Any, *rest: Any) -> Any:
+        if tensor.origin == "adapter":
+            raise ReadFailed("adapter_model.safetensors: Input/output error")
+        return read_tile(tensor, *rest)
+
+    jobs = jobs_for([three[0], head, three[2]], base, tmp_path / "out")
+    with monkeypatch.context() as broken:
+        broken.setattr("converter.pipeline.read_tile", failing)
+        assert statuses(convert_batch(jobs)) == ["made", "failed", "made"]
+
+    assert statuses(convert_batch(jobs)) == ["nothing to do", "made", "nothing to do"]
+    assert verify(tmp_path / "out" / "head", base, head).problems == []
+
+
 def test_a_nan_in_what_all_have_in_common_fails_all(three: list[Path], base: Path, tmp_path: Path) -> None:
     bad = copy(base, tmp_path / "base")
     for shard in shards(bad):
@@ -268,6 +288,40 @@ def test_a_batch_that_was_interrupted_ends_in_the_bytes_of_one_that_was_not(
     for adapter in three:
         assert contents(tmp_path / "out" / adapter.name) == contents(tmp_path / "undisturbed" / adapter.name)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+
+
+@pytest.mark.parametrize("tiles", [12, 20])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 2)], ids=["one more", "one less"])
+def test_what_was_begun_for_another_list_of_adapters_is_begun_anew_by_itself(
+    before: int, after: int, tiles: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shared depends on the whole list, and with it the layout of each output."""
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    interrupt(jobs_for(three[:before], base, tmp_path / "out"), tiles)
+
+    outcomes = convert_batch(jobs_for(three[:after], base, tmp_path / "out"))
+
+    assert [outcome.message for outcome in outcomes if not outcome.is_good] == []
+    told = {outcome.job.out.name for outcome in outcomes if any("begun anew" in note for note in outcome.notes)}
+    assert told == {"a0", "a1"}
+    for adapter in three[:after]:
+        assert verify(tmp_path / "out" / adapter.name, base, adapter).problems == []
+
+
+def test_what_was_begun_of_an_adapter_that_changed_is_refused_and_the_others_go_on(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    mine = [copy(adapter, tmp_path / adapter.name) for adapter in three]
+    interrupt(jobs_for(mine[:2], base, tmp_path / "out"), tiles=20)
+    change_tensor(next(mine[0].glob("*.safetensors")), _a_factor(mine[0]), lambda value: value.mul_(2))
+    before = contents(tmp_path / "out" / "a0.partial")
+
+    outcomes = convert_batch(jobs_for(mine, base, tmp_path / "out"))
+
+    assert statuses(outcomes) == ["refused", "made", "made"]
+    assert "another conversion, of which adapter differ" in outcomes[0].message
+    assert contents(tmp_path / "out" / "a0.partial") == before
 
 
 def test_what_another_batch_left_in_common_is_made_anew(
@@ -430,6 +484,150 @@ def test_an_output_that_is_being_linked_to_may_be_deleted_meanwhile(
     assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
 
 
+@pytest.mark.parametrize("how", ["deleted", "written to", "replaced"])
+def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
+    how: str, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies, lest one output be the other's file."""
+    monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
+    earlier = tmp_path / "out" / "earlier"
+    convert_batch([Job(earlier, three[2], base)], Terms(link="copy"))
+
+    def act() -> None:
+        for shard in shards(earlier):
+            if how == "written to":
+                shard.write_bytes(bytes(shard.stat().st_size))
+            else:
+                shard.unlink()
+            if how == "replaced":
+                shard.write_bytes(b"nothing")
+
+    jobs = [Job(earlier, three[2], base), *jobs_for(three, base, tmp_path / "out")]
+    outcomes = convert_batch(jobs, Terms(link="copy"), progress=once(act))
+
+    assert statuses(outcomes) == ["nothing to do", "made", "made", "made"]
+    assert [any("made again" in note for note in outcome.notes) for outcome in outcomes[1:]] == [False, True, True]
+    for adapter in three:
+        assert verify(tmp_path / "out" / adapter.name, base, adapter).problems == []
+
+
+def test_an_output_that_goes_in_the_very_instant_before_it_is_linked_to_fails_what_wanted_it_until_the_next_run(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    convert_batch(jobs_for([three[2]], base, tmp_path / "out"))
+    jobs = jobs_for(three, base, tmp_path / "out")
+    init = converter.seal.Staging.__init__
+
+    def going(staging: Any, destination: Any, *rest: Any, **settings: Any) -> None:
+        init(staging, destination, *rest, **settings)
+        if destination.out.name == "a1":
+            shutil.rmtree(tmp_path / "out" / "a2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.seal.Staging.__init__", going)
+        outcomes = convert_batch(jobs, Terms(link="hard"))
+    assert statuses(outcomes) == ["made", "failed", "nothing to do"]
+    assert "gone or changed since it was looked at" in outcomes[1].message
+
+    assert [outcome.message for outcome in convert_batch(jobs) if not outcome.is_good] == []
+    for adapter in three:
+        assert verify(tmp_path / "out" / adapter.name, base, adapter).problems == []
+
+
+def test_where_every_output_fails_what_they_have_in_common_is_kept_for_the_next_run(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise WriteFailed("No space left on device")
+
+    jobs = jobs_for(three, base, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.passes.seal", full)
+        assert statuses(convert_batch(jobs)) == ["failed"] * 3
+    read = rows_read(monkeypatch)
+
+    assert statuses(convert_batch(jobs)) == ["made"] * 3
+
+    assert not read
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+
+
+class Disks:
+    """Disks that a test makes up: by the first part of a path below `place`; what is free on each."""
+
+    def __init__(self, place: Path, patch: pytest.MonkeyPatch, **free: int) -> None:
+        self.place, self.free = place, free
+        patch.setattr("converter.batch._disk_of", self.of)
+        patch.setattr("converter.batch.room", lambda folders: free[self.of(folders[0])])
+
+    def of(self, path: Path) -> str:
+        return path.relative_to(self.place).parts[0]
+
+
+@pytest.mark.parametrize("full", ["one", "two"])
+def test_a_disk_that_is_too_full_refuses_the_outputs_on_it_and_no_other(
+    full: str, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "disks"
+    Disks(place, monkeypatch, **({"one": 10**9, "two": 10**9} | {full: 3_000}))
+    jobs = [Job(place / "one" / "a0", three[0], base), *jobs_for(three[1:], base, place / "two")]
+
+    outcomes = convert_batch(jobs)
+
+    assert statuses(outcomes) == (["refused", "made", "made"] if full == "one" else ["made", "refused", "refused"])
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome.status == "refused":
+            assert f"{job.out}: " in outcome.message
+            assert "bytes are needed" in outcome.message
+            assert "3,000 free" in outcome.message
+            assert not job.out.exists()
+        else:
+            assert verify(job.out, base, job.adapter).problems == []
+    assert not (place / full).exists()
+
+
+def test_what_an_interrupted_batch_has_on_a_disk_is_counted_when_it_goes_on(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    jobs = jobs_for(three, base, tmp_path / "out")
+    planned = convert_batch(jobs, dry_run=True)
+    needed = planned[0].shared_bytes + sum(outcome.output_bytes - outcome.shared_bytes for outcome in planned)
+    interrupt(jobs, tiles=20)
+    held = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=needed - held))
+
+    assert statuses(convert_batch(jobs)) == ["made"] * 3
+
+
+@pytest.mark.parametrize("where", ["place", "a0", "a1.partial"])
+def test_a_shard_in_common_that_was_damaged_while_a_batch_lay_killed_is_made_anew(
+    where: str, base: Path, three: list[Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed when the first output had its name and the second had its links: all of them are one file."""
+    out = tmp_path / "out"
+    options = ["--base", base, *(word for adapter in three for word in ("--adapter", adapter)), "--out", out, "-q"]
+    words = [sys.executable, "-c", DRIVER, "accept:2", *map(os.fspath, options)]
+    assert subprocess.run(words, cwd=REPOSITORY, check=False).returncode == -signal.SIGKILL
+    folder = next(out.glob(".shared-*")) if where == "place" else out / where
+    for shard in linked(folder):
+        if where == "a1.partial":  # there it may be a file of its own
+            shard.write_bytes(shutil.copy(shard, tmp_path / "copy").read_bytes())
+        with shard.open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"!")
+
+    outcomes = convert_batch(jobs_for(three, base, out))
+
+    assert statuses(outcomes) == ["nothing to do", "made", "made"]
+    assert all("not linked to" in "".join(outcome.notes) for outcome in outcomes[1:])
+    for adapter in three[1:]:
+        assert contents(out / adapter.name) == contents(undisturbed / adapter.name)
+    assert sorted(path.name for path in out.iterdir()) == ["a0", "a1", "a2"]
+
+
 def test_an_output_that_fails_in_a_first_pass_leaves_the_common_shards_to_the_second(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -580,6 +778,30 @@ def test_as_many_are_made_together_as_leave_room_for_a_tensor_that_can_not_be_cu
 
     assert statuses(outcomes) == ["made"] * 4
     assert max(largest[1:]) <= 135_000_000  # the first is that of the shards in common, which is cut later
+
+
+def test_memory_that_is_just_enough_for_each_alone_is_enough_for_all(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alone(memory: int) -> bool:
+        try:
+            for adapter in three:
+                with converter.Inputs(base, adapter) as inputs:
+                    converter.make_plan(inputs.base, inputs.adapter, Recipe(), Resources(memory=memory, threads=1))
+        except converter.errors.BadRecipe:
+            return False
+        return True
+
+    enough = next(memory for memory in range(64_000_000, 80_000_000, 1000) if alone(memory))
+    read = rows_read(monkeypatch)
+
+    outcomes = convert_batch(
+        jobs_for(three, base, tmp_path / "out"), Terms(Resources(memory=enough, threads=1), device="cpu")
+    )
+
+    assert [outcome.message for outcome in outcomes if not outcome.is_good] == []
+    assert read["model.norm.weight"] == 64  # what is in common is made once, whatever the passes
+    assert all(outcome.link == "hard" for outcome in outcomes)
 
 
 def test_a_budget_too_small_for_anything_refuses_each_with_what_is_needed(

@@ -24,6 +24,7 @@ def test_of_a_sample_of_all_faults_none_loses_anything(tmp_path: Path, capsys: p
     rows = json.loads(report.read_text())
     assert [failure for row in rows for failure in row["failures"]] == []
     assert done.returncode == 0
+    assert "python -m chaos batch" in {row["command"] for row in rows}
     for row in rows:
         if row["skipped"]:
             with capsys.disabled():

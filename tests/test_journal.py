@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import converter.journal
+import converter.seal
 from converter import Recipe, Resources, convert
 from converter.errors import BadOutput, Interrupted, WriteFailed
 from converter.journal import JOURNAL, Entry, Journal
@@ -24,7 +24,7 @@ from tests.folders import contents, copy
 from tests.models import save_adapter, save_base
 
 ONE_THREAD = Resources(threads=1)
-JOB = {"plan": "p", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
+JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
 SHARD = "model.safetensors"
 
 
@@ -199,12 +199,20 @@ def test_no_flipped_bit_is_believed(three: Path) -> None:
         assert journal.entries == {name: known[name] for name in "abc"[: max(number - 1, 0)]}
 
 
+def test_the_same_job_in_another_layout_is_begun_anew_and_says_so(three: Path) -> None:
+    for said in (True, False):
+        journal = Journal(three, JOB | {"layout": "other"})
+        journal.close()
+        assert journal.is_begun_anew == said
+        assert journal.entries == {}
+
+
 @pytest.mark.parametrize("key", ["plan", "base", "adapter", "device", "versions"])
 def test_another_job_is_refused_with_what_differs(key: str, three: Path) -> None:
     before = contents(three)
 
     with pytest.raises(BadOutput, match=rf"another conversion, of which {key} differ; --no-resume discards it"):
-        Journal(three, JOB | {key: "other"})
+        Journal(three, JOB | {key: "other", "layout": "other"})
 
     assert contents(three) == before
 
@@ -381,10 +389,21 @@ def test_the_work_of_another_job_is_kept_to_the_last_file_where_its_shards_have_
     before = contents(out.with_name("out.partial"))
 
     with pytest.raises(BadOutput, match="of which plan differ"):
-        convert(base, adapter, out, Recipe(max_shard_size=1_000_000), ONE_THREAD)
+        convert(base, adapter, out, Recipe(max_shard_size=1_000_000, double_quant=False), ONE_THREAD)
 
     assert contents(out.with_name("out.partial")) == before
     assert convert(base, adapter, out, resources=ONE_THREAD).out == out
+
+
+def test_the_same_tensors_in_other_shards_are_begun_anew_with_a_note(left: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = left
+    recipe = Recipe(max_shard_size=1_000_000)
+
+    report = convert(base, adapter, out, recipe, ONE_THREAD)
+
+    fresh = convert(base, adapter, out.with_name("fresh"), recipe, ONE_THREAD)
+    assert contents(out) == contents(fresh.out)
+    assert set(report.plan.notes) - set(fresh.plan.notes) == {converter.seal.ANEW}
 
 
 def test_without_resume_nothing_that_was_left_is_taken(
@@ -460,13 +479,13 @@ def test_no_line_is_written_of_data_whose_sync_failed(
         fdatasync(descriptor)
 
     kept: dict[str, bytes] = {}
-    rmtree = shutil.rmtree
+    remove = converter.seal._remove
 
-    def watched(folder: Path, **settings: Any) -> None:
-        kept.update(contents(Path(folder)))
-        rmtree(folder, **settings)
+    def watched(folder: Path) -> None:
+        kept.update(contents(folder))
+        remove(folder)
 
-    monkeypatch.setattr(shutil, "rmtree", watched)
+    monkeypatch.setattr("converter.seal._remove", watched)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", sync)
         with pytest.raises(WriteFailed, match=r"model\.safetensors\.unfinished: Input/output error$"):

@@ -23,6 +23,7 @@ import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.quantize import Quantizer
+from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.models import load, save_adapter, save_base
 from tests.reference import tensors_of
@@ -465,6 +466,36 @@ def test_what_a_dead_run_left_is_used_again_but_not_while_it_lives(
 
     assert contents(out) == whole
     assert not staging.exists()
+
+
+def test_a_run_that_dies_while_it_takes_its_staging_folder_away_leaves_one_that_the_next_run_takes(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = dict.fromkeys(("plan", "layout", "base"), "it")
+    destination = Destination(out, inputs=(), overwrite=False)
+    unlink, left = os.unlink, 0
+
+    def dying(*arguments: Any, **settings: Any) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        unlink(*arguments, **settings)
+
+    for count in range(4):
+        staging = Staging(destination, job, ["a", "b"], resume=True)
+        for name in ("a", "b"):
+            (staging.folder / name).write_text(name)
+        left = count
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", dying)
+            with pytest.raises(KeyboardInterrupt), staging:
+                staging.spend()
+
+        assert (staging.folder / ".lock").exists()
+        with Staging(destination, job, ["a", "b"], resume=True) as again:
+            assert again.journal.entries == {}
+        assert not again.folder.exists()
 
 
 def test_a_folder_that_happens_to_be_called_as_our_staging_folder_is_left_alone(

@@ -11,6 +11,7 @@ import resource
 import signal
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -751,6 +752,94 @@ def test_what_an_earlier_run_left_stays_on_a_disk_that_is_full_meanwhile(
 
     assert finish(tmp_path, written) == BOTH
     assert (tmp_path / FILE).read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["unfinished", "finished"])
+def test_a_damaged_file_that_others_have_too_is_left_to_them_and_made_anew(
+    finished: bool, tmp_path: Path, undisturbed: bytes
+) -> None:
+    folder, other = tmp_path / "staging", tmp_path / "other"
+    folder.mkdir()
+    written = leave(folder, finish=finished)
+    left = folder / (FILE if finished else FILE + UNFINISHED)
+    other.hardlink_to(left)
+    change_byte(left, TWO.layout.offsets[WEIGHT.name])
+    before = other.read_bytes()
+
+    with ShardWriter(folder, TWO, written) as writer:
+        assert writer.resumed == set()
+        assert names(folder) == {FILE + UNFINISHED}  # should this run die, the next one goes on with it
+    assert finish(folder, written) == set()
+
+    assert (folder / FILE).read_bytes() == undisturbed
+    assert other.read_bytes() == before
+
+
+def test_a_whole_file_that_others_have_too_stays_theirs_and_ours(tmp_path: Path) -> None:
+    folder, other = tmp_path / "staging", tmp_path / "other"
+    folder.mkdir()
+    written = leave(folder, finish=True)
+    other.hardlink_to(folder / FILE)
+
+    assert finish(folder, written) == BOTH
+    assert other.samefile(folder / FILE)
+
+
+def test_a_new_file_in_the_place_of_one_that_others_have_is_not_left_where_the_disk_is_full(
+    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    written = leave(folder, finish=True)
+    (tmp_path / "other").hardlink_to(folder / FILE)
+    change_byte(folder / FILE, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
+        with pytest.raises(WriteFailed, match="No space left"):
+            ShardWriter(folder, TWO, written)
+
+    assert names(folder) == set()
+    assert finish(folder, written) == set()
+    assert (folder / FILE).read_bytes() == undisturbed
+
+
+def test_a_file_is_not_closed_under_a_write_whose_number_could_by_then_be_another_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch drops an output while its tiles are on their way, and opens other files at once."""
+    pwrite, begun, go_on = os.pwrite, threading.Event(), threading.Event()
+
+    def slow(descriptor: int, raw: bytes, offset: int) -> int:
+        begun.set()
+        assert go_on.wait(20)
+        return pwrite(descriptor, raw, offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    writer = ShardWriter(tmp_path, TWO)
+    failures: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            writer.write(WEIGHT.name, 0, BYTES[WEIGHT.name])
+        except BaseException as exc:
+            failures.append(exc)
+
+    writing, closing = threading.Thread(target=write), threading.Thread(target=writer.__exit__, args=[None] * 3)
+    writing.start()
+    assert begun.wait(20)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    with (tmp_path / "another").open("wb"):
+        go_on.set()
+        writing.join(20)
+        closing.join(20)
+
+    assert failures == []
+    assert (tmp_path / "another").read_bytes() == b""
+    with pytest.raises(WriteFailed, match="Bad file descriptor"):
+        writer.write(WEIGHT.name, 0, BYTES[WEIGHT.name])
 
 
 @pytest.mark.parametrize("name", [FILE, FILE + UNFINISHED])
