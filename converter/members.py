@@ -43,6 +43,8 @@ class Outcome:
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
     """Of the tensors that the adapter changed."""
     notes: tuple[str, ...] = ()
+    is_locked: bool = False
+    """Refused because another process is writing it."""
 
     @property
     def is_good(self) -> bool:
