@@ -113,6 +113,7 @@ def convert_groups(
         report.hear(cluster.heard())
         for number, result in ended:
             if isinstance(result, Lost) and beginnings[number] < MOST_BEGINNINGS:
+                report.note(number, f"begun again, as its worker was lost: {result.why}")
                 begin(number)
                 continue
             under_way.discard(number)
@@ -170,6 +171,7 @@ class _Report:
         self._by_out: dict[Path, int] = {}
         self._done: dict[int, tuple[int, int]] = {}
         """Of each part: bytes of the base that it has done, and will have."""
+        self._notes: dict[int, tuple[str, ...]] = {}
 
     def in_order(self) -> list[Outcome]:
         return [self._outcomes[index] for index in sorted(self._outcomes)]
@@ -183,17 +185,21 @@ class _Report:
         latest: Progress | None = None
         for number, item in told:
             if isinstance(item, Outcome):
-                self._know(self._by_out[item.job.out], item)
+                self._know(self._by_out[item.job.out], item, self._notes.get(number, ()))
             else:
                 latest = item
                 self._done[number] = (item.done, item.total)
         if latest is not None:
             self._show(latest.stage, latest.name)
 
+    def note(self, number: int, note: str) -> None:
+        """What is to be known of the outputs that a part makes from now on."""
+        self._notes[number] = (*self._notes.get(number, ()), note)
+
     def end(self, number: int, outcomes: Sequence[Outcome]) -> None:
         """A part has ended."""
         for index, outcome in zip(self._parts[number].indices, outcomes, strict=True):
-            self._know(index, outcome)
+            self._know(index, outcome, self._notes.get(number, ()))
         _, total = self._done[number]
         self._done[number] = (total, total)
         self._show("converting", str(self._jobs[self._parts[number].indices[-1]].out))
@@ -207,12 +213,12 @@ class _Report:
     def refuse(self, index: int, error: ConverterError) -> None:
         self._know(index, Outcome(self._jobs[index], "refused", str(error)))
 
-    def _know(self, index: int, outcome: Outcome) -> None:
+    def _know(self, index: int, outcome: Outcome, notes: tuple[str, ...] = ()) -> None:
         """The first news count, as a part that is begun again finds made what it had made; and good ones count more."""
         known = self._outcomes.get(index)
         if known is not None and (known.is_good or not outcome.is_good):
             return
-        self._outcomes[index] = replace(outcome, job=self._jobs[index])
+        self._outcomes[index] = replace(outcome, job=self._jobs[index], notes=outcome.notes + notes)
         self._tell(self._outcomes[index])
 
     def _show(self, stage: str, name: str) -> None:

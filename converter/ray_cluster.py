@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from converter.errors import ConversionFailed, ConversionRefused, Interrupted
+from converter.errors import ConversionFailed, ConversionRefused, Interrupted, printable
 from converter.jobs import Job
 from converter.members import Outcome, Terms
 from converter.parts import Ask, Node
@@ -134,6 +134,8 @@ def connected(address: str) -> Iterator[RayCluster]:
         settings: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if address == "local":
             settings |= {"include_dashboard": False, "object_store_memory": _OBJECTS, "_temp_dir": folder}
+        # It would print what it notices, such as a lost node, to stdout, which is ours; outcomes tell of it.
+        vars(ray._private.worker)["_worker_logs_enabled"] = False
         try:
             with _own_signals():
                 _begin(ray, address, settings)
@@ -179,7 +181,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def _first_line(exc: BaseException) -> str:
-    return next(iter(str(exc).strip().splitlines()), "")
+    return printable(next(iter(str(exc).strip().splitlines()), ""))
 
 
 def _last_line(exc: BaseException) -> str:

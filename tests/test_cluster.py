@@ -194,7 +194,8 @@ def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_ke
     assert nodes.begun == [["a0", "a1"], ["a2", "a3"], ["a0", "a1"]]
     assert statuses(outcomes) == ["made"] * 4
     assert len(told) == 4  # of a0 by the node that was lost, and not again
-    assert outcomes[0].link != ""
+    assert outcomes[0].notes == outcomes[2].notes == ()
+    assert outcomes[1].notes == ("begun again, as its worker was lost: NodeDiedError: it burns",)
 
 
 def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[Job], use: Use) -> None:
