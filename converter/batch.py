@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from converter import budget
-from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted
+from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted, OutputLocked
 from converter.inputs import Base, Inputs
 from converter.jobs import Job, group_key, refuse_clashes, with_base
 from converter.members import Group, Member, Outcome, Status, Terms
@@ -82,7 +82,8 @@ class Batch:
     def fail(self, index: int, error: ConverterError) -> None:
         if isinstance(error, UNFINISHED_BUSINESS):
             self.unfinished.add(index)
-        self.end(index, "refused" if isinstance(error, ConversionRefused) else "failed", str(error))
+        status: Status = "refused" if isinstance(error, ConversionRefused) else "failed"
+        self.end(index, status, str(error), is_locked=isinstance(error, OutputLocked))
 
     def plan(self) -> list[Group]:
         """Plan every job; those that are refused have their outcome, the others are in groups."""

@@ -134,6 +134,11 @@ class Need:
         return self.in_flight + self.objects
 
 
+def need_of(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> Need:
+    """What an output of these tensors takes besides its tiles."""
+    return Need(in_flight(tensors, recipe, resources), PER_TENSOR * sum(tensor.is_touched for tensor in tensors))
+
+
 def together(needs: Sequence[Need]) -> int:
     """Bytes that are not for tiles where these outputs are made together: of one alone, as many as in a conversion."""
     if not needs:

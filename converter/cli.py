@@ -241,6 +241,7 @@ def verify(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("jobs", type=click.Path(path_type=Path))
 @click.option("--slice", "part", type=_Part(), metavar="I/N", help="Of the jobs, the I-th of N parts, from 1.")
+@click.option("--ray", metavar="HOST:PORT|local", help="On the nodes of this Ray cluster; local: start one here.")
 @click.option("--dry-run", is_flag=True, help="Plan every job; write nothing.")
 @_how_to_run
 @_of_batches
@@ -290,10 +291,16 @@ def _convert_several(adapters: Sequence[str], of_batches: dict[str, Any], **opti
 
 
 def _run_batch(
-    jobs: Sequence[Job], of_batches: dict[str, Any], *, quiet: bool, verbose: bool, as_json: bool, **options: Any
+    jobs: Sequence[Job],
+    of_batches: dict[str, Any],
+    *,
+    quiet: bool,
+    verbose: bool,
+    as_json: bool,
+    ray: str | None = None,
+    **options: Any,
 ) -> None:
     """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
-    from converter.batch import convert_batch
     from converter.heap import keep_small
     from converter.members import Terms
     from converter.show import batch_json, batch_text, print_json, progress_bar
@@ -308,7 +315,15 @@ def _run_batch(
             if not outcome.is_good:
                 click.echo(f"error: {outcome.job.label}: {outcome.message}", err=True)
 
-        outcomes = convert_batch(jobs, terms, dry_run=dry_run, progress=progress, stop=stop, tell=tell)
+        how: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
+        if ray is None:
+            from converter.batch import convert_batch
+
+            outcomes = convert_batch(jobs, terms, **how)
+        else:
+            from converter.cluster import convert_on_cluster
+
+            outcomes = convert_on_cluster(jobs, terms, ray, **how)
     if as_json:
         print_json(batch_json(outcomes, clock()))
     elif not quiet:

@@ -8,6 +8,7 @@
     │   ├── Unsupported          valid, but not something this tool does, or does safely
     │   ├── BadRecipe            the choices contradict each other or the base
     │   ├── BadOutput            OUT is not a place that may be written
+    │   │   └── OutputLocked     another process is writing it
     │   └── HubRefused           the Hub has no such thing for us
     │       ├── HubNotFound
     │       ├── HubGated
@@ -67,6 +68,10 @@ class BadRecipe(ConversionRefused):
 
 class BadOutput(ConversionRefused):
     """OUT is not a place that may be written."""
+
+
+class OutputLocked(BadOutput):
+    """Another process is writing OUT; later it may be free."""
 
 
 class HubRefused(ConversionRefused):

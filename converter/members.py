@@ -45,6 +45,8 @@ class Outcome:
     notes: tuple[str, ...] = ()
     checked: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """As in `Report.checked`."""
+    is_locked: bool = False
+    """Refused because another process is writing it."""
 
     @property
     def is_good(self) -> bool:
@@ -83,12 +85,8 @@ class Member:
         """Its fingerprint, if it is made already."""
         if self.known is None:
             self.destination.refuse_if_taken()
-        tensors = list(plan.tensors())
         self.output_bytes, self.notes = plan.output_bytes, plan.notes
-        self.need = budget.Need(
-            budget.in_flight(tensors, plan.recipe, plan.resources),
-            budget.PER_TENSOR * sum(tensor.is_touched for tensor in tensors),
-        )
+        self.need = budget.need_of(list(plan.tensors()), plan.recipe, plan.resources)
 
     @property
     def plan(self) -> Plan:

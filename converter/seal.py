@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 from converter.ask import check_output
 from converter.card import CARD, model_card
 from converter.checksums import SUMS
-from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, VerificationFailed
+from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, OutputLocked, VerificationFailed
 from converter.journal import JOURNAL, Journal
 from converter.link import GivenShard, How, identity_of, link
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
@@ -222,7 +222,7 @@ class Staging:
                 _clear(self.folder, but={_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
             except BlockingIOError:
                 os.close(self._lock)
-                raise BadOutput(f"{self.folder}: another conversion is writing it") from None
+                raise OutputLocked(f"{self.folder}: another conversion is writing it") from None
             except BaseException:
                 os.close(self._lock)
                 raise

@@ -28,6 +28,7 @@ ONLY_IN = {
     "click": {"cli"},
     "rich": {"show"},
     "psutil": {"show"},
+    "ray": {"ray_cluster"},
     "peft": set(),
     "safetensors": set(),
     "accelerate": set(),
@@ -120,7 +121,14 @@ def test_the_command_line_knows_the_package_only_when_arguments_are_parsed() -> 
 
 def test_only_what_is_above_it_knows_the_pipeline() -> None:
     known = {found.importer for found in imports() if found.module == "converter.pipeline"}
-    assert known <= {"__init__", "batch", "passes", "verify", *OF_THE_OUTSIDE}
+    of_clusters = {"cluster", "parts", "ray_cluster", "worker"}
+    assert known <= {"__init__", "batch", "passes", "verify", *of_clusters, *OF_THE_OUTSIDE}
+
+
+def test_only_the_command_line_knows_of_clusters() -> None:
+    own_files = {"cluster", "parts", "ray_cluster", "worker"}
+    known = {found.importer for found in imports() if found.package == "converter" and own(found) in own_files}
+    assert known - own_files == {"cli"}
 
 
 def test_the_errors_know_nobody() -> None:
