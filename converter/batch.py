@@ -13,6 +13,7 @@ from pathlib import Path
 
 from converter import budget
 from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted, OutputLocked
+from converter.forecast import Forecast, forecast
 from converter.inputs import Base, Inputs
 from converter.jobs import Job, group_key, refuse_clashes, with_base
 from converter.members import Group, Member, Outcome, Status, Terms
@@ -32,8 +33,10 @@ def convert_batch(
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
     tell: Callable[[Outcome], None] = lambda _: None,
+    foretell: Callable[[Forecast], None] | None = None,
 ) -> list[Outcome]:
-    """Make a checkpoint for each job; what came of each, in their order. `tell` hears of each as soon as it is known.
+    """Make a checkpoint for each job; what came of each, in their order. `tell` hears of each as soon as it is known,
+    `foretell`, of a dry run, what each group of jobs would take.
 
     Jobs of one base and recipe are made in one pass over the base; in several, if there are so many that what each of
     them needs would not fit the memory together. Raises `Interrupted` at a signal: the same batch goes on.
@@ -44,6 +47,8 @@ def convert_batch(
         for group in groups:
             with group:
                 batch.end_as_planned(group)
+                if dry_run and foretell is not None and (found := forecast(group)) is not None:
+                    foretell(found)
         return batch.in_order()
     for group in groups:
         with group:

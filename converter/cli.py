@@ -20,6 +20,7 @@ import click
 
 if TYPE_CHECKING:
     from converter.budget import Resources
+    from converter.forecast import Forecast
     from converter.jobs import Job
     from converter.members import Outcome
     from converter.recipe import Recipe
@@ -316,6 +317,9 @@ def _run_batch(
                 click.echo(f"error: {outcome.job.label}: {outcome.message}", err=True)
 
         how: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
+        forecasts: list[Forecast] = []
+        if dry_run:
+            how["foretell"] = forecasts.append
         if ray is None:
             from converter.batch import convert_batch
 
@@ -325,9 +329,9 @@ def _run_batch(
 
             outcomes = convert_on_cluster(jobs, terms, ray, **how)
     if as_json:
-        print_json(batch_json(outcomes, clock()))
+        print_json(batch_json(outcomes, clock(), forecasts))
     elif not quiet:
-        click.echo(batch_text(outcomes, clock(), verbose=verbose), nl=False)
+        click.echo(batch_text(outcomes, clock(), forecasts, verbose=verbose), nl=False)
     if not all(outcome.is_good for outcome in outcomes):
         begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
         raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from converter.batch import convert_batch
 from converter.errors import ConverterError, Interrupted
+from converter.forecast import Forecast
 from converter.jobs import Job, group_key, refuse_clashes, with_base
 from converter.members import Outcome, Terms
 from converter.parts import Ask, Node, Part, Prediction, divide, on_gpus, predict
@@ -47,6 +48,7 @@ def convert_on_cluster(
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
     tell: Callable[[Outcome], None] = lambda _: None,
+    foretell: Callable[[Forecast], None] | None = None,
 ) -> list[Outcome]:
     """`convert_batch` on the nodes of the Ray cluster at `address`, HOST:PORT; `local` starts one on this machine.
 
@@ -54,7 +56,7 @@ def convert_on_cluster(
     can't be reached or no node has what a part takes, and `Interrupted` at a signal: the same batch goes on.
     """
     if dry_run:
-        return convert_batch(jobs, terms, dry_run=True, progress=progress, stop=stop, tell=tell)
+        return convert_batch(jobs, terms, dry_run=True, progress=progress, stop=stop, tell=tell, foretell=foretell)
     if terms.strict:
         planned = convert_batch(jobs, terms, dry_run=True, stop=stop)
         if not all(outcome.is_good for outcome in planned):

@@ -86,7 +86,10 @@ class Member:
         if self.known is None:
             self.destination.refuse_if_taken()
         self.output_bytes, self.notes = plan.output_bytes, plan.notes
-        self.need = budget.need_of(list(plan.tensors()), plan.recipe, plan.resources)
+        tensors = list(plan.tensors())
+        self.need = budget.need_of(tensors, plan.recipe, plan.resources)
+        self.values = sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
+        """Weights that are quantized or merged."""
 
     @property
     def plan(self) -> Plan:

@@ -16,7 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from converter.estimate import WRITE_RATE
+from converter.estimate import WRITE_RATE, Estimate
+from converter.forecast import Forecast
 from converter.jobs import group_key
 from converter.members import Outcome
 from converter.pipeline import Progress, Report
@@ -49,20 +50,18 @@ def plan_text(plan: Plan, *, verbose: bool = False) -> str:
         f"read {amount(plan.base_bytes)}, write at most {amount(plan.output_bytes)} in {files}, "
         f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
         f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
-        *_estimate_lines(plan),
+        *([] if plan.estimate is None else [_times(plan.estimate)]),
         "dry run: nothing was written",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _estimate_lines(plan: Plan) -> list[str]:
-    if plan.estimate is None:
-        return []
-    read, compute, write = (duration(s) for s in (plan.estimate.read, plan.estimate.compute, plan.estimate.write))
-    return [
-        f"time: about {duration(plan.estimate.seconds)}: reading {read} and computing {compute} by samples taken now, "
+def _times(found: Estimate) -> str:
+    read, compute, write = (duration(seconds) for seconds in (found.read, found.compute, found.write))
+    return (
+        f"time: about {duration(found.seconds)}: reading {read} and computing {compute} by samples taken now, "
         f"writing {write} to a disk that takes {amount(WRITE_RATE)}/s; they overlap"
-    ]
+    )
 
 
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
@@ -123,8 +122,10 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
     }
 
 
-def batch_text(outcomes: Sequence[Outcome], seconds: float, *, verbose: bool = False) -> str:
-    """What came of each job, a line each, and of the whole."""
+def batch_text(
+    outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[Forecast] = (), *, verbose: bool = False
+) -> str:
+    """What came of each job, a line each, and of the whole; of a dry run, also what it would take."""
     rows: list[tuple[str, ...]] = [("output", "", "bytes", "shared", "by", "survival", "")]
     for outcome in outcomes:
         figures = _batch_figures(outcome)
@@ -146,6 +147,10 @@ def batch_text(outcomes: Sequence[Outcome], seconds: float, *, verbose: bool = F
     else:
         notes = Counter(note for outcome in outcomes for note in outcome.notes)
         lines += [f"note, of {count} outputs: {note}" for note, count in notes.items()]
+    for found in forecasts:
+        passes = "one pass" if found.passes == 1 else f"{found.passes} passes"
+        lines.append(f"{found.outputs} of {found.base} in {passes} over it: write at most {amount(found.disk)}")
+        lines += [f"memory: at most {amount(found.memory)} above the libraries", _times(found.estimate)]
     lines.append(f"disk: {amount(_disk(outcomes))} in all, what is shared counted once where it is linked")
     counts = Counter(outcome.status for outcome in outcomes)
     whole = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -153,7 +158,7 @@ def batch_text(outcomes: Sequence[Outcome], seconds: float, *, verbose: bool = F
     return "\n".join(lines) + "\n"
 
 
-def batch_json(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+def batch_json(outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[Forecast] = ()) -> dict[str, Any]:
     """The same, as JSON values."""
     return {
         "seconds": round(seconds, 3),
@@ -175,6 +180,7 @@ def batch_json(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
             }
             for outcome in outcomes
         ],
+        **({"forecasts": [found.as_json() for found in forecasts]} if forecasts else {}),
     }
 
 

@@ -807,3 +807,20 @@ def test_the_revision_of_an_adapter_is_not_lost_on_the_way_to_a_batch(
     run("--base", base, "--adapter", "x=org/a" if named else "org/a", "--adapter-revision", "v1", "--out", "z", *more)
 
     assert [job.adapter_revision for job in asked] == ["v1"]
+
+
+def test_a_dry_run_of_several_says_what_they_will_take_together(
+    run: Run, base: Path, adapter: Path, other: Path, out: Path
+) -> None:
+    several = ("--base", base, "--adapter", adapter, "--adapter", other, "--out", out, "--dry-run")
+
+    text, found = run(*several).out, json.loads(run(*several, "--json").out)
+
+    assert f"2 of {base} in one pass over it: write at most" in text
+    assert "memory: at most" in text
+    assert "time: about" in text
+    (forecast,) = found["forecasts"]
+    assert (forecast["outputs"], forecast["passes"]) == (2, 1)
+    assert forecast["memory"] > 0
+    assert forecast["estimate"]["seconds"] > 0
+    assert not out.exists()
