@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 JOURNAL = ".journal"
 SECONDS = 3.0
 """How much of a run may be lost."""
-_FORMAT = 2
+FORMAT = 2
+"""A journal of another one is another job's."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Journal:
         self._read(job)
         # A new file: in the old one something torn may stand at the end, or a sync may have failed.
         write_file(
-            self._path, b"".join([_line({"journal": _FORMAT, "job": job}), *map(_line_of, self.entries.values())])
+            self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, self.entries.values())])
         )
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -150,7 +151,7 @@ class Journal:
             try:
                 value = json.loads(text)
                 if number == 0:
-                    self._check_job(dict(value["job"]) if value["journal"] == _FORMAT else {}, job)
+                    self._check_job(dict(value["job"]) if value["journal"] == FORMAT else {}, job)
                     if self.is_begun_anew:
                         return
                 else:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from converter import adapter as adapters
 from converter.adapter import Adapter
 from converter.errors import ConverterError
+from converter.journal import FORMAT as JOURNAL_FORMAT
 from converter.journal import JOURNAL, Journal
 from converter.patterns import Patterns
 from converter.read import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
@@ -22,7 +23,7 @@ from converter.receipt import FORMAT, RECEIPT, read_receipt
 from converter.side_files import largest_token
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a" * 60)
-JOB = {"plan": "p", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
+JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ TARGETS = {
         parse_receipt,
         (_json({"format": FORMAT, "fingerprint": "ab", "files": {"config.json": {"bytes": 1}}, "origin": {}}),),
     ),
-    "journal": Target(parse_journal, (_json({"journal": 1, "job": JOB}) + b"\n" + (_json(_LINE) + b"\n") * 2,)),
+    "journal": Target(
+        parse_journal, (_json({"journal": JOURNAL_FORMAT, "job": JOB}) + b"\n" + (_json(_LINE) + b"\n") * 2,)
+    ),
     "tokenizer": Target(
         parse_tokenizer,
         (

@@ -207,7 +207,7 @@ def test_another_job_is_refused_with_what_differs(key: str, three: Path) -> None
 
 
 def test_a_journal_of_another_format_is_refused(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.journal, "_FORMAT", 99)
+    monkeypatch.setattr(converter.journal, "FORMAT", 99)
 
     with pytest.raises(BadOutput, match="plan, base, device, versions differ"):
         Journal(three, JOB)
