@@ -71,8 +71,10 @@ class Destination:
         """Whether OUT is a finished conversion of this fingerprint, with all its files there in their sizes."""
         if self.receipt is None or self.receipt["fingerprint"] != fingerprint or not self._is_whole():
             return False
-        with contextlib.suppress(OSError):
-            self._tidy()  # a run that died right after it gave OUT its name
+        with contextlib.suppress(OSError):  # a run died right after it gave OUT its name
+            self._tidy()
+            for folder in (self.out / _INSIDE, self.out.with_name(self.out.name + ".partial")):
+                _remove_if_spent(folder)
         return True
 
     def refuse_if_taken(self) -> None:
@@ -360,6 +362,24 @@ def _remove(folder: Path) -> None:
     """Take a staging folder away."""
     _clear(folder)
     folder.rmdir()
+
+
+def _remove_if_spent(folder: Path) -> None:
+    """Take away what is left of a staging folder whose run had made OUT of it; not the work of another run."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    names = set(os.listdir(folder))
+    if names - _OURS and (JOURNAL in names or _LOCK not in names):
+        return  # what a journal tells of can be gone on with; what has no lock isn't ours
+    if _LOCK in names:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(folder)
+        finally:
+            os.close(lock)
+    elif folder.name == _INSIDE:  # that name is ours in an OUT
+        _remove(folder)
 
 
 def _clear(folder: Path, *, but: Collection[str] = ()) -> None:

@@ -1028,3 +1028,60 @@ def test_the_card_names_base_and_recipe(inputs: tuple[Path, Path], out: Path, tm
     for row in ("quant type | nf4", "double quant | true", "block size | 64", "kept in 16 bits | o_proj"):
         assert f"| {row} |" in card
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
+
+
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("inside", [".journal", ".lock"]),
+        ("inside", [".lock"]),
+        ("inside", []),
+        ("beside", [".lock", "config.json", "model.safetensors"]),
+        ("beside", [".lock"]),
+    ],
+)
+def test_what_a_run_left_that_died_right_after_it_had_made_out_goes_with_the_next(
+    where: str, left: list[str], inputs: tuple[Path, Path], out: Path
+) -> None:
+    convert(*inputs, out, resources=ONE_THREAD)
+    staging = out / ".partial" if where == "inside" else out.with_name("out.partial")
+    staging.mkdir()
+    for name in left:
+        (staging / name).write_bytes(b"")
+
+    assert convert(*inputs, out, resources=ONE_THREAD).nothing_to_do
+
+    assert not staging.exists()
+
+
+@pytest.mark.parametrize(
+    "left",
+    [[".journal", ".lock", "model.safetensors.unfinished"], ["thesis.txt"], []],
+    ids=["unfinished work", "no staging folder", "empty"],
+)
+def test_where_nothing_is_to_be_done_a_folder_beside_out_that_may_be_wanted_stays(
+    left: list[str], inputs: tuple[Path, Path], out: Path
+) -> None:
+    convert(*inputs, out, resources=ONE_THREAD)
+    staging = out.with_name("out.partial")
+    staging.mkdir()
+    for name in left:
+        (staging / name).write_bytes(b"")
+
+    assert convert(*inputs, out, resources=ONE_THREAD).nothing_to_do
+
+    assert sorted(path.name for path in staging.iterdir()) == left
+
+
+def test_where_nothing_is_to_be_done_a_staging_folder_that_another_run_holds_stays(
+    inputs: tuple[Path, Path], out: Path
+) -> None:
+    convert(*inputs, out, resources=ONE_THREAD)
+    staging = out.with_name("out.partial")
+    staging.mkdir()
+    with (staging / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        assert convert(*inputs, out, resources=ONE_THREAD).nothing_to_do
+
+    assert (staging / ".lock").exists()
