@@ -378,8 +378,8 @@ def _remove_if_spent(folder: Path) -> None:
             _remove(folder)
         finally:
             os.close(lock)
-    elif folder.name == _INSIDE:  # that name is ours in an OUT
-        _remove(folder)
+    else:
+        folder.rmdir()  # empty: the lock goes last
 
 
 def _clear(folder: Path, *, but: Collection[str] = ()) -> None:

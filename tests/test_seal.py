@@ -1038,6 +1038,7 @@ def test_the_card_names_base_and_recipe(inputs: tuple[Path, Path], out: Path, tm
         ("inside", []),
         ("beside", [".lock", "config.json", "model.safetensors"]),
         ("beside", [".lock"]),
+        ("beside", []),
     ],
 )
 def test_what_a_run_left_that_died_right_after_it_had_made_out_goes_with_the_next(
@@ -1056,8 +1057,8 @@ def test_what_a_run_left_that_died_right_after_it_had_made_out_goes_with_the_nex
 
 @pytest.mark.parametrize(
     "left",
-    [[".journal", ".lock", "model.safetensors.unfinished"], ["thesis.txt"], []],
-    ids=["unfinished work", "no staging folder", "empty"],
+    [[".journal", ".lock", "model.safetensors.unfinished"], ["thesis.txt"]],
+    ids=["unfinished work", "no staging folder"],
 )
 def test_where_nothing_is_to_be_done_a_folder_beside_out_that_may_be_wanted_stays(
     left: list[str], inputs: tuple[Path, Path], out: Path
