@@ -44,8 +44,9 @@ class Ask:
         return min([*counts, node.gpus // self.gpus] if self.gpus else counts)
 
     def __str__(self) -> str:
+        cpus = "a CPU" if self.cpus == 1 else f"{self.cpus} CPUs"
         gpu = ", a GPU" if self.gpus else ""
-        return f"{self.cpus} CPUs{gpu} and {self.memory:,} bytes of memory"
+        return f"{cpus}{gpu} and {self.memory:,} bytes of memory"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -136,12 +136,29 @@ def connected(address: str) -> Iterator[RayCluster]:
             settings |= {"include_dashboard": False, "object_store_memory": _OBJECTS, "_temp_dir": folder}
         # It would print what it notices, such as a lost node, to stdout, which is ours; outcomes tell of it.
         vars(ray._private.worker)["_worker_logs_enabled"] = False
-        try:
-            with _own_signals():
-                _begin(ray, address, settings)
-            yield RayCluster(ray)
-        finally:
-            ray.shutdown()
+        with _within_this_machine(ray) if address == "local" else nullcontext():
+            try:
+                with _own_signals():
+                    _begin(ray, address, settings)
+                yield RayCluster(ray)
+            finally:
+                ray.shutdown()
+
+
+@contextmanager
+def _within_this_machine(ray: Any) -> Iterator[None]:
+    """Ray's ports at 127.0.0.1 only, as it has them where it does not support clusters: they run code."""
+    constants = ray._private.ray_constants
+    before, in_environment = constants.ENABLE_RAY_CLUSTER, os.environ.get(constants.ENABLE_RAY_CLUSTERS_ENV_VAR)
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ[constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that it starts
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        if in_environment is not None:
+            os.environ[constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = in_environment
 
 
 def _begin(ray: Any, address: str, settings: dict[str, Any]) -> None:

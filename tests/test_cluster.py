@@ -215,7 +215,7 @@ def test_where_no_node_is_left_that_could_make_a_part_it_fails(jobs: list[Job], 
     outcomes = convert_on_cluster(jobs)
 
     assert statuses(outcomes) == ["made", "failed", "failed", "failed"]
-    assert "no node is left that has 1 CPUs and" in outcomes[3].message
+    assert "no node is left that has a CPU and" in outcomes[3].message
     assert nodes.cancelled == [0, 1]
 
 
@@ -313,7 +313,7 @@ def test_where_no_node_has_the_memory_it_ends_with_2_and_one_line(
     use(Nodes(replace(NODE, memory=100_000_000)))
     assert run("batch", listed, "--ray", "local") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --ray: no node has 1 CPUs and ")
+    assert line.startswith("error: --ray: no node has a CPU and ")
     assert not jobs[0].out.parent.exists()
 
 

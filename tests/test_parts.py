@@ -80,7 +80,7 @@ def test_parts_are_no_larger_than_the_memory_of_a_node_allows() -> None:
     ("node", "gpus", "lacking"),
     [
         (Node(cpus=4, gpus=0, memory=100_000_000), 0, "4 CPUs and 602,000,000 bytes of memory"),
-        (Node(cpus=0, gpus=0, memory=GB), 0, "1 CPUs and 602,000,000 bytes of memory"),
+        (Node(cpus=0, gpus=0, memory=GB), 0, "a CPU and 602,000,000 bytes of memory"),
         (Node(cpus=4, gpus=0, memory=GB), 1, "4 CPUs, a GPU and 602,000,000 bytes of memory"),
     ],
     ids=["memory", "cpus", "gpus"],

@@ -29,6 +29,9 @@ from tests.reference import differences
 PATIENCE = 240
 """Seconds for what takes some on an idle machine: not a measurement, but a hang."""
 
+AT_THIS_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where it is 0, Ray's ports are at 127.0.0.1, with or without a network."""
+
 HOOK = '''
 """Imported by every Python of the cluster: lets a test see and hold what workers do."""
 import importlib.abc
@@ -161,6 +164,7 @@ def scene(inputs: Path, tmp_path: Path) -> Iterator[Scene]:
         "PYTHONPATH": f"{tmp_path / 'hook'}:{REPOSITORY}",
         "MARKS": str(tmp_path / "marks"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        AT_THIS_MACHINE: "0",
         "XDG_CACHE_HOME": str(inputs / "cache"),
         "TMPDIR": str(short),
     }
@@ -205,6 +209,16 @@ def of_ray(scene: Scene) -> list[str]:
     folder = scene.environment["TMPDIR"]
     running = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
     return [" ".join(line)[:200] for line in running if any(folder in word for word in line)]
+
+
+def listening(scene: Scene, command: subprocess.Popen[str]) -> set[str]:
+    """Addresses at which the command and the processes of its cluster listen."""
+    folder = scene.environment["TMPDIR"]
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        if process.pid == command.pid or any(folder in word for word in process.info["cmdline"] or []):
+            found |= {at.laddr.ip for at in process.net_connections("inet") if at.status == psutil.CONN_LISTEN}
+    return found
 
 
 def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
@@ -257,12 +271,15 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
 
 
 def test_a_local_cluster_ends_in_order_at_a_signal_and_leaves_nothing_behind(scene: Scene) -> None:
+    del scene.environment[AT_THIS_MACHINE]  # of itself
     (scene.marks / "slow").touch()
     command = scene.start("--ray", "local")
     scene.until_marked(command, lambda marks: any(mark.startswith("reading") for mark in marks))
+    addresses = listening(scene, command)
     command.send_signal(signal.SIGTERM)
     _, err = command.communicate(timeout=PATIENCE)
 
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
     assert (command.returncode, err.count("\n")) == (143, 1), err
     assert "SIGTERM while" in err
     assert "the same command goes on with it" in err
