@@ -7,15 +7,14 @@ when it is sealed: no output depends on another's fate.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from converter import budget
 from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted, OutputLocked
 from converter.forecast import Forecast, forecast
 from converter.inputs import Base, Inputs
-from converter.jobs import Job, group_key, refuse_clashes, with_base
+from converter.jobs import Job, grouped
 from converter.members import Group, Member, Outcome, Status, Terms
 from converter.passes import Pass, Place, place_of, tidy
 from converter.pipeline import Progress
@@ -92,28 +91,17 @@ class Batch:
 
     def plan(self) -> list[Group]:
         """Plan every job; those that are refused have their outcome, the others are in groups."""
-        clashes = refuse_clashes(self._jobs)
-        for index, error in clashes.items():
-            self.refuse(index, error)
-        by_key: dict[tuple[str, str, str], list[tuple[int, Job]]] = {}
-        for index, job in enumerate(self._jobs):
-            if index not in clashes:
-                try:
-                    named = with_base(job, offline=self.terms.offline)
-                    by_key.setdefault(group_key(named), []).append((index, named))
-                except ConverterError as exc:
-                    self.refuse(index, exc)
         groups = []
-        for jobs in by_key.values():
+        for jobs in grouped(self._jobs, self.refuse, offline=self.terms.offline):
             try:
-                first = jobs[0][1]
+                first = next(iter(jobs.values()))
                 assert first.base is not None  # noqa: S101  (`with_base` saw to it)
                 group = Group(Base(first.base, first.base_revision, offline=self.terms.offline))
             except ConverterError as exc:
-                for index, _ in jobs:
+                for index in jobs:
                     self.refuse(index, exc)
                 continue
-            for index, job in jobs:
+            for index, job in jobs.items():
                 try:
                     group.add(index, self._member(group, job))
                 except ConverterError as exc:
@@ -160,23 +148,21 @@ class Batch:
                 return
             group.base.bring(lambda *how_far: self.show(Progress(*how_far)), self.stop)
             given = self._given(group)
-            indices = list(pending)
+            indices, needs = list(pending), [member.need for member in pending.values()]
             with Place(group, beside, given, self.terms) as place:
-                passes = deque(budget.passes([member.need for member in pending.values()], self.terms.resources))
-                while passes:
-                    numbers = passes.popleft()
+
+                def fitting(numbers: Sequence[int]) -> Pass | None:
                     some = {indices[number]: pending[indices[number]] for number in numbers}
-                    try:
-                        one = self._fitting(group, some, given, place)
-                    except BadRecipe as exc:  # of one alone: the others have their turn
-                        self.fail(next(iter(some)), exc)
-                        continue
-                    if one is None:
-                        passes.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
+                    one = Pass(self, group, some, given, place)
+                    return one if budget.fits(one.memory, len(some), self.terms.resources) else None
+
+                for numbers, one in budget.in_passes(needs, self.terms.resources, fitting):
+                    if isinstance(one, BadRecipe):  # the others have their turn
+                        self.fail(indices[numbers[0]], one)
                         continue
                     one.run()
-                    for member in some.values():
-                        member.forget()
+                    for number in numbers:
+                        pending[indices[number]].forget()
                 if not self.unfinished & pending.keys():
                     place.spend()
         except Interrupted as exc:
@@ -185,18 +171,6 @@ class Batch:
         except ConverterError as exc:
             for index in [index for index in pending if index not in self.outcomes]:
                 self.fail(index, exc)
-
-    def _fitting(self, group: Group, some: Mapping[int, Member], given: Sequence[Given], place: Place) -> Pass | None:
-        """A pass for some outputs; None if they leave too little memory to what can't be cut, and fewer may not."""
-        resources = self.terms.resources
-        try:
-            one = Pass(self, group, some, given, place)
-        except BadRecipe:
-            if len(some) == 1:
-                raise
-            return None
-        too_large = resources.memory is None and one.memory > budget.DEFAULT
-        return None if too_large and len(some) > 1 else one
 
     def _given(self, group: Group) -> list[Given]:
         """Shards in common that an output has already: one of this batch that is made, or that of `--against`."""

@@ -7,10 +7,11 @@ absmax of a whole tensor, the adapter's factors, headers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from converter.errors import BadRecipe
 from converter.layout import MIN_MERGE_ROWS, tile_bounds
@@ -19,6 +20,8 @@ from converter.read import DTYPE_BYTES
 if TYPE_CHECKING:
     from converter.plan import TensorPlan
     from converter.recipe import Recipe
+
+T = TypeVar("T")
 
 DEFAULT = 512_000_000
 """Bytes, if nothing else is asked for."""
@@ -119,6 +122,33 @@ def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
         groups[-1].append(index)
         left -= need.nbytes
     return groups
+
+
+def in_passes(
+    needs: Sequence[Need], resources: Resources, fitting: Callable[[Sequence[int]], T | None]
+) -> Iterator[tuple[Sequence[int], T | BadRecipe]]:
+    """Outputs, by their indices, as many together as can be, and what `fitting` makes of them.
+
+    Where it makes nothing of several, or raises `BadRecipe`, what can't be cut leaves them too little memory: it is
+    asked for half of them, then for the other half. For one alone, the error is given.
+    """
+    left = deque(passes(needs, resources))
+    while left:
+        numbers = left.popleft()
+        found: T | BadRecipe | None
+        try:
+            found = fitting(numbers)
+        except BadRecipe as exc:
+            found = exc if len(numbers) == 1 else None
+        if found is not None:
+            yield numbers, found
+        else:
+            left.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
+
+
+def fits(memory: int, count: int, resources: Resources) -> bool:
+    """Whether so many outputs may take so much together: one alone may take more than the default."""
+    return count == 1 or resources.memory is not None or memory <= DEFAULT
 
 
 @dataclass(frozen=True)

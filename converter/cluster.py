@@ -17,7 +17,7 @@ from typing import Protocol
 from converter.batch import convert_batch
 from converter.errors import ConverterError, Interrupted
 from converter.forecast import Forecast
-from converter.jobs import Job, group_key, refuse_clashes, with_base
+from converter.jobs import Job, grouped
 from converter.members import Outcome, Terms
 from converter.parts import Ask, Node, Part, Prediction, divide, on_gpus, predict
 from converter.pipeline import Progress
@@ -138,18 +138,11 @@ def _groups(jobs: list[Job], terms: Terms, report: _Report) -> list[tuple[list[i
 
     Jobs get their base named; those that are refused have their outcome.
     """
-    clashes = refuse_clashes(jobs)
-    by_key: dict[tuple[str, str, str], list[int]] = {}
-    for index in range(len(jobs)):
-        try:
-            if index in clashes:
-                raise clashes[index]
-            jobs[index] = with_base(jobs[index], offline=terms.offline)
-            by_key.setdefault(group_key(jobs[index]), []).append(index)
-        except ConverterError as exc:
-            report.refuse(index, exc)
     groups = []
-    for indices in by_key.values():
+    for named in grouped(jobs, report.refuse, offline=terms.offline):
+        indices = list(named)
+        for index in indices:
+            jobs[index] = named[index]
         for number, index in enumerate(indices):
             try:
                 found = predict(jobs[index], terms)

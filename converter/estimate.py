@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.tiles import torch_device
 
 if TYPE_CHECKING:
-    from converter.plan import Plan
+    from converter.plan import Plan, TensorPlan
     from converter.read import Checkpoint
 
 WRITE_RATE = 400e6
@@ -42,12 +43,17 @@ class Estimate:
 
 def estimate(plan: Plan, base: Checkpoint) -> Estimate:
     """Sample reading and quantizing, for some tenths of a second."""
-    values = sum(tensor.rows * tensor.columns for tensor in plan.tensors() if not tensor.is_copy)
+    values = computed(plan.tensors())
     return Estimate(
         read=plan.base_bytes / _read_rate(base),
         compute=values / _compute_rate(plan) if values else 0.0,
         write=plan.output_bytes / WRITE_RATE,
     )
+
+
+def computed(tensors: Iterable[TensorPlan]) -> int:
+    """Weights that are merged or quantized, and not just copied."""
+    return sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
 
 
 def _read_rate(base: Checkpoint) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from converter import budget
 from converter.errors import BadRecipe
-from converter.estimate import WRITE_RATE, Estimate, estimate
+from converter.estimate import WRITE_RATE, Estimate, computed, estimate
 from converter.members import Group, Member
 
 
@@ -38,8 +37,7 @@ def forecast(group: Group) -> Forecast | None:
         return None
     plan = pending[0].plan
     # What is in common is made once, and is part of every plan.
-    common = sum(tensor.rows * tensor.columns for tensor in (group.common or {}).values() if not tensor.is_copy)
-    alone = sum(tensor.rows * tensor.columns for tensor in plan.tensors() if not tensor.is_copy)
+    common, alone = computed((group.common or {}).values()), pending[0].values
     values = common + sum(member.values - common for member in pending)
     passes, memory = _passes(pending)
     disk = group.common_bytes + sum(member.output_bytes - group.common_bytes for member in pending)
@@ -56,20 +54,15 @@ def _passes(members: Sequence[Member]) -> tuple[int, int]:
     """How many passes, and the most memory that one of them takes."""
     plan = members[0].plan
     resources, tensors = plan.resources, list(plan.tensors())
-    left = deque(budget.passes([member.need for member in members], resources))
-    count, most = 0, 0
-    while left:
-        some = left.popleft()
-        try:
-            reserved = budget.together([members[number].need for number in some])
-            _, memory, _ = budget.cut_into_tiles(tensors, plan.recipe, resources, reserved)
-            too_large = resources.memory is None and memory > budget.DEFAULT
-        except BadRecipe:
-            if len(some) == 1:
-                raise
-            memory, too_large = 0, True
-        if too_large and len(some) > 1:
-            left += [some[: len(some) // 2], some[len(some) // 2 :]]
-            continue
-        count, most = count + 1, max(most, memory)
-    return count, most
+
+    def memory_of(numbers: Sequence[int]) -> int | None:
+        reserved = budget.together([members[number].need for number in numbers])
+        _, memory, _ = budget.cut_into_tiles(tensors, plan.recipe, resources, reserved)
+        return memory if budget.fits(memory, len(numbers), resources) else None
+
+    most = []
+    for _, found in budget.in_passes([member.need for member in members], resources, memory_of):
+        if isinstance(found, BadRecipe):
+            raise found
+        most.append(found)
+    return len(most), max(most)

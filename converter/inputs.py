@@ -61,7 +61,7 @@ class Base:
             # What has arrived is hashed while the next shard does: it is in memory still.
             self.fetch(
                 lambda name, done: show("fetching", done, total, name),
-                hashing.begin,
+                lambda folder, shard: hashing.begin(folder, shard) if shard in hub else None,
             )
             folder = self.checkpoint.folder
             assert isinstance(folder, LocalFolder)  # noqa: S101  (`fetch` saw to it)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,25 @@ def group_key(job: Job) -> tuple[str, str, str]:
     base = "" if job.base is None else os.fspath(job.base)
     there = os.path.realpath(Path(base).expanduser()) if base and Path(base).expanduser().is_dir() else base
     return there, job.base_revision or "", json.dumps(job.recipe.as_json(), sort_keys=True)
+
+
+def grouped(
+    jobs: Sequence[Job], refuse: Callable[[int, ConverterError], None], *, offline: bool = False
+) -> list[dict[int, Job]]:
+    """Jobs that can be made in one pass over one base, by their indices and with their base named; `refuse` hears of
+    the others."""
+    clashes = refuse_clashes(jobs)
+    for index, error in clashes.items():
+        refuse(index, error)
+    groups: dict[tuple[str, str, str], dict[int, Job]] = {}
+    for index, job in enumerate(jobs):
+        if index not in clashes:
+            try:
+                named = with_base(job, offline=offline)
+                groups.setdefault(group_key(named), {})[index] = named
+            except ConverterError as exc:
+                refuse(index, exc)
+    return list(groups.values())
 
 
 def with_base(job: Job, *, offline: bool = False) -> Job:

@@ -10,6 +10,7 @@ from typing import Literal
 from converter import budget
 from converter.budget import Resources
 from converter.decide import make_plan
+from converter.estimate import computed
 from converter.inputs import Base, Inputs
 from converter.jobs import Job
 from converter.link import How
@@ -88,8 +89,7 @@ class Member:
         self.output_bytes, self.notes = plan.output_bytes, plan.notes
         tensors = list(plan.tensors())
         self.need = budget.need_of(tensors, plan.recipe, plan.resources)
-        self.values = sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
-        """Weights that are quantized or merged."""
+        self.values = computed(tensors)
 
     @property
     def plan(self) -> Plan:

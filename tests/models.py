@@ -10,6 +10,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from converter import Job, Recipe
+
 # Sizes that bitsandbytes' CPU forward accepts: in_features a multiple of 64, out_features of 32.
 _COMMON = {
     "hidden_size": 64,
@@ -110,3 +112,25 @@ def load(folder: Path, **settings: Any) -> PreTrainedModel:
     model_class = getattr(transformers, config.architectures[0])
     model: PreTrainedModel = model_class.from_pretrained(folder, **settings)
     return model.eval()
+
+
+def save_originals(folder: Path) -> Path:
+    """base, sharded and adapter, for tests to copy and to damage."""
+    save_base(folder / "base", "llama")
+    save_base(folder / "sharded", "llama", sharded=True)
+    save_adapter(folder / "adapter", folder / "base", "llama")
+    return folder
+
+
+def save_four(folder: Path) -> Path:
+    """A base, and adapters a0 to a3 beside it."""
+    base = save_base(folder / "base", "llama", sharded=True)
+    for number in range(4):
+        save_adapter(folder / f"a{number}", base, "llama", scale=0.03 * (number + 1), target_modules=["q_proj"])
+    return folder
+
+
+def four_jobs(inputs: Path, out: Path) -> list[Job]:
+    """Of `save_four`, two of one recipe, two of another: two parts of two jobs, whatever is predicted."""
+    recipes = [Recipe(), Recipe(block_size=128)]
+    return [Job(out / f"a{n}", inputs / f"a{n}", inputs / "base", recipes[n // 2]) for n in range(4)]

@@ -29,7 +29,7 @@ from converter.pipeline import Progress, plan_conversion
 from converter.read import LocalFolder
 from tests.folders import contents, copy, flip_bit, write_sums
 from tests.hub_server import StandInHub, sha256
-from tests.models import save_adapter, save_base
+from tests.models import save_adapter, save_originals
 
 SHARD, WEIGHTS, SUMS = "model.safetensors", "adapter_model.safetensors", "SHA256SUMS"
 ZEROS, ONES = "0" * 64, "1" * 64
@@ -37,26 +37,13 @@ ZEROS, ONES = "0" * 64, "1" * 64
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("originals")
-    save_base(folder / "base", "llama")
-    save_base(folder / "sharded", "llama", sharded=True)
-    save_adapter(folder / "adapter", folder / "base", "llama")
-    return folder
+    return save_originals(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture
 def place(originals: Path, tmp_path: Path) -> Path:
     """base, sharded and adapter, to be changed."""
     return copy(originals, tmp_path / "place")
-
-
-@pytest.fixture
-def handlers() -> Iterator[None]:
-    """Those of signals are as before, whatever the command line does to them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -89,7 +76,7 @@ def nothing_is_left_of(out: Path) -> bool:
 
 
 def test_a_flipped_bit_in_a_base_with_sums_is_refused_with_the_files_name_and_nothing_is_written(
-    place: Path, capfd: pytest.CaptureFixture[str], handlers: None
+    place: Path, capfd: pytest.CaptureFixture[str], signal_handlers: None
 ) -> None:
     base = place / "sharded"
     write_sums(base)

@@ -39,9 +39,8 @@ Run = Callable[..., Ran]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(capfd: pytest.CaptureFixture[str], signal_handlers: None) -> Run:
     """Runs the command line in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments: object) -> Ran:
         capfd.readouterr()
@@ -51,9 +50,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
         assert isinstance(ended.value.code, int)
         return Ran(ended.value.code, captured.out, captured.err)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(scope="module")

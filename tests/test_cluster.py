@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import converter.cluster
-from converter import Job, Outcome, Recipe, Terms, convert_batch
+from converter import Job, Outcome, Terms, convert_batch
 from converter.cli import main
 from converter.cluster import MOST_BEGINNINGS, convert_on_cluster
 from converter.errors import ConversionRefused, Interrupted
@@ -22,7 +22,7 @@ from converter.pipeline import Progress
 from converter.ray_cluster import Lost
 from converter.receipt import versions
 from converter.worker import convert_part
-from tests.models import save_adapter, save_base
+from tests.models import four_jobs, save_four
 from tests.reference import differences
 
 NODE = Node(cpus=1, gpus=0, memory=2_000_000_000)
@@ -98,18 +98,12 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and adapters a0 to a3 beside it."""
-    folder = tmp_path_factory.mktemp("cluster")
-    base = save_base(folder / "base", "llama", sharded=True)
-    for number in range(4):
-        save_adapter(folder / f"a{number}", base, "llama", scale=0.03 * (number + 1), target_modules=["q_proj"])
-    return folder
+    return save_four(tmp_path_factory.mktemp("cluster"))
 
 
 @pytest.fixture
 def jobs(inputs: Path, tmp_path: Path) -> list[Job]:
-    """Two of one recipe, two of another: two parts of two jobs, whatever is predicted."""
-    recipes = [Recipe(), Recipe(block_size=128)]
-    return [Job(tmp_path / "out" / f"a{n}", inputs / f"a{n}", inputs / "base", recipes[n // 2]) for n in range(4)]
+    return four_jobs(inputs, tmp_path / "out")
 
 
 @pytest.fixture
@@ -123,12 +117,7 @@ def listed(jobs: list[Job], tmp_path: Path) -> Path:
     return tmp_path / "jobs.jsonl"
 
 
-@pytest.fixture(autouse=True)
-def _handlers() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 def run(*arguments: object) -> int:

@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import socket
 import stat
 import struct
@@ -33,7 +32,7 @@ from converter.seal import Destination
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, contents, copy
 from tests.limits import HANG, cpu_below, no_hang
-from tests.models import save_adapter, save_base
+from tests.models import save_originals
 
 CONFIG, INDEX, ADAPTER_CONFIG = "config.json", "model.safetensors.index.json", "adapter_config.json"
 SHARD, WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -47,10 +46,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("originals")
-    save_base(folder / "base", "llama")
-    save_base(folder / "sharded", "llama", sharded=True)
-    save_adapter(folder / "adapter", folder / "base", "llama")
+    folder = save_originals(tmp_path_factory.mktemp("originals"))
     for base in ("base", "sharded"):
         shutil.copyfile(REPOSITORY / "fixtures" / "tiny-base" / "tokenizer.json", folder / base / "tokenizer.json")
     return folder
@@ -62,12 +58,7 @@ def place(originals: Path, tmp_path: Path) -> Path:
     return copy(originals, tmp_path / "place")
 
 
-@pytest.fixture(autouse=True)
-def _signal_handlers() -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
 def tree(folder: Path) -> dict[str, tuple[int, ...]]:

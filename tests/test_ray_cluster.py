@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
-from converter import Job, Recipe, convert_batch
+from converter import Job, convert_batch
 from converter.parts import Ask
 from converter.ray_cluster import options
 from converter.verify import verify
 from tests.conftest import REPOSITORY
-from tests.models import save_adapter, save_base
+from tests.models import four_jobs, save_four
 from tests.reference import differences
 
 PATIENCE = 240
@@ -140,17 +140,12 @@ class Scene:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, adapters a0 to a3 beside it, and a cache that knows them."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama", sharded=True)
-    for number in range(4):
-        save_adapter(folder / f"a{number}", base, "llama", scale=0.03 * (number + 1), target_modules=["q_proj"])
-    return folder
+    return save_four(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
 def scene(inputs: Path, tmp_path: Path) -> Iterator[Scene]:
-    recipes = [Recipe(), Recipe(block_size=128)]
-    jobs = [Job(tmp_path / "out" / f"a{n}", inputs / f"a{n}", inputs / "base", recipes[n // 2]) for n in range(4)]
+    jobs = four_jobs(inputs, tmp_path / "out")
     rows = [
         {"base": str(job.base), "adapter": str(job.adapter), "out": f"out/a{n}", "block_size": job.recipe.block_size}
         for n, job in enumerate(jobs)
