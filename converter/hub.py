@@ -26,7 +26,7 @@ from converter.errors import (
     InputChanged,
     WriteFailed,
 )
-from converter.hub_answers import checking
+from converter.hub_answers import checking, without_tokens
 from converter.read import INDEX, LocalFolder, read_bytes, read_json
 
 if TYPE_CHECKING:
@@ -462,7 +462,7 @@ def _is_local(exc: Exception) -> bool:
 
 def _brief(text: object) -> str:
     """At most 200 characters of somebody else's words, without tokens, credentials and signatures."""
-    words = " ".join(str(text).split())
+    words = without_tokens(" ".join(str(text).split()))
     for pattern, replacement in _SECRETS:
         words = pattern.sub(replacement, words)
     return words[:200]
@@ -470,7 +470,7 @@ def _brief(text: object) -> str:
 
 def _at_root(file: RepoSibling) -> bool:
     name = file.rfilename
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return name not in ("", ".", "..") and not set(name) & set("/\\") and name.isprintable()
 
 
 def _hub_file(file: RepoSibling) -> _HubFile:

@@ -1,4 +1,4 @@
-"""What a server of the Hub may answer: names that are no paths, and no more bytes than somebody wants.
+"""What a server of the Hub may answer: names that are no paths, no more bytes than somebody wants, and no tokens.
 
 huggingface_hub makes file names of a digest and a commit that the server states, and reads what a listing or an error
 has to its end. So each answer is looked at before the library sees it.
@@ -18,6 +18,8 @@ MAX_ERROR_BYTES = 100_000
 """Of what a server says of a failure; 200 characters of it are shown."""
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_sent: set[str] = set()
+"""Tokens that servers were given, and might repeat."""
 
 
 def checking(make_client: Callable[[], Any]) -> Callable[[], Any]:
@@ -25,11 +27,25 @@ def checking(make_client: Callable[[], Any]) -> Callable[[], Any]:
 
     def make() -> Any:
         client = make_client()
+        client.event_hooks["request"].append(_remember_token)
         client.event_hooks["response"].append(_check)
         return client
 
     make.checks = True  # type: ignore[attr-defined]
     return make
+
+
+def without_tokens(text: str) -> str:
+    """Somebody else's words without the tokens that they had from us, whatever these look like."""
+    for token in _sent:
+        text = text.replace(token, "…")
+    return text
+
+
+def _remember_token(request: Any) -> None:
+    token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if token:
+        _sent.add(token)
 
 
 def _check(response: Any) -> None:

@@ -483,7 +483,7 @@ def test_another_commit_than_the_one_asked_for_is_refused(hub: StandInHub, base:
 
 
 def test_names_that_lead_out_of_the_folder_are_not_seen(hub: StandInHub) -> None:
-    names = ["..", "", "../up", "/etc/passwd", "a\\b", "fine.json"]
+    names = ["..", "", "../up", "/etc/passwd", "a\\b", "LICENSE\x1b[2J", "LICENSE\n", "LICENSE\ud800", "fine.json"]
     files = [{"rfilename": name, "size": 1} for name in names]
     hub.failures, hub.failing_status = 1, 200
     hub.failing_body = json.dumps({"id": REPO, "sha": "0" * 40, "siblings": files})
@@ -560,6 +560,16 @@ def test_a_token_never_gets_into_a_message(hub: StandInHub, monkeypatch: pytest.
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
     assert hub.log[0].token == TOKEN
+
+
+def test_a_token_of_another_form_that_the_server_repeats_does_not_get_into_a_message_either(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "api_org_ThisIsNotForYourEyes")
+    hub.failing_message = "cannot serve api_org_ThisIsNotForYourEyes"
+    hub.failures, hub.failing_status = 1, 403
+    with pytest.raises(HubGated, match="cannot serve …"):
+        HubFolder(REPO)
 
 
 # Offline
