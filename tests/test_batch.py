@@ -193,6 +193,20 @@ def test_a_refused_adapter_does_not_stop_the_others(base: Path, three: list[Path
     assert not jobs[-1].out.exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "file/x", "loop", "loop/x", "x" * 300 + "/x"])
+def test_an_out_that_can_not_be_does_not_stop_the_others(
+    name: str, base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    jobs = [Job(tmp_path / name, three[0], base), *jobs_for(three[1:], base, tmp_path / "out")]
+
+    outcomes = convert_batch(jobs)
+
+    assert statuses(outcomes) == ["refused", "made", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == ["file", "loop", "out"]
+
+
 def test_a_strict_batch_makes_nothing_if_one_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
     jobs = [*jobs_for(three, base, tmp_path / "out"), Job(tmp_path / "out" / "a0", three[1], base)]
 
