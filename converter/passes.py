@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -45,7 +46,7 @@ class Place:
         """Shards that are made here."""
         self.production: Production | None = None
         inputs = Inputs(None, None, opened=group.base)
-        destination = Destination(_place_of(beside), inputs=inputs.folders, overwrite=False)
+        destination = _destination(beside, inputs.folders)
         tidy(member for member in group.members.values() if member is not beside or not self.count)
         shared = shards_of(plan, given_count, self.count)
         self.names = frozenset(tensor.name for tensor in shared.tensors())
@@ -313,16 +314,25 @@ def _place_of(first: Member) -> Path:
 
 def place_of(member: Member) -> Path:
     """The folder in which it would gather."""
-    return Destination(_place_of(member), inputs=(), overwrite=False).staging
+    return _destination(member).staging
+
+
+def _destination(member: Member, inputs: Iterable[Path] = ()) -> Destination:
+    """As if it were an OUT; `BadOutput` where something has that name, such as a link, which would be followed."""
+    place = _place_of(member)
+    if os.path.lexists(place):
+        raise BadOutput(f"{place}: is in the way: what the outputs have in common is made beside it")
+    return Destination(place, inputs=inputs, overwrite=False)
 
 
 def tidy(members: Iterable[Member]) -> None:
     """Take away what batches left that died, and that began with one of these; not what one makes that is running."""
     for member in members:
-        destination = Destination(_place_of(member), inputs=(), overwrite=False)
-        if destination.staging.exists():
-            with suppress(ConverterError), Staging(destination, {}, (), resume=False) as staging:
-                staging.spend()
+        with suppress(ConverterError):
+            destination = _destination(member)
+            if destination.staging.exists():
+                with Staging(destination, {}, (), resume=False) as staging:
+                    staging.spend()
 
 
 def _cut(plan: Plan, reserved: int) -> Plan:
