@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +18,23 @@ from converter.budget import Resources
 from converter.checksums import SUMS
 from converter.crew import Crew
 from converter.decide import make_plan
-from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
+from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
 from converter.pipeline import Progress, convert_tensors, one_thread
 from converter.plan import Plan, TensorPlan
 from converter.production import Target
 from converter.quantize import Quantizer
-from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
+from converter.read import Checkpoint, LocalFolder, TensorHeader, are_sizes, parse_json_object
 from converter.receipt import RECEIPT, read_receipt
 from converter.recipe import Recipe
+from converter.seal import sha256_of
 from converter.tiles import refuse_not_finite, torch_device, torch_dtype
 
 _STATE = ".quant_state.bitsandbytes__"
 _PIECE = 8 << 20
+MAX_STATE_BYTES = 10_000
+"""Of a quant state; bitsandbytes' have about 400."""
 
 
 @dataclass
@@ -91,16 +95,16 @@ def verify(
 
 
 def _check_files(out: Path, receipt: dict[str, Any], found: Verification) -> None:
+    # Looked up among what is there: a receipt may have any text for a name.
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.is_file(follow_symlinks=False)}
     for name, expected in sorted(receipt["files"].items()):
-        path = out / Path(name).name
-        if path.is_symlink() or not path.is_file():
+        if name not in sizes:
             found.problems.append(f"{name}: missing")
             continue
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if (size, digest) != (expected.get("bytes"), expected.get("sha256")):
-            found.problems.append(f"{name}: {size:,} bytes, sha256 {digest[:12]}…, the receipt says otherwise")
+        if sizes[name] != expected.get("bytes"):
+            found.problems.append(f"{name}: {sizes[name]:,} bytes, the receipt says otherwise")
+        elif (digest := sha256_of(out / name)) != expected.get("sha256"):
+            found.problems.append(f"{name}: sha256 {digest[:12]}…, the receipt says otherwise")
         found.files += 1
     known = {RECEIPT, SUMS, *receipt["files"]}
     extra = sorted(name for name in LocalFolder(out).names() - known if name.endswith(".safetensors"))
@@ -137,19 +141,26 @@ def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict
 
 
 def _read_state(written: Checkpoint, tensor: TensorHeader) -> dict[str, Any]:
+    """`BadCheckpoint` unless its sizes are some: what is computed with them would take what it likes."""
+    if tensor.nbytes > MAX_STATE_BYTES:
+        raise BadCheckpoint(f"{tensor.nbytes:,} bytes, expected at most {MAX_STATE_BYTES:,}")
     raw = bytearray(tensor.nbytes)
     written.folder.read_into(tensor.file, tensor.offset, memoryview(raw))
-    return parse_json_object(bytes(raw), tensor.name)
+    state = parse_json_object(bytes(raw), tensor.name)
+    blocks = [state.get("blocksize"), state.get("nested_blocksize", 1)]
+    if not are_sizes(state.get("shape")) or not are_sizes(blocks) or 0 in blocks:
+        raise BadCheckpoint("its shape or its block sizes are none")
+    return state
 
 
 def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state: dict[str, Any]) -> str | None:
-    count, block = math.prod(state["shape"]), int(state["blocksize"])
+    count, block = math.prod(state["shape"]), state["blocksize"]
     blocks = -(count // -block)
     nested = "nested_offset" in state
     expected = {"": ("U8", (-(count // -2), 1)), ".absmax": ("U8" if nested else "F32", (blocks,))}
     expected[".quant_map"] = ("F32", (16,))
     if nested:
-        expected[".nested_absmax"] = ("F32", (-(blocks // -int(state["nested_blocksize"])),))
+        expected[".nested_absmax"] = ("F32", (-(blocks // -state["nested_blocksize"]),))
         expected[".nested_quant_map"] = ("F32", (256,))
     if state["quant_type"] != quant_type:
         return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
@@ -188,17 +199,23 @@ def _check_values(
 
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
+    where = RECEIPT
     if receipt is not None:
-        stated = receipt["recipe"]
-        return Recipe(**stated | {"keep": tuple(stated["keep"])})
-    state = next(iter(quantized.values()), None) or {"quant_type": "none"}
-    return Recipe(
-        quant_type=state["quant_type"],
-        double_quant="nested_offset" in state,
-        block_size=state.get("blocksize", 64),
-        dtype=state.get("dtype") or written.config.get("dtype") or written.config.get("torch_dtype") or "bfloat16",
-        merge_precision="reference",
-    )
+        stated = receipt.get("recipe")
+    else:
+        state = next(iter(quantized.values()), None) or {"quant_type": "none"}
+        where, config = "its quant states and config.json", written.config
+        stated = {
+            "quant_type": state["quant_type"],
+            "double_quant": "nested_offset" in state,
+            "block_size": state.get("blocksize", 64),
+            "dtype": state.get("dtype") or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+            "merge_precision": "reference",
+        }
+    try:
+        return Recipe.from_json(stated)
+    except BadRecipe as exc:
+        raise BadCheckpoint(f"{where}: no recipe that can be understood: {exc}") from exc
 
 
 class _Comparer:

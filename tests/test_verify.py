@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from converter import Recipe, convert
 from converter.cli import main
 from converter.verify import verify
+from tests.folders import change_json
+from tests.limits import cpu_below
 from tests.models import save_adapter, save_base
 from tests.reference import nf4, reference_flow
 
@@ -119,6 +122,83 @@ def test_defects_are_found_without_a_receipt(
     assert any(re.search(message, problem) for problem in problems), problems
 
 
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"blocksize": 0},
+        {"blocksize": -64},
+        {"blocksize": 64.0},
+        {"blocksize": float("inf")},
+        {"nested_blocksize": 0},
+        {"shape": ["a", 10**11]},
+        {"shape": {"64": 1}},
+        {"shape": 64},
+        {"shape": [[64], 64]},
+        {"shape": [10**4000, 64]},
+        {"shape": [2**62] * 2000},
+    ],
+)
+def test_a_quant_state_that_makes_no_sense_is_found_and_not_computed_with(
+    stated: dict[str, object], inputs: tuple[Path, Path], out: Path
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        state = json.loads(bytes(tensors[STATE].tolist())) | stated
+        tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    change(out, damage)
+
+    with cpu_below(10):
+        problems = verify(out, *inputs).problems
+
+    assert any(problem.startswith(f"{WEIGHT}: its quant state can't be read") for problem in problems)
+
+
+def test_a_quant_state_of_gigabytes_is_not_read(out: Path) -> None:
+    size, shard = 1 << 30, out / "model.safetensors"
+    raw = shard.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    end = len(raw) - length
+    state = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+    header = json.dumps(json.loads(raw[8:length]) | {f"more.{STATE}": state}).encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + raw[length:])
+    os.truncate(shard, shard.stat().st_size + size)
+
+    with cpu_below(10):
+        problems = verify(out).problems
+
+    assert any(f"{size:,} bytes, expected at most" in problem for problem in problems)
+    assert any(problem.startswith("model.safetensors: ") for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [None, [1], {}, {"keep": 5}, {"keep": [["x"]]}, {"strange": 1}, {"quant_type": "q4"}, {"quant_type": {}},
+     {"block_size": 64.0}, {"max_shard_size": "5GB"}, {"double_quant": "yes"}],
+)  # fmt: skip
+def test_a_recipe_in_a_receipt_that_is_not_understood_is_a_problem(
+    recipe: object, inputs: tuple[Path, Path], out: Path
+) -> None:
+    change_json(out / "conversion.json", recipe=recipe)
+
+    problems = verify(out, *inputs).problems
+
+    if recipe == {}:  # the defaults
+        assert problems == []
+    else:
+        assert [problem for problem in problems if "no recipe that can be understood" in problem] == problems
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0", "\ud800", "", "..", "/etc/passwd", "../out/config.json"])
+def test_a_name_in_a_receipt_is_only_looked_up(name: str, out: Path) -> None:
+    receipt = json.loads((out / "conversion.json").read_text())
+    change_json(out / "conversion.json", files=receipt["files"] | {name: receipt["files"]["config.json"]})
+
+    assert verify(out).problems == [f"{name}: missing"]
+
+
 def test_a_config_that_quantizes_other_modules_is_found(out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "up_proj"]
@@ -157,4 +237,4 @@ def test_the_command_says_good_or_what_is_wrong_by_its_exit_code(
 
     assert (good.value.code, bad.value.code) == (0, 1)
     assert (first["good"], first["problems"]) == (True, [])
-    assert "README.md: 7 bytes, sha256" in capsys.readouterr().out
+    assert "README.md: 7 bytes, the receipt says otherwise" in capsys.readouterr().out
