@@ -116,7 +116,11 @@ def _ask_child(raw: str) -> Any:
     if _child is None:
         _child = _Child()
         atexit.register(dismiss)
-    return _child.ask(raw)
+    try:
+        return _child.ask(raw)
+    except errors.BadCheckpoint:  # it may have died of it, and the next question is about another checkpoint
+        dismiss()
+        raise
 
 
 def dismiss() -> None:

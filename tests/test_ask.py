@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,6 @@ def question(base: Checkpoint) -> dict[str, object]:
 
 
 def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkpoint) -> None:
-    import json
-
     child = _Child()
     here = ask.answer(json.loads(json.dumps(question(base))))
 
@@ -35,8 +34,6 @@ def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkp
 
 
 def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoint) -> None:
-    import json
-
     child = _Child()
     unknown = question(base) | {"config": base.config | {"architectures": ["NoSuchModel"]}}
 
@@ -54,6 +51,21 @@ def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
         child.ask("{}")
 
     child.end()
+
+
+def test_a_process_that_died_of_a_question_is_not_asked_the_next(
+    base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = ask._CHILD
+    monkeypatch.setattr(ask, "_child", None)
+    monkeypatch.setattr(ask, "_CHILD", "input()")
+    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
+        ask._ask_child("{}")
+    monkeypatch.setattr(ask, "_CHILD", alive)
+
+    assert ask._ask_child(json.dumps(question(base))) == ask.answer(json.loads(json.dumps(question(base))))
+
+    ask.dismiss()
 
 
 def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
