@@ -27,7 +27,7 @@ from converter.errors import (
     WriteFailed,
 )
 from converter.hub_answers import checking, without_tokens
-from converter.read import INDEX, LocalFolder, read_bytes, read_json
+from converter.read import INDEX, LocalFolder, is_folder, read_bytes, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -498,7 +498,7 @@ def digest_at_download(folder: LocalFolder, name: str) -> str | None:
     """
     # Commit, ETag and time in a line each, as in huggingface_hub._local_folder, which allows a second likewise.
     notes = folder.path / ".cache" / "huggingface" / "download"
-    if not notes.is_dir() or notes.resolve() != folder.path.resolve() / notes.relative_to(folder.path):
+    if not is_folder(notes) or notes.resolve() != folder.path.resolve() / notes.relative_to(folder.path):
         return None  # links out of the folder are not followed
     with contextlib.closing(LocalFolder(notes)) as records, contextlib.suppress(BadCheckpoint, ValueError):
         raw = read_bytes(records, f"{name}.metadata", limit=MAX_RECORD_BYTES)

@@ -631,6 +631,15 @@ def test_no_link_to_a_record_is_followed(what: str, downloaded: Path, place: Pat
         assert stated(folder, [shard.name]) == {}
 
 
+@pytest.mark.parametrize("name", [".cache", ".cache/huggingface", ".cache/huggingface/download"])
+@pytest.mark.parametrize("target", ["x" * 300, "/proc/self/fd/0", "."])
+def test_a_link_that_can_not_be_followed_is_no_record(name: str, target: str, downloaded: Path) -> None:
+    shutil.rmtree(downloaded / name)
+    (downloaded / name).symlink_to(target)
+    with closing(LocalFolder(downloaded)) as folder:
+        assert stated(folder, [shards_of(downloaded)[0].name]) == {}
+
+
 # The thing itself
 
 
