@@ -113,7 +113,9 @@ def convert_groups(
             )
         ended = cluster.finished(_TURN_SECONDS)
         report.hear(cluster.heard())
-        for number, result in ended:
+        for number, told in ended:
+            # One that was interrupted, and not by us, tells of none of its jobs.
+            result = told or Lost("somebody interrupted it")
             if isinstance(result, Lost) and beginnings[number] < MOST_BEGINNINGS:
                 report.note(number, f"begun again, as its worker was lost: {result.why}")
                 begin(number)

@@ -187,6 +187,25 @@ def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_ke
     assert outcomes[1].notes == ("begun again, as its worker was lost: NodeDiedError: it burns",)
 
 
+def test_a_part_that_somebody_else_interrupts_is_begun_again(
+    jobs: list[Job], use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = use(Nodes(NODE, NODE))
+    interrupted = iter([True])
+    make = nodes.finished
+
+    def finished(seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
+        (number, result), *_ = make(seconds)
+        return [(number, [] if next(interrupted, False) else result)]
+
+    monkeypatch.setattr(nodes, "finished", finished)
+
+    outcomes = convert_on_cluster(jobs)
+
+    assert all(outcome.is_good for outcome in outcomes)
+    assert len(nodes.begun) == 3
+
+
 def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[Job], use: Use) -> None:
     nodes = use(Nodes(NODE, NODE, lose=lambda number: number == 0))
 
@@ -312,6 +331,8 @@ def test_where_no_node_has_the_memory_it_ends_with_2_and_one_line(
         ("127.0.0.1:1", "no cluster answers there"),
         ("nowhere.invalid:6379", "no cluster answers there"),
         ("127.0.0.1:99999", "no cluster answers there"),
+        (f"{'x' * 64}:6379", "no cluster answers there"),
+        ("a..b:6379", "no cluster answers there"),
         ("auto", "neither local nor HOST:PORT"),
         ("ray://127.0.0.1:10001", "neither local nor HOST:PORT"),
     ],
