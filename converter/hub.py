@@ -208,7 +208,7 @@ class HubFolder:
 
         try:
             found = self._retrying(listing)
-            commit = found.sha or ""
+            commit = str(found.sha or "")
             files = {file.rfilename: _hub_file(file) for file in found.siblings or () if _at_root(file)}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self._not_a_hub() from None

@@ -467,6 +467,8 @@ def test_an_endpoint_that_is_no_url_is_refused(hub: StandInHub, endpoint: str, m
         "{}",
         '{"id": "maker/base", "sha": "../../..", "siblings": []}',
         '{"id": "maker/base", "sha": "%s", "siblings": [{"rfilename": "without a size"}]}' % ("0" * 40),
+        json.dumps({"id": REPO, "sha": 5, "siblings": []}),
+        json.dumps({"id": REPO, "sha": ["0"], "siblings": []}),
     ],
 )
 def test_an_answer_that_is_not_a_hubs_is_recognized(hub: StandInHub, answer: str) -> None:
