@@ -80,7 +80,7 @@ def _last_part(reference: str) -> str:
 def split_name(text: str) -> tuple[str | None, str]:
     """NAME=PATH; a path that has such a sign in it and exists is a path."""
     name, sign, adapter = text.partition("=")
-    return (name, adapter) if sign and name and "/" not in name and not Path(text).exists() else (None, text)
+    return (name, adapter) if sign and name and "/" not in name and not os.path.lexists(text) else (None, text)
 
 
 def read_jobs(path: Path) -> list[Job]:

@@ -258,6 +258,12 @@ def test_jobs_that_clash_or_cannot_be_planned_are_refused_and_stop_no_other(
 
 
 @pytest.mark.usefixtures("unasked")
+def test_a_name_too_long_for_a_folder_stops_no_other(jobs: list[Job], use: Use) -> None:
+    use(Nodes(NODE))
+    jobs[1:] = [replace(jobs[1], base="x" * 300), replace(jobs[2], adapter="x" * 300)]
+    assert statuses(convert_on_cluster(jobs)) == ["made", "refused", "refused"]
+
+
 def test_where_all_are_refused_no_cluster_is_asked(jobs: list[Job], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert statuses(convert_on_cluster([replace(job, adapter=tmp_path / "empty") for job in jobs])) == ["refused"] * 4

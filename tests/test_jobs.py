@@ -236,6 +236,10 @@ def test_a_folder_beside_the_file_is_meant_before_an_id_of_the_hub(tmp_path: Pat
     assert (job.adapter, job.base) == (str(tmp_path / "org" / "one"), "org/two")
 
 
+def test_what_follows_an_equals_sign_may_be_longer_than_a_name() -> None:
+    assert named_jobs(["a=" + "x" * 300], Path("z"), "x", Recipe())[0].adapter == "x" * 300
+
+
 def test_a_path_with_an_equals_sign_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r=8").mkdir()
     monkeypatch.chdir(tmp_path)
