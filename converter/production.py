@@ -124,7 +124,7 @@ class Production:
         for file, writer in self._writers.items():
             if writer.is_lost:
                 self.staging.journal.forget(file)
-        return bool(self.staging.journal.entries)
+        return bool(self.staging.journal.entries) and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
         journal = self.staging.journal
