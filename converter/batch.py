@@ -165,6 +165,8 @@ class Batch:
                         pending[indices[number]].forget()
                 if not self.unfinished & pending.keys():
                     place.spend()
+            if not self.unfinished & pending.keys():
+                tidy(group.members.values())
         except Interrupted as exc:
             exc.args = (f"{exc}; what is done is kept: the same command goes on with it",)
             raise

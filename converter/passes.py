@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+import json
+import os
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 from converter import budget
 from converter.digests import remember
-from converter.errors import BadOutput, ConverterError, Interrupted
+from converter.errors import BadOutput, ConverterError, Interrupted, WriteFailed
 from converter.inputs import Inputs
 from converter.jobs import group_key
 from converter.journal import job_of
@@ -21,15 +23,19 @@ from converter.pipeline import Progress, convert_tensors, crew_of, one_thread, s
 from converter.plan import Plan, with_tiles
 from converter.production import UNFINISHED_BUSINESS, Made, Production, Target
 from converter.quantize import Quantizer
+from converter.read import LocalFolder, read_json
 from converter.seal import Destination, Staging
 from converter.sharing import Given, laid_out, shards_of
 from converter.tiles import torch_device
+from converter.write import write_file
 
 if TYPE_CHECKING:
     from converter.batch import Batch
     from converter.members import Group, Member, Terms
 
 MISSED = "shards of an earlier output, gone or changed since they were looked at, were made again"
+_OUTPUTS = ".outputs"
+"""Of a place: names the outputs that it is for, first the one that it is named by."""
 _IN_COMMON = -1
 """The number of what is nobody's own, among the numbers of outputs."""
 
@@ -46,7 +52,7 @@ class Place:
         self.production: Production | None = None
         inputs = Inputs(None, None, opened=group.base)
         destination = Destination(_place_of(beside), inputs=inputs.folders, overwrite=False)
-        tidy(member for member in group.members.values() if member is not beside or not self.count)
+        tidy(group.members.values(), but=destination.staging if self.count else None)
         shared = shards_of(plan, given_count, self.count)
         self.names = frozenset(tensor.name for tensor in shared.tensors())
         """Tensors that are made here."""
@@ -58,6 +64,10 @@ class Place:
         except BadOutput:
             # What another batch left is of no use to this one; a batch that is running has the lock, and refuses again.
             staging = Staging(destination, job, files, resume=False)
+        outs = [beside, *(member for member in group.members.values() if member is not beside)]
+        names = [os.path.relpath(member.destination.out, destination.out.parent) for member in outs]
+        with suppress(WriteFailed):  # nobody needs it to go on
+            write_file(staging.folder / _OUTPUTS, json.dumps({"outputs": names}).encode())
         self.production = Production(shared, None, staging)
 
     def cut(self, reserved: int) -> None:
@@ -316,13 +326,31 @@ def place_of(member: Member) -> Path:
     return Destination(_place_of(member), inputs=(), overwrite=False).staging
 
 
-def tidy(members: Iterable[Member]) -> None:
-    """Take away what batches left that died, and that began with one of these; not what one makes that is running."""
-    for member in members:
-        destination = Destination(_place_of(member), inputs=(), overwrite=False)
-        if destination.staging.exists():
+def tidy(members: Collection[Member], but: Path | None = None) -> None:
+    """Take away what batches left that died, and that began with one of these, or had one of these in a list whose
+    others are made since; not what one makes that is running, nor what is wanted again."""
+    places = {place_of(member) for member in members}
+    outs = {member.destination.out for member in members}
+    for folder in {place.parent for place in places}:
+        places |= {place for place in folder.glob(".shared-*.partial") if _is_left(place, outs)}
+    for place in places - {but}:
+        if place.exists():
+            destination = Destination(place.with_suffix(""), inputs=(), overwrite=False)
             with suppress(ConverterError), Staging(destination, {}, (), resume=False) as staging:
                 staging.spend()
+
+
+def _is_left(place: Path, outs: Container[Path]) -> bool:
+    """Whether nothing is left to be made with what is in a place for some of `outs`, unless it is for the output that
+    the place is named by: its batch would find that place, and does without it where it is gone."""
+    with suppress(ConverterError, OSError, ValueError), closing(LocalFolder(place)) as folder:
+        names = read_json(folder, _OUTPUTS).get("outputs")
+        if isinstance(names, list):
+            was_for = [Path(os.path.realpath(place.parent / str(name))) for name in names]
+            if any(out in outs for out in was_for):
+                others = (Destination(out, inputs=(), overwrite=False) for out in was_for[1:])
+                return not any(other.staging.exists() for other in others)
+    return False
 
 
 def _cut(plan: Plan, reserved: int) -> Plan:

@@ -119,12 +119,12 @@ class Production:
 
     def keep(self) -> bool:
         """After an exception: make durable what is there. Whether a run of the same command can go on with it."""
-        with suppress(WriteFailed):
+        with suppress(Exception):  # whatever fails here must not hide what went wrong
             self._sync()
         for file, writer in self._writers.items():
             if writer.is_lost:
                 self.staging.journal.forget(file)
-        return bool(self.staging.journal.entries)
+        return bool(self.staging.journal.entries) and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
         journal = self.staging.journal
@@ -181,10 +181,8 @@ class Production:
     def close(self, reason: BaseException | None) -> None:
         """Let go of files and staging folder; `reason` says whether what was made is of any more use."""
         kind = None if reason is None else type(reason)
-        with suppress(WriteFailed):
-            self._await_sync()
         if self._background is not None:
-            self._background.shutdown()
+            self._background.shutdown()  # waits for a sync; what that meets with is of no more interest
         for writer in self._writers.values():
             writer.__exit__(kind, reason, None)
         self._writers.clear()

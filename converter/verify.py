@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from converter.ask import check_output
 from converter.budget import Resources
-from converter.checksums import SUMS
+from converter.checksums import SUMS, read_sums
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
@@ -27,8 +28,11 @@ from converter.quantize import Quantizer
 from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
 from converter.receipt import RECEIPT, read_receipt
 from converter.recipe import Recipe
+from converter.seal import sha256_of
+from converter.side_files import is_loaded
 from converter.tiles import refuse_not_finite, torch_device, torch_dtype
 
+_RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 _STATE = ".quant_state.bitsandbytes__"
 _PIECE = 8 << 20
 
@@ -40,7 +44,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     """One line each; empty: nothing was found."""
     files: int = 0
-    """Files whose size and sha256 were held against the receipt."""
+    """Files whose size and sha256 were held against the receipt, or SHA256SUMS."""
     tensors: int = 0
     """Tensors that were read for NaN and infinity."""
     recomputed: int = 0
@@ -67,14 +71,13 @@ def verify(
 ) -> Verification:
     """Look at a checkpoint: digests, structure, values; with `base` or `adapter`, make it again and compare.
 
-    `sample` is the share of tensors that are made again, chosen by their names. Raises a `ConversionRefused` where
-    there is nothing to look at: no folder, another base.
+    `sample` is the share of each shard's tensors that are made again, chosen by their names. Raises a
+    `ConversionRefused` where there is nothing to look at: no folder, another base.
     """
     folder = LocalFolder(out)
     receipt = read_receipt(out)
     found = Verification(has_receipt=receipt is not None)
-    if receipt is not None:
-        _check_files(out, receipt, found)
+    _check_files(out, receipt, found)
     try:
         with Checkpoint(folder) as written:
             quantized = _check_structure(written, found)
@@ -90,21 +93,42 @@ def verify(
     return found
 
 
-def _check_files(out: Path, receipt: dict[str, Any], found: Verification) -> None:
-    for name, expected in sorted(receipt["files"].items()):
+def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification) -> None:
+    """Hold files against the receipt, the receipt and what else it doesn't know against SHA256SUMS."""
+    known = receipt["files"] if receipt is not None else {}
+    stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
+    there = {entry.name for entry in os.scandir(out)}
+    if receipt is not None or SUMS in there:
+        for name, sha256 in _sums(out, there, found).items():
+            _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))
+            if expected != sha256:
+                found.problems.append(f"{SUMS}: of {name} it says another sha256 than the receipt")
+    for name, (said_by, sha256, size) in sorted(stated.items()):
         path = out / Path(name).name
         if path.is_symlink() or not path.is_file():
             found.problems.append(f"{name}: missing")
             continue
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if (size, digest) != (expected.get("bytes"), expected.get("sha256")):
-            found.problems.append(f"{name}: {size:,} bytes, sha256 {digest[:12]}…, the receipt says otherwise")
+        nbytes, digest = path.stat().st_size, sha256_of(path)
+        if digest != sha256 or size not in (None, nbytes):
+            found.problems.append(f"{name}: {nbytes:,} bytes, sha256 {digest[:12]}…, {said_by} otherwise")
         found.files += 1
-    known = {RECEIPT, SUMS, *receipt["files"]}
-    extra = sorted(name for name in LocalFolder(out).names() - known if name.endswith(".safetensors"))
-    found.problems += [f"{name}: not in the receipt, and loaders would read it" for name in extra]
+    if receipt is not None:
+        extra = sorted(name for name in there - known.keys() if name.endswith(".safetensors") or is_loaded(name))
+        found.problems += [f"{name}: not in the receipt, and loaders would read it" for name in extra]
+
+
+def _sums(out: Path, there: Container[str], found: Verification) -> dict[str, str]:
+    if SUMS not in there:
+        found.problems.append(f"{SUMS}: missing")
+        return {}
+    folder = LocalFolder(out)
+    try:
+        return read_sums(folder)
+    except BadCheckpoint as exc:
+        found.problems.append(str(exc))
+        return {}
+    finally:
+        folder.close()
 
 
 def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict[str, Any]]:
@@ -189,8 +213,11 @@ def _check_values(
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
     if receipt is not None:
-        stated = receipt["recipe"]
-        return Recipe(**stated | {"keep": tuple(stated["keep"])})
+        try:
+            stated = receipt["recipe"]
+            return Recipe(**stated | {"keep": tuple(stated["keep"])})
+        except (KeyError, TypeError, ConversionRefused):
+            raise BadCheckpoint(f"{RECEIPT}: its recipe can't be understood") from None
     state = next(iter(quantized.values()), None) or {"quant_type": "none"}
     return Recipe(
         quant_type=state["quant_type"],
@@ -212,8 +239,7 @@ class _Comparer:
     def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
         tensor = self._written.tensors.get(name)
         if tensor is None:
-            self.different[name] = "missing"
-            return len(raw)
+            return len(raw)  # its header is looked at, too
         there = bytearray(len(raw))
         if start + len(raw) > tensor.nbytes or (self._outputs[name].is_state and len(raw) != tensor.nbytes):
             self.different[name] = f"{tensor.nbytes:,} bytes, expected {max(start + len(raw), 1):,}"
@@ -232,7 +258,8 @@ def _compare(
     found: Verification,
     progress: Callable[[Progress], None],
 ) -> None:
-    tensors = [tensor for tensor in plan.tensors() if _is_sampled(tensor.name, sample)]
+    chosen = _sample(plan, written, sample)
+    tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
     comparer = _Comparer(written, tensors)
     quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
     with one_thread(), Crew(plan.resources.threads, plan.resources.slots) as crew:
@@ -246,13 +273,34 @@ def _compare(
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))
-    found.problems += [f"{name}: {what}" for name, what in sorted(comparer.different.items())]
-    planned = {output.name for tensor in plan.tensors() for output in tensor.outputs}
+    planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
+    different = comparer.different | _other_headers(written, planned)
+    found.problems += [f"{name}: {what}" for name, what in sorted(different.items())]
     found.problems += [
-        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned)
+        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned.keys())
     ]
 
 
-def _is_sampled(name: str, share: float) -> bool:
-    """Whether a tensor is among the `share` that is looked at: the same ones each time, spread over the model."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < share * 2**32
+def _other_headers(written: Checkpoint, planned: Mapping[str, Output]) -> dict[str, str]:
+    """Tensors that are missing, or whose bytes a loader would take for something else."""
+    other: dict[str, str] = {}
+    for name, output in planned.items():
+        there = written.tensors.get(name)
+        if there is None:
+            other[name] = "missing"
+        elif there.dtype != output.dtype or (there.shape != output.shape and not output.is_state):
+            other[name] = f"{there.dtype} {list(there.shape)}, expected {output.dtype} {list(output.shape)}"
+    return other
+
+
+def _sample(plan: Plan, written: Checkpoint, share: float) -> set[str]:
+    """The tensors that are looked at: of each shard the same ones each time, and one at least."""
+    shards: dict[str, list[str]] = {}
+    for tensor in plan.tensors():
+        there = written.tensors.get(tensor.outputs[0].name)
+        shards.setdefault(there.file if there is not None else "", []).append(tensor.name)
+    chosen: set[str] = set()
+    for names in shards.values():
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        chosen |= {*names[: math.ceil(share * len(names))]}
+    return chosen

@@ -126,6 +126,7 @@ class ShardWriter:
     ) -> None:
         self._plan = plan
         self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
+        self._state_names = {t.name: [output.name for output in t.outputs if output.is_state] for t in plan.tensors}
         self._lost = False
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
@@ -176,7 +177,8 @@ class ShardWriter:
 
     def states(self, tensor: str) -> dict[str, str]:
         """A tensor's quant states."""
-        return {name: raw.decode() for name, raw in self._states.items() if self._owner[name] == tensor}
+        # By their names: other threads add those of other tensors meanwhile.
+        return {name: self._states[name].decode() for name in self._state_names[tensor] if name in self._states}
 
     def sync(self) -> None:
         """Make durable what was written."""

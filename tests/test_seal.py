@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
+from converter.pipeline import Progress
 from converter.quantize import Quantizer
 from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
@@ -447,6 +448,70 @@ def test_a_second_run_for_the_same_out_is_refused(base: Path, adapter: Path, out
 
     assert second == [f"{out}.partial: another conversion is writing it"]
     assert (out / "conversion.json").exists()
+
+
+def hold(staging: Path, *, journal: bool = True) -> None:
+    """Make a staging folder as another run does that lives, in the place of the one that is there."""
+    staging.rename(staging.with_name("aside"))
+    staging.mkdir()
+    for name in (".lock", ".journal") if journal else (".lock",):
+        (staging / name).write_text("another's")
+
+
+def test_a_lock_whose_folder_another_run_took_away_meanwhile_gives_no_right_to_the_one_that_is_there_now(
+    base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        hold(out.with_name("out.partial"))
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(BadOutput, match="another conversion is writing it"):
+            convert(base, adapter, out)
+
+    assert contents(out.with_name("out.partial")) == dict.fromkeys([".lock", ".journal"], b"another's")
+
+
+def test_where_nothing_is_to_be_done_a_folder_that_another_run_makes_meanwhile_stays(
+    inputs: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(*inputs, out, resources=ONE_THREAD)
+    staging, flock = out.with_name("out.partial"), fcntl.flock
+    staging.mkdir()
+    (staging / ".lock").touch()
+
+    def late(descriptor: int, how: int) -> None:
+        hold(staging)
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        assert convert(*inputs, out, resources=ONE_THREAD).nothing_to_do
+
+    assert len(contents(staging)) == 2
+
+
+def test_a_run_whose_staging_folder_is_taken_away_neither_gives_the_next_ones_its_name_nor_removes_it(
+    base: Path, adapter: Path, out: Path
+) -> None:
+    staging = out.with_name("out.partial")
+
+    def take_away(progress: Progress) -> None:
+        if progress.stage == "sealing":
+            shards = {name: raw for name, raw in contents(staging).items() if name.endswith(".safetensors")}
+            hold(staging)
+            for name, raw in shards.items():
+                (staging / name).write_bytes(raw)
+
+    with pytest.raises(WriteFailed, match=r"out\.partial: was taken away while it was written") as failed:
+        convert(base, adapter, out, progress=take_away)
+
+    assert "is kept" not in message(failed)
+    assert not out.exists()
+    assert (staging / ".lock").read_text() == "another's"
 
 
 def test_what_a_dead_run_left_is_used_again_but_not_while_it_lives(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Recipe, convert
+from converter import Job, Recipe, convert, convert_batch
 from converter.cli import main
 from converter.verify import verify
+from tests.folders import change_json
 from tests.models import save_adapter, save_base
 from tests.reference import nf4, reference_flow
 
@@ -53,7 +54,7 @@ def test_what_was_made_is_good_and_is_what_base_and_adapter_give(
 
     assert (found.problems, found.has_receipt) == ([], True)
     assert found.recomputed == len(load_file_names(inputs[0]))
-    assert found.files == len(list(out.iterdir())) - 2
+    assert found.files == len(list(out.iterdir())) - 1
 
 
 def load_file_names(base: Path) -> set[str]:
@@ -83,6 +84,26 @@ def test_a_sample_is_the_same_each_time_and_about_as_large_as_asked_for(inputs: 
 
     assert counts[0] == counts[1]
     assert 0 < counts[0] < counts[2] < len(load_file_names(inputs[0]))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_a_sample_is_of_every_shard(share: float, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Here one that other outputs have, too, and one of its own."""
+    job = Job(tmp_path / "out", inputs[1], inputs[0])
+    other = Job(tmp_path / "other", save_adapter(tmp_path / "adapter", inputs[0], "llama", scale=0.2), inputs[0])
+    assert all(outcome.is_good for outcome in convert_batch([job, other]))
+    out = job.out
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:  # everything in it becomes another, and stays what it was in the other output
+        tensors = {n: (~t.view(torch.uint8)).view(t.dtype) for n, t in load_file(shard).items()}
+        shard.unlink()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    problems = verify(out, *inputs, sample=share).problems
+
+    different = {problem.partition(":")[0] for problem in problems if "differs from what base and adapter" in problem}
+    assert all(different & load_file(shard).keys() for shard in shards)
 
 
 def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Path, Path], out: Path) -> None:
@@ -119,6 +140,29 @@ def test_defects_are_found_without_a_receipt(
     assert any(re.search(message, problem) for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("recipe", "name", "what"),
+    [
+        (Recipe(), "model.norm.weight", lambda tensor: tensor.view(torch.float16)),
+        (Recipe(quant_type="int8"), "model.layers.0.mlp.up_proj.SCB", lambda tensor: torch.cat([tensor, tensor])),
+    ],
+    ids=["a dtype", "a shape"],
+)
+def test_the_same_bytes_under_another_dtype_or_shape_are_found_by_comparison(
+    recipe: Recipe,
+    name: str,
+    what: Callable[[torch.Tensor], torch.Tensor],
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    out = convert(*inputs, tmp_path / "out", recipe).out
+    change(out, lambda tensors: tensors.update({name: what(tensors[name])}), receipt=True)
+
+    problems = verify(out, *inputs, sample=0.01).problems
+
+    assert any(re.match(rf"{name}: F\d+ \[\d+\], expected B?F\d+ \[\d+\]", problem) for problem in problems), problems
+
+
 def test_a_config_that_quantizes_other_modules_is_found(out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "up_proj"]
@@ -137,6 +181,55 @@ def test_missing_and_superfluous_files_are_found(out: Path) -> None:
     problems = verify(out).problems
 
     assert problems == ["README.md: missing", "consolidated.safetensors: not in the receipt, and loaders would read it"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "adapter_config.json", "x.safetensors"])
+def test_a_file_that_was_added_is_found_if_loaders_would_read_it(name: str, out: Path) -> None:
+    for added in ("notes.txt", "LICENSE", "eval_results.json"):
+        (out / added).touch()
+    assert verify(out).problems == []
+
+    (out / name).symlink_to("/dev/null")
+
+    assert verify(out).problems == [f"{name}: not in the receipt, and loaders would read it"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: (out / "SHA256SUMS").unlink(), "SHA256SUMS: missing"),
+        (lambda out: (out / "SHA256SUMS").write_text("no sums"), "SHA256SUMS: line 1 is 'no sums', expected a sha256"),
+        (
+            lambda out: (out / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n"),
+            "SHA256SUMS: of config.json it says another sha256 than the receipt",
+        ),
+        (lambda out: change_json(out / "conversion.json", tensors={}), "conversion.json: .* SHA256SUMS says otherwise"),
+        (lambda out: (out / "conversion.json").unlink(), "conversion.json: missing"),
+        (lambda out: (out / "conversion.json").write_text("{"), "conversion.json: .* SHA256SUMS says otherwise"),
+    ],
+    ids=["no sums", "no sums in it", "other sums", "another receipt", "no receipt", "no receipt in it"],
+)
+def test_the_receipt_and_the_sums_are_held_against_each_other(
+    change: Callable[[Path], object], message: str, out: Path
+) -> None:
+    change(out)
+
+    problems = verify(out).problems
+
+    assert len(problems) == 1
+    assert re.search(message, problems[0])
+
+
+@pytest.mark.parametrize("recipe", [None, {}, {"keep": 1}, {"keep": [], "quant_type": "nf5"}])
+def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_it(
+    recipe: object, inputs: tuple[Path, Path], out: Path
+) -> None:
+    change_json(out / "conversion.json", recipe=recipe)
+
+    found = verify(out, *inputs)
+
+    assert "conversion.json: its recipe can't be understood" in found.problems
+    assert found.recomputed == 0
 
 
 def test_the_sums_work_with_the_usual_program(out: Path) -> None:
