@@ -302,6 +302,7 @@ def _run_batch(
     **options: Any,
 ) -> None:
     """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
+    from converter.errors import printable
     from converter.heap import keep_small
     from converter.members import Terms
     from converter.show import batch_json, batch_text, print_json, progress_bar
@@ -314,7 +315,7 @@ def _run_batch(
 
         def tell(outcome: Outcome) -> None:
             if not outcome.is_good:
-                click.echo(f"error: {outcome.job.label}: {outcome.message}", err=True)
+                click.echo(f"error: {printable(outcome.job.label)}: {outcome.message}", err=True)
 
         how: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
         forecasts: list[Forecast] = []

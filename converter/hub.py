@@ -26,6 +26,7 @@ from converter.errors import (
     InputChanged,
     WriteFailed,
 )
+from converter.hub_answers import checking, without_tokens
 from converter.read import INDEX, LocalFolder, read_bytes, read_json
 
 if TYPE_CHECKING:
@@ -153,7 +154,10 @@ class HubFolder:
             size = self._file(name).size
             if self._cached is None:
                 self._download(name, progress)
-            found = (self.snapshot / name).stat().st_size
+            try:
+                found = (self.snapshot / name).stat().st_size
+            except FileNotFoundError:  # of another commit than was asked for
+                raise self._not_a_hub() from None
             if found != size:
                 raise HubFailed(
                     f"{self.label}: {name} has {found:,} bytes in the cache, expected {size:,}: "
@@ -315,11 +319,21 @@ class HubFolder:
     def _download(self, name: str, progress: Progress | None) -> None:
         from huggingface_hub import hf_hub_download
 
-        counter = _counter_class(lambda done: progress(name, done) if progress is not None else None)
-        self._retrying(
-            lambda: hf_hub_download(self.repo_id, name, revision=self.commit, tqdm_class=counter),
-            name,
-        )
+        size = self._files[name].size
+
+        def count(done: int) -> None:
+            if done > size:
+                raise HubFailed(f"{self.label}: {name}: the server sent more than {size:,} bytes")
+            if progress is not None:
+                progress(name, done)
+
+        try:
+            self._retrying(
+                lambda: hf_hub_download(self.repo_id, name, revision=self.commit, tqdm_class=_counter_class(count)),
+                name,
+            )
+        except ValueError:  # what the library says of headers that it can't use
+            raise self._not_a_hub() from None
 
     def _retrying(self, action: Callable[[], T], name: str = "") -> T:
         """The action's result; its errors become ours, after more tries where these may help.
@@ -388,10 +402,12 @@ def _translated_status(where: str, status: int, server_message: str | None) -> C
 
 
 def _prepare_library() -> None:
-    """Import huggingface_hub and have it send no telemetry and print no warnings."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import logging
+    """Import huggingface_hub and have it send no telemetry, print no warnings and take no odd answers."""
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import _http, logging
 
+    if not hasattr(_http._GLOBAL_CLIENT_FACTORY, "checks"):
+        set_client_factory(checking(_http._GLOBAL_CLIENT_FACTORY))
     # Unlike the environment variable, this works after the import as well. Without it, requests carry what is
     # installed here, and the first one is preceded by another that is not about the repository.
     constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -446,7 +462,7 @@ def _is_local(exc: Exception) -> bool:
 
 def _brief(text: object) -> str:
     """At most 200 characters of somebody else's words, without tokens, credentials and signatures."""
-    words = " ".join(str(text).split())
+    words = without_tokens(" ".join(str(text).split()))
     for pattern, replacement in _SECRETS:
         words = pattern.sub(replacement, words)
     return words[:200]
@@ -454,7 +470,7 @@ def _brief(text: object) -> str:
 
 def _at_root(file: RepoSibling) -> bool:
     name = file.rfilename
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    return name not in ("", ".", "..") and not set(name) & set("/\\") and name.isprintable()
 
 
 def _hub_file(file: RepoSibling) -> _HubFile:

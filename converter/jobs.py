@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadRecipe, ConverterError
+from converter.errors import BadCheckpoint, BadRecipe, ConverterError
 from converter.inputs import Reference, base_of_adapter, open_adapter
+from converter.read import is_folder, parse_json_object
 from converter.recipe import Recipe
 
-MOST_BYTES = 64_000_000
-"""Of a file of jobs."""
+MOST_BYTES = 10_000_000
+"""Of a file of jobs; one of 100,000 jobs has about as many."""
+MOST_DOTS = 100
+"""In a line of TOML, outside of strings and comments; the keys of a job have two."""
+_QUOTED = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+(?:"{3,5})?|"(?:[^"\\\n]|\\.)*+"?|#[^\n]*'''
+    r"""|'''(?:[^']|'(?!''))*+(?:'{3,5})?|'[^'\n]*+'?""",
+    re.DOTALL,
+)
 _RECIPE = {field.name for field in fields(Recipe)}
 _OF_A_JOB = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
-_NAME = re.compile(r"[^/\0]+")
+_NAME = re.compile(r"[^/\0.][^/\0]*")
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def named_jobs(
     for text in adapters:
         name, adapter = split_name(text)
         name = name or _last_part(adapter)
-        if _NAME.fullmatch(name) is None or name in (".", "..") or name.startswith("."):
+        if _NAME.fullmatch(name) is None:
             raise BadRecipe(f"--adapter {text}: {name!r} can't be a folder's name; give NAME=PATH")
         if name in jobs:
             raise BadRecipe(f"--adapter {text}: another one is called {name}, too; give NAME=PATH")
@@ -82,24 +91,40 @@ def read_jobs(path: Path) -> list[Job]:
     relative to the file. Raises `BadRecipe`, naming the job.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
+        # Whatever else it is might make us wait, or have no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadRecipe(f"{path}: not a plain file")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
             raise BadRecipe(f"{path}: more than {MOST_BYTES:,} bytes")
-        text = path.read_text()
-        if path.suffix == ".toml":
-            whole = _spelled(tomllib.loads(text))
-            rows = whole.pop("jobs", None)
-            if not isinstance(rows, list):
-                raise BadRecipe(f"{path}: has no [[jobs]]")
-            defaults = whole | _spelled(whole.pop("recipe", {}))
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            defaults = {}
+        rows, defaults = _of_toml(path, raw) if path.suffix == ".toml" else (_of_lines(path, raw), {})
+    except BadCheckpoint as exc:
+        raise BadRecipe(str(exc)) from exc
     except (OSError, ValueError, RecursionError) as exc:
         raise BadRecipe(f"{path}: {getattr(exc, 'strerror', None) or exc}") from exc
     jobs = [_job(path, number, row, defaults) for number, row in enumerate(rows, 1)]
     if not jobs:
         raise BadRecipe(f"{path}: has no jobs")
     return jobs
+
+
+def _of_toml(path: Path, raw: bytes) -> tuple[list[Any], dict[str, Any]]:
+    text = raw.decode()
+    # tomllib takes time and memory by the square of a key's parts, and a key is in one line.
+    for line in _QUOTED.sub("_", text).split("\n"):
+        if line.count(".") > MOST_DOTS:
+            raise BadRecipe(f"{path}: a line has more than {MOST_DOTS} dots outside of strings")
+    whole = _spelled(tomllib.loads(text))
+    rows = whole.pop("jobs", None)
+    if not isinstance(rows, list):
+        raise BadRecipe(f"{path}: has no [[jobs]]")
+    return rows, whole | _spelled(whole.pop("recipe", {}))
+
+
+def _of_lines(path: Path, raw: bytes) -> list[Any]:
+    lines = [line for line in raw.split(b"\n") if line.strip()]
+    return [parse_json_object(line, f"{path}: job {number}") for number, line in enumerate(lines, 1)]
 
 
 def _job(path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> Job:
@@ -113,39 +138,48 @@ def _job(path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> J
     if unknown := sorted(stated.keys() - _OF_A_JOB - _RECIPE):
         raise BadRecipe(f"{where}: {unknown[0]!r} is not known; known: {', '.join(sorted(_OF_A_JOB | _RECIPE))}")
     for key in _OF_A_JOB & stated.keys():
-        if not isinstance(stated[key], str) or not stated[key]:
+        if not _is_text(stated[key]):
             raise BadRecipe(f"{where}: {key} is not a text")
     try:
         choices = {key: stated[key] for key in _RECIPE & stated.keys()}
         if not isinstance(choices.get("double_quant", True), bool):
             raise BadRecipe("double_quant is neither true nor false")
         if "keep" in choices:
-            choices["keep"] = tuple([choices["keep"]] if isinstance(choices["keep"], str) else choices["keep"])
-            if not all(isinstance(pattern, str) for pattern in choices["keep"]):
+            patterns = [choices["keep"]] if isinstance(choices["keep"], str) else choices["keep"]
+            if not isinstance(patterns, list) or not all(map(_is_text, patterns)):
                 raise BadRecipe("keep is not a list of texts")
-        if type(choices.get("max_shard_size", 0)) is not int:
-            raise BadRecipe("max_shard_size is not a number of bytes")
+            choices["keep"] = tuple(patterns)
+        for key, what in (("max_shard_size", "a number of bytes"), ("block_size", "a number")):
+            if type(choices.get(key, 0)) is not int or choices.get(key, 0) >= 2**63:
+                raise BadRecipe(f"{key} is not {what}")
         recipe = Recipe(**choices)
-    except (BadRecipe, TypeError) as exc:
+    except (BadRecipe, RecursionError) as exc:
         raise BadRecipe(f"{where}: {exc}") from exc
     adapter, base = stated.get("adapter"), stated.get("base")
     if adapter is None and base is None:
         raise BadRecipe(f"{where}: has neither adapter nor base")
-    if "out" in own:
-        out = path.parent / own["out"]
-    elif "out" in defaults:
-        name = stated.get("name") or _last_part(adapter or str(base))
-        out = path.parent / defaults["out"] / name
-    else:
-        raise BadRecipe(f"{where}: has no out")
-    return Job(
-        out,
-        _beside(path, adapter),
-        _beside(path, base),
-        recipe,
-        stated.get("base_revision"),
-        stated.get("adapter_revision"),
-    )
+    try:
+        base, adapter = _beside(path, base), _beside(path, adapter)
+        if "out" in own:
+            out = path.parent / Path(own["out"]).expanduser()
+        elif "out" in defaults:
+            name = stated.get("name") or _last_part(stated.get("adapter") or stated["base"])
+            if _NAME.fullmatch(name) is None:
+                raise BadRecipe(f"{where}: {name!r} can't be a folder's name; give name or out")
+            out = path.parent / Path(defaults["out"]).expanduser() / name
+        else:
+            raise BadRecipe(f"{where}: has no out")
+    except RuntimeError as exc:  # a home folder of nobody
+        raise BadRecipe(f"{where}: {exc}") from exc
+    return Job(out, adapter, base, recipe, stated.get("base_revision"), stated.get("adapter_revision"))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is one that a path could be."""
+    try:
+        return isinstance(value, str) and len(os.fsencode(value)) > 0 and "\0" not in value
+    except UnicodeEncodeError:
+        return False
 
 
 def _beside(path: Path, reference: str | None) -> str | None:
@@ -153,12 +187,12 @@ def _beside(path: Path, reference: str | None) -> str | None:
     if reference is None:
         return None
     there = path.parent / Path(reference).expanduser()
-    return str(there) if reference.startswith((".", "/", "~")) or there.is_dir() else reference
+    return str(there) if reference.startswith((".", "/", "~")) or is_folder(there) else reference
 
 
 def _spelled(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise BadRecipe(f"{value!r}: expected a table of names and values")
+        raise BadRecipe(f"{type(value).__name__}: expected a table of names and values")
     return {str(key).replace("-", "_"): item for key, item in value.items()}
 
 
@@ -174,7 +208,7 @@ def slice_of(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
 def group_key(job: Job) -> tuple[str, str, str]:
     """Equal for jobs that can be made in one pass over one base by one recipe, as far as their words tell."""
     base = "" if job.base is None else os.fspath(job.base)
-    there = os.path.realpath(Path(base).expanduser()) if base and Path(base).expanduser().is_dir() else base
+    there = os.path.realpath(Path(base).expanduser()) if base and is_folder(Path(base).expanduser()) else base
     return there, job.base_revision or "", json.dumps(job.recipe.as_json(), sort_keys=True)
 
 
@@ -210,14 +244,34 @@ def with_base(job: Job, *, offline: bool = False) -> Job:
 def refuse_clashes(jobs: Sequence[Job]) -> dict[int, ConverterError]:
     """Jobs whose OUT is, holds or lies in that of an earlier one: index → why."""
     clashes: dict[int, ConverterError] = {}
-    seen: dict[Path, int] = {}
+    tree = _Branch(-1)
     for index, job in enumerate(jobs):
-        out = Path(os.path.realpath(job.out.expanduser()))
-        other = next((seen[path] for path in (out, *out.parents) if path in seen), None)
-        if other is None:
-            other = next((number for path, number in seen.items() if out in path.parents), None)
+        other = tree.take(Path(os.path.realpath(job.out.expanduser())).parts, index)
         if other is not None:
             clashes[index] = BadRecipe(f"{job.out}: clashes with {jobs[other].out}; give each its own name, NAME=PATH")
-        else:
-            seen[out] = index
     return clashes
+
+
+class _Branch:
+    """Folders by the parts of their names, so that a hundred thousand needn't be compared with each other."""
+
+    __slots__ = ("branches", "first")
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+        """Whose this was first; it is an OUT where nothing branches off it."""
+        self.branches: dict[str, _Branch] = {}
+
+    def take(self, parts: Sequence[str], index: int) -> int | None:
+        """Make a folder somebody's; None, or whose another is that is it, or holds it, or lies in it."""
+        here = self
+        for number, part in enumerate(parts):
+            branch = here.branches.get(part)
+            if branch is None and not here.branches and here is not self:
+                return here.first
+            if branch is None:
+                for new in parts[number:]:
+                    here.branches[new] = here = _Branch(index)
+                return None
+            here = branch
+        return here.first

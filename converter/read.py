@@ -103,7 +103,7 @@ class LocalFolder:
     """A folder on this machine. Only plain files directly inside it are seen, and the Hub cache's own links."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
+        if not is_folder(path):
             raise ConversionRefused(f"{path}: no such folder")
         self.path = path
         self._descriptors: dict[str, int] = {}
@@ -192,6 +192,11 @@ class LocalFolder:
             return stat.S_ISREG(mode)
         except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
             return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; of a name that no file can have, too: `Path.is_dir` raises for a long one."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def read_bytes(folder: Folder, name: str, *, limit: int) -> bytes:

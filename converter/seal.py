@@ -65,14 +65,24 @@ class Destination:
         self._overwrite = overwrite
         self._occupied = False
         self._inside = False
+        self._refuse_if_impossible()
         if self.out.exists():
-            if not self.out.is_dir():
-                raise BadOutput(f"{out}: exists and is not a folder")
             names = {entry.name for entry in os.scandir(self.out)}
             self.receipt = read_receipt(self.out)
             self._occupied = bool(names - _PRESENT_IN_EMPTY) and not self._is_half_moved_in(names)
             # A mount can't be renamed, nor can a name be changed in a folder that isn't ours to write.
             self._inside = not self._occupied or self.out.is_mount() or not os.access(self.out.parent, os.W_OK)
+
+    def _refuse_if_impossible(self) -> None:
+        """`BadOutput` where there can be no such folder, or no staging folder beside it."""
+        try:
+            Path(f"{self.out}.partial").exists()
+            # With lexists, for a link to itself leads nowhere, and is in the way.
+            nearest = next(path for path in (self.out, *self.out.parents) if os.path.lexists(path))
+        except OSError as exc:  # names that are too long, folders that may not be looked into
+            raise BadOutput(f"{self.out}: {exc.strerror}") from exc
+        if not nearest.is_dir():
+            raise BadOutput(f"{nearest}: exists and is not a folder")
 
     def holds(self, fingerprint: str) -> bool:
         """Whether OUT is a finished conversion of this fingerprint, with all its files there in their sizes."""

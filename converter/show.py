@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from converter.errors import printable
 from converter.estimate import WRITE_RATE, Estimate
 from converter.forecast import Forecast
 from converter.jobs import group_key
@@ -53,7 +55,7 @@ def plan_text(plan: Plan, *, verbose: bool = False) -> str:
         *([] if plan.estimate is None else [_times(plan.estimate)]),
         "dry run: nothing was written",
     ]
-    return "\n".join(lines) + "\n"
+    return _text(lines)
 
 
 def _times(found: Estimate) -> str:
@@ -68,7 +70,7 @@ def _times(found: Estimate) -> str:
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     """What was done, in a few lines."""
     if report.nothing_to_do:
-        return f"{report.out}: made of the same inputs by the same recipe already; nothing to do\n"
+        return _text([f"{report.out}: made of the same inputs by the same recipe already; nothing to do"])
     figures = summary_json(report, seconds)
     lines = []
     if verbose:
@@ -90,7 +92,7 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
-    return "\n".join(lines) + "\n"
+    return _text(lines)
 
 
 def summary_json(report: Report, seconds: float) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def batch_text(
     counts = Counter(outcome.status for outcome in outcomes)
     whole = ", ".join(f"{count} {status}" for status, count in counts.items())
     lines.append(f"{whole} in {seconds:.1f} s, peak memory {amount(peak_memory())}")
-    return "\n".join(lines) + "\n"
+    return _text(lines)
 
 
 def batch_json(outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[Forecast] = ()) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def verification_text(out: Path, found: Verification) -> str:
     lines = [f"{out}: {', '.join(looked)}: {'good' if found.is_good else f'{len(found.problems)} problems'}"]
     if not found.has_receipt:
         lines.append("note: no receipt; not made by this tool, or not finished")
-    return "\n".join([*lines, *found.problems]) + "\n"
+    return _text([*lines, *found.problems])
 
 
 def verification_json(found: Verification) -> dict[str, Any]:
@@ -264,7 +266,16 @@ def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], C
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """The same without infinities, which configs may have and JSON has not, but for Python: as texts."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else f"{value}".replace("inf", "Infinity")
 
 
 def amount(count: float) -> str:
@@ -345,6 +356,11 @@ def _plan_row(tensors: list[TensorPlan]) -> tuple[str, ...]:
     name = like.name if len(tensors) > 1 else tensors[0].name
     shape = " × ".join(map(str, like.shape)) or "scalar"
     return name, f"× {len(tensors)}" if len(tensors) > 1 else "", shape, like.source, like.target, like.what
+
+
+def _text(lines: Iterable[str]) -> str:
+    """Lines for a terminal: names of files, of classes and of outputs may have control characters."""
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

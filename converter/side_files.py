@@ -85,7 +85,7 @@ def choose(base: Folder, adapter: Folder | None, *, trust_remote_code: bool) -> 
                     f"{folder.label}: {name} names Python code ({module}); with --trust-remote-code its files are "
                     "copied, and still never run"
                 )
-            if module in folder.names():
+            if module in folder.names() and module.isprintable():
                 chosen[module] = SideFile(module, "adapter" if folder is adapter else "base")
     total = 0
     for side in chosen.values():
@@ -132,4 +132,5 @@ def _code_named_by(config: Mapping[str, Any]) -> list[str]:
 
 
 def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    # A name with a line break would be a row of its own in SHA256SUMS; others could not be written to it.
+    return name.isprintable() and any(fnmatchcase(name, pattern) for pattern in patterns)

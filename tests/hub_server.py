@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Thread
 from typing import Self
@@ -18,6 +19,7 @@ import pytest
 from huggingface_hub import constants
 
 PIECE = 65_536  # bytes sent at a time
+MOST = 200_000_000  # bytes of a body that does not end
 
 
 @dataclass
@@ -55,6 +57,8 @@ class StandInHub:
         self.ignores_range = False
         self.flips: dict[str, int] = {}  # file name → the byte of which a bit is another when it arrives
         self.stores_elsewhere = False  # redirect for large files to another host, as the Hub does
+        self.headers: dict[str, str] = {}  # of every answer about a file, in the place of the right ones
+        self.endless = ""  # what does not end (until MOST bytes are sent): the listing, files or failures
         self.repositories: dict[str, Repository] = {}
         for repo_id, folder in folders.items():
             self.push(repo_id, folder)
@@ -201,6 +205,13 @@ class _Answer(BaseHTTPRequestHandler):
         self._send(status, headers | ({"X-Error-Code": code} if code else {}), [body])
 
     def _send(self, status: int, headers: Mapping[str, str], pieces: Iterable[bytes]) -> None:
+        if "ETag" in headers or status >= 400:
+            headers = {**headers, **self.hub.headers}
+        kind = "failures" if status >= 400 else "files" if "ETag" in headers else "listing"
+        if kind == self.hub.endless:
+            headers = {name: value for name, value in headers.items() if name != "Content-Length"}
+            headers |= {"Connection": "close"}
+            pieces = chain(pieces, repeat(b" " * PIECE, MOST // PIECE))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

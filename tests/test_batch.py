@@ -194,6 +194,54 @@ def test_a_refused_adapter_does_not_stop_the_others(base: Path, three: list[Path
     assert not jobs[-1].out.exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "file/x", "loop", "loop/x", "x" * 300 + "/x"])
+def test_an_out_that_can_not_be_does_not_stop_the_others(
+    name: str, base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    jobs = [Job(tmp_path / name, three[0], base), *jobs_for(three[1:], base, tmp_path / "out")]
+
+    outcomes = convert_batch(jobs)
+
+    assert statuses(outcomes) == ["refused", "made", "made"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == ["file", "loop", "out"]
+
+
+@pytest.mark.parametrize("end", ["", ".partial"])
+def test_a_link_where_what_is_in_common_is_made_is_not_followed(
+    end: str, base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    jobs = jobs_for(three, base, tmp_path / "out")
+    victim, place = tmp_path / "victim", tmp_path / "out" / f"{_common_place(jobs)}{end}"
+    victim.mkdir()
+    place.parent.mkdir()
+    place.symlink_to(victim)
+    before = victim.stat().st_mtime_ns
+
+    outcomes = convert_batch(jobs)
+
+    assert statuses(outcomes) == ["refused"] * 3
+    assert victim.stat().st_mtime_ns == before
+    assert not (tmp_path / "victim.partial").exists()
+    place.unlink()
+    assert statuses(convert_batch(jobs)) == ["made"] * 3
+
+
+def _common_place(jobs: list[Job]) -> str:
+    """The name of the folder in which a batch makes what its outputs have in common."""
+    names: list[str] = []
+
+    def stop() -> int | None:
+        names.extend(path.name for path in jobs[0].out.parent.glob(".shared-*.partial"))
+        return signal.SIGTERM if names else None
+
+    with pytest.raises(Interrupted):
+        convert_batch(jobs, stop=stop)
+    shutil.rmtree(jobs[0].out.parent)
+    return names[0].removesuffix(".partial")
+
+
 def test_a_strict_batch_makes_nothing_if_one_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
     jobs = [*jobs_for(three, base, tmp_path / "out"), Job(tmp_path / "out" / "a0", three[1], base)]
 

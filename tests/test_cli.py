@@ -712,6 +712,41 @@ def test_a_strict_batch_with_one_bad_adapter_starts_nothing_and_ends_with_2(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("odd", ["\x1b]0;owned\x07", "a\nb", "\udcff", "\u202e"])
+def test_no_name_reaches_the_terminal_as_it_is(odd: str, run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    out, there = tmp_path / f"out{odd}", copy(adapter, tmp_path / f"adapter{odd}")
+    (tmp_path / f"empty{odd}").mkdir()
+    several = ["--adapter", there, "--adapter", tmp_path / f"empty{odd}"]
+    ran = [
+        run("--base", base, "--adapter", there, "--out", out),
+        run("--base", base, "--adapter", there, "--out", out),
+        run("--base", base, *several, "--out", tmp_path / "several", "--dry-run", "-v"),
+        run("--base", base, *several, "--out", tmp_path / "several"),
+        run("verify", out),
+        run("verify", tmp_path / "several" / there.name, "--json"),
+    ]
+    shard = next(out.glob("*.safetensors"))
+    shard.rename(shard.with_name(f"more{odd}.safetensors"))
+    ran.append(run("verify", out))
+
+    assert [one.code for one in ran] == [0, 0, 1, 1, 0, 0, 1]
+    for one in ran:
+        assert all(line.isprintable() for line in (one.out + one.err).split("\n"))
+    assert all(ascii(odd)[1:-1] in one.out + one.err for one in ran[:-2])
+
+
+def test_json_is_json_where_a_config_has_an_infinity(run: Run, base: Path, tmp_path: Path) -> None:
+    other = copy(base, tmp_path / "other")
+    change_json(other / "config.json", time_step_limit=[0.0, float("inf")])
+
+    ran = run("--base", other, "--dry-run", "--json")
+
+    def constant(text: str) -> None:
+        raise AssertionError(f"{text} is no JSON")
+
+    assert json.loads(ran.out, parse_constant=constant)["config"]["time_step_limit"] == [0.0, "Infinity"]
+
+
 def test_adapters_of_one_name_are_refused_with_a_hint(run: Run, base: Path, adapter: Path, out: Path) -> None:
     ran = run("--base", base, "--adapter", adapter, "--adapter", adapter, "--out", out)
 

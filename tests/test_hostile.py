@@ -749,6 +749,15 @@ def test_what_is_not_a_file_in_the_place_of_one_that_is_copied_is_left_out(
     assert not any("root:" in raw.decode("latin-1") for file, raw in contents(place / "out").items() if file != SHARD)
 
 
+@pytest.mark.parametrize("name", [f"LICENSE\n{'0' * 64}  {SHARD}", "LICENSE\x1b[2J", "LICENSE\udcff", "NOTICE\u202e"])
+def test_a_file_whose_name_is_no_line_of_text_is_not_copied(name: str, place: Path) -> None:
+    (place / "base" / name).write_text("")
+    assert raised_by(lambda: converter.convert(place / "base", place / "adapter", place / "out")) is None
+    assert name not in os.listdir(place / "out")
+    sums = (place / "out" / "SHA256SUMS").read_text().splitlines()
+    assert {line[66:] for line in sums} == set(os.listdir(place / "out")) - {"SHA256SUMS"}
+
+
 # OUT, and what lies in its place
 
 

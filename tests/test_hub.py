@@ -27,7 +27,7 @@ from converter.errors import (
 )
 from converter.hub import HEAD_BYTES, HubFolder, is_hub_id
 from converter.read import INDEX, Checkpoint, read_bytes, read_header
-from tests.hub_server import StandInHub, git_sha1, sha256
+from tests.hub_server import MOST, StandInHub, git_sha1, sha256
 
 REPO = "maker/base"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -483,11 +483,67 @@ def test_another_commit_than_the_one_asked_for_is_refused(hub: StandInHub, base:
 
 
 def test_names_that_lead_out_of_the_folder_are_not_seen(hub: StandInHub) -> None:
-    names = ["..", "", "../up", "/etc/passwd", "a\\b", "fine.json"]
+    names = ["..", "", "../up", "/etc/passwd", "a\\b", "LICENSE\x1b[2J", "LICENSE\n", "LICENSE\ud800", "fine.json"]
     files = [{"rfilename": name, "size": 1} for name in names]
     hub.failures, hub.failing_status = 1, 200
     hub.failing_body = json.dumps({"id": REPO, "sha": "0" * 40, "siblings": files})
     assert HubFolder(REPO).names() == {"fine.json"}
+
+
+@pytest.mark.parametrize("etag", ["/{there}", "../../../{name}", "..", "."])
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag"])
+def test_a_digest_that_is_a_path_does_not_lead_out_of_the_cache(
+    header: str, etag: str, hub: StandInHub, cache: Path, tmp_path: Path
+) -> None:
+    folder = HubFolder(REPO)
+    hub.headers = {header: f'"{etag.format(there=str(tmp_path / "there")[1:], name="there")}"'}
+    before = set(tmp_path.iterdir())
+    with pytest.raises(HubFailed, match="does not answer as a Hub does"):
+        folder.fetch(["config.json"])
+    assert set(tmp_path.iterdir()) - {cache} == before - {cache}
+    assert not [path for path in cache.rglob("*") if path.is_symlink()]
+
+
+@pytest.mark.parametrize("commit", ["/{there}", "../../../../there", "0" * 40, "main"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_commit_that_is_a_path_or_another_does_not_lead_out_of_the_cache(
+    commit: str, hub: StandInHub, base: Path, cache: Path, tmp_path: Path, *, is_there: bool
+) -> None:
+    folder = HubFolder(REPO)
+    if not is_there:
+        (base / "config.json").unlink()
+    hub.headers = {"X-Repo-Commit": commit.format(there=str(tmp_path / "there")[1:])}
+    before = set(tmp_path.iterdir())
+    with pytest.raises((HubFailed, HubNotFound)):
+        folder.fetch(["config.json"])
+    assert set(tmp_path.iterdir()) - {cache} == before - {cache}
+
+
+@pytest.mark.parametrize("what", ["listing", "failures"])
+def test_an_answer_without_end_is_not_read_to_its_end(what: str, hub: StandInHub) -> None:
+    hub.endless = what
+    hub.failures = 4 if what == "failures" else 0
+    with pytest.raises(HubFailed, match="try later" if what == "failures" else "list of files has more than"):
+        HubFolder(REPO)
+    assert hub.sent < MOST // 2
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARDS[0]])
+def test_a_file_without_end_is_not_downloaded_to_its_end(name: str, hub: StandInHub, cache: Path) -> None:
+    folder = HubFolder(REPO)
+    hub.endless = "files"
+    with pytest.raises(HubFailed, match="sent more than"):
+        folder.fetch([name])
+    assert hub.sent < MOST // 2
+    assert not [path for path in cache.rglob("*") if path.suffix == ".incomplete"]
+
+
+def test_a_failure_without_end_of_a_download_is_not_read_to_its_end(hub: StandInHub) -> None:
+    folder = HubFolder(REPO)
+    hub.endless, hub.failures, hub.failing_status = "failures", 4, 400
+    with pytest.raises(HubFailed, match="status 400"):
+        folder.fetch(["config.json"])
+    assert hub.sent < MOST // 2
 
 
 def test_a_token_never_gets_into_a_message(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,6 +560,16 @@ def test_a_token_never_gets_into_a_message(hub: StandInHub, monkeypatch: pytest.
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
     assert hub.log[0].token == TOKEN
+
+
+def test_a_token_of_another_form_that_the_server_repeats_does_not_get_into_a_message_either(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "api_org_ThisIsNotForYourEyes")
+    hub.failing_message = "cannot serve api_org_ThisIsNotForYourEyes"
+    hub.failures, hub.failing_status = 1, 403
+    with pytest.raises(HubGated, match="cannot serve …"):
+        HubFolder(REPO)
 
 
 # Offline

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from converter.errors import BadRecipe
-from converter.jobs import Job, named_jobs, read_jobs, refuse_clashes, slice_of
+from converter.jobs import Job, grouped, named_jobs, read_jobs, refuse_clashes, slice_of
 from converter.recipe import Recipe
+from tests.limits import cpu_below, no_hang
 
 
 def test_a_toml_file_has_defaults_and_jobs(tmp_path: Path) -> None:
@@ -58,7 +62,16 @@ def test_a_file_of_json_lines_has_a_job_a_line(tmp_path: Path) -> None:
         ('{"adapter": "a", "out": "z", "recipe": 4}', "expected a table"),
         ('{"adapter": "a", "out": "z"}\n{"adapter": "b"}', "job 2: has no out"),
         ('{"adapter": 1, "out": "z"}', "adapter is not a text"),
-        ("[]", "job 1: not an object"),
+        ("[]", "job 1: holds list, expected an object"),
+        ('{"adapter": "a", "adapter": "b", "out": "z"}', "job 1: not valid JSON: key 'adapter' occurs twice"),
+        ('{"adapter": "a", "out": "z", "block_size": 64.0}', "job 1: block_size is not a number"),
+        ('{"adapter": "a", "out": "z", "keep": {"lm_head": 1}}', "job 1: keep is not a list of texts"),
+        ('{"adapter": "a", "out": "z\\u0000"}', "job 1: out is not a text"),
+        ('{"adapter": "a", "out": "z\\ud800"}', "job 1: out is not a text"),
+        ('{"adapter": "a", "base": "\\ud800", "out": "z"}', "job 1: base is not a text"),
+        ('{"adapter": "a", "out": "~nobody-of-this-name/z"}', "job 1: Could not determine home"),
+        ('{"adapter": "~nobody-of-this-name/a", "out": "z"}', "job 1: Could not determine home"),
+        ("[" * 200_000, "job 1: nested too deeply"),
         ("{", "Expecting"),
         ("", "has no jobs"),
     ],
@@ -68,6 +81,82 @@ def test_a_job_that_is_not_understood_is_refused_by_number(line: str, message: s
     file.write_text(line)
     with pytest.raises(BadRecipe, match=message.replace("[", r"\[")):
         read_jobs(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[jobs]]\nadapter = "a"\nname = "../a"\n', r"'\.\./a' can't be a folder's name"),
+        ('[[jobs]]\nadapter = "a"\nname = "/etc/a"\n', "'/etc/a' can't be a folder's name"),
+        ('[[jobs]]\nadapter = ".."\n', r"'\.\.' can't be a folder's name"),
+        ('[[jobs]]\nadapter = "/"\n', "'' can't be a folder's name"),
+        ('[[jobs]]\nadapter = "a"\nblock-size = 0x' + "f" * 5_000, "block_size is not a number"),
+        ('[[jobs]]\nadapter = "a"\nmax-shard-size = 0x' + "f" * 5_000, "max_shard_size is not a number of bytes"),
+        ('[[jobs]]\nadapter = "a"\nquant-type = {' + "a = {" * 500 + "}" * 500 + "}", "recursion"),
+        ('[[jobs]]\nadapter = "a"\nrecipe = ' + "[" * 100 + "]" * 100, "list: expected a table"),
+        ("a." * 50_000 + "a = 1", "more than 100 dots"),
+        ("[" + "a." * 50_000 + "a]", "more than 100 dots"),
+        ("a = {" + "a." * 50_000 + "a = 1}", "more than 100 dots"),
+        ('a."b.\\".".' * 50_000 + "a = 1", "more than 100 dots"),
+        ('a = ["""\n\' """, {' + "a." * 50_000 + 'a = 1}, "\'"]', "more than 100 dots"),
+        ('a = ["""a"""", {' + "a." * 50_000 + "a = 1}]", "more than 100 dots"),
+        ('a = "' + '\\"' * 1_000_000, "Unterminated string"),
+        ('a = "' + '"""\\"' * 1_000_000, "after a statement"),
+        ("a = " + "[" * 50_000, "recursion"),
+        (b"\xff", "can't decode"),
+    ],
+)
+def test_a_toml_file_that_is_not_understood_is_refused_soon(text: str | bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "jobs.toml"
+    file.write_bytes(text if isinstance(text, bytes) else f'out = "z"\n{text}'.encode())
+    with cpu_below(5), pytest.raises(BadRecipe, match=message):
+        read_jobs(file)
+
+
+@pytest.mark.parametrize("name", ["jobs.toml", "jobs.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_not_a_file_is_not_opened(make: Callable[[Path], object], name: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with no_hang(), pytest.raises(BadRecipe, match="not a plain file"):
+        read_jobs(tmp_path / name)
+
+
+def test_a_file_of_jobs_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "jobs").write_text('{"adapter": "a", "out": "z"}')
+    (tmp_path / "jobs.jsonl").symlink_to("jobs")
+    assert len(read_jobs(tmp_path / "jobs.jsonl")) == 1
+
+
+def test_a_file_of_jobs_without_end_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "jobs.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BadRecipe, match="more than 10,000,000 bytes"):
+        read_jobs(tmp_path / "jobs.jsonl")
+
+
+def test_a_line_separator_in_a_name_ends_no_line(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text('{"adapter": "a", "out": "z\u2028y"}')
+    assert read_jobs(tmp_path / "jobs.jsonl")[0].out == tmp_path / "z\u2028y"
+
+
+def test_a_name_too_long_for_a_folder_is_an_id_or_nothing(tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"adapter": "a" * 300, "base": "b" * 300, "out": "z"}))
+    jobs, refused = read_jobs(tmp_path / "jobs.jsonl"), {}
+    grouped([replace(jobs[0], base=None)], refused.__setitem__, offline=True)
+    assert "no such folder" in str(refused[0])
+
+
+def test_strings_and_comments_of_a_toml_file_may_have_dots(tmp_path: Path) -> None:
+    keep = [f"model.layers.{number}.self_attn.q_proj" for number in range(100)]
+    line = f"keep = {json.dumps(keep)} # {'.' * 200}\n"
+    (tmp_path / "jobs.toml").write_text(f'out = "z"\n{line}[[jobs]]\nadapter = "a"\nbase = \'{"." * 200}\'\n')
+    assert read_jobs(tmp_path / "jobs.toml")[0].recipe.keep == tuple(keep)
+
+
+def test_a_home_folder_is_meant_wherever_the_file_of_jobs_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "jobs.toml").write_text('out = "~/z"\n[[jobs]]\nadapter = "a"\n[[jobs]]\nadapter = "b"\nout = "~/y"\n')
+    assert [job.out for job in read_jobs(tmp_path / "jobs.toml")] == [tmp_path / "home" / name for name in ("z/a", "y")]
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -97,6 +186,26 @@ def test_a_name_that_is_no_folder_of_out_is_refused(name: str) -> None:
 def test_an_out_that_is_holds_or_lies_in_another_clashes(second: str, tmp_path: Path) -> None:
     jobs = [Job(tmp_path / "z/a", "one"), Job(tmp_path / "y", "two"), Job(tmp_path / second, "three")]
     assert list(refuse_clashes(jobs)) == [2]
+
+
+@given(st.lists(st.lists(st.sampled_from("xyz"), min_size=1, max_size=4), max_size=12))
+def test_of_outs_that_clash_the_first_is_made(outs: list[list[str]]) -> None:
+    jobs = [Job(Path("/nowhere", *parts), "a") for parts in outs]
+
+    clashes = refuse_clashes(jobs)
+
+    made: list[Path] = []
+    for index, job in enumerate(jobs):
+        clash = any(job.out == out or job.out in out.parents or out in job.out.parents for out in made)
+        assert (index in clashes) == clash
+        if not clash:
+            made.append(job.out)
+
+
+def test_twenty_thousand_outs_are_compared_in_seconds() -> None:
+    jobs = [Job(Path(f"/nowhere/{number % 100}/{number}"), "a") for number in range(20_000)]
+    with cpu_below(20):
+        assert refuse_clashes(jobs) == {}
 
 
 @given(st.lists(st.sampled_from(["x", "y", "z"]), max_size=20), st.integers(1, 7))

@@ -1,0 +1,82 @@
+"""What a server of the Hub may answer: names that are no paths, no more bytes than somebody wants, and no tokens.
+
+huggingface_hub makes file names of a digest and a commit that the server states, and reads what a listing or an error
+has to its end. So each answer is looked at before the library sees it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from converter.errors import HubFailed
+
+MAX_LISTING_BYTES = 20_000_000
+"""Of a repository's list of files; one of 100,000 files has about as many."""
+MAX_ERROR_BYTES = 100_000
+"""Of what a server says of a failure; 200 characters of it are shown."""
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_sent: set[str] = set()
+"""Tokens that servers were given, and might repeat."""
+
+
+def checking(make_client: Callable[[], Any]) -> Callable[[], Any]:
+    """A factory of HTTP clients that look at every answer."""
+
+    def make() -> Any:
+        client = make_client()
+        client.event_hooks["request"].append(_remember_token)
+        client.event_hooks["response"].append(_check)
+        return client
+
+    make.checks = True  # type: ignore[attr-defined]
+    return make
+
+
+def without_tokens(text: str) -> str:
+    """Somebody else's words without the tokens that they had from us, whatever these look like."""
+    for token in _sent:
+        text = text.replace(token, "…")
+    return text
+
+
+def _remember_token(request: Any) -> None:
+    token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if token:
+        _sent.add(token)
+
+
+def _check(response: Any) -> None:
+    """`HubFailed` for an answer that leads out of the cache, or a listing too long; a long error is cut."""
+    _refuse_paths(response)
+    if response.status_code >= 400:
+        _read(response, MAX_ERROR_BYTES)
+    elif "/api/models/" in response.request.url.path and not _read(response, MAX_LISTING_BYTES):
+        raise HubFailed(f"{response.request.url.host}: the list of files has more than {MAX_LISTING_BYTES:,} bytes")
+
+
+def _refuse_paths(response: Any) -> None:
+    commit = response.headers.get("X-Repo-Commit")
+    if commit is None:
+        return  # not about a file of the Hub; storage may name its digests as it likes
+    # As huggingface_hub.file_download takes it, for which the blob is called.
+    etag = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or "-").lstrip("W/").strip('"')
+    if _COMMIT.fullmatch(commit) is None or etag in ("", ".", "..") or "/" in etag:
+        raise HubFailed(
+            f"{response.request.url.host} does not answer as a Hub does: it states the commit {commit[:80]!r} and "
+            f"the digest {etag[:80]!r}"
+        )
+
+
+def _read(response: Any, most: int) -> bool:
+    """Read a body, or as much of it as is wanted; whether that was all."""
+    content = bytearray()
+    for chunk in response.iter_bytes():
+        content += chunk
+        if len(content) > most:
+            break
+    response.close()
+    response._content = bytes(content[:most])  # where `response.read` keeps it
+    return len(content) <= most
