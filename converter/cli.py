@@ -392,13 +392,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def console() -> NoReturn:
-    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second."""
+    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second,
+    and without waiting for threads, which may wait for what one has that died of too little memory."""
+    code = 1
     try:
         main()
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as exc:  # where there is no memory for more words, either
+        sys.stderr.write(f"error: {type(exc).__name__}\n")
+    finally:
+        os._exit(code)
 
 
 def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
