@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +36,7 @@ from converter.link import GivenShard, How, identity_of, link
 from converter.lock import LOCK, Lock
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
+from converter.threads import pool
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
 
 if TYPE_CHECKING:
@@ -212,7 +213,6 @@ class Staging:
         self._links: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         """What a user should know of what an earlier run left."""
-        self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
@@ -231,6 +231,7 @@ class Staging:
                     self.notes = (ANEW,)
                     shards = ()
                 _clear(self.folder, but={LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
+                self._hasher = pool(1, "digest")
             except BaseException:
                 self._lock.release()
                 raise
