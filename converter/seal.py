@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -210,6 +211,7 @@ class Staging:
         self._sealed = False
         self._spent = False
         self._digests: dict[str, Future[str]] = {}
+        self._ended = threading.Event()
         self._links: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         """What a user should know of what an earlier run left."""
@@ -238,7 +240,7 @@ class Staging:
 
     def digest_soon(self, name: str) -> None:
         """Begin to compute a finished file's sha256, while the next one is made."""
-        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
+        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
 
     def take(self, shard: GivenShard, name: str, how: How) -> str:
         """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
@@ -305,6 +307,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
@@ -361,9 +364,15 @@ def _index(folder: Path) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, ended: threading.Event | None = None) -> str:
+    """Of a file, in hex; `CancelledError` if it has `ended`, as nobody wants it then, and a shard takes seconds."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if ended is not None and ended.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _arrival(name: str) -> tuple[bool, bool, str]:
