@@ -383,7 +383,11 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
 def _remove(folder: Path) -> None:
     """Take a staging folder away."""
     _clear(folder)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # without its lock, another run may have it already
+            raise
 
 
 def _remove_if_spent(folder: Path) -> None:

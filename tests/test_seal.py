@@ -566,6 +566,25 @@ def test_a_run_that_dies_while_it_takes_its_staging_folder_away_leaves_one_that_
         assert not again.folder.exists()
 
 
+@pytest.mark.parametrize("act", [os.rmdir, lambda staging: (staging / ".lock").touch()], ids=["removes it", "takes it"])
+def test_a_run_that_is_done_is_done_though_another_finds_its_empty_staging_folder_first(
+    act: Callable[[Path], None], base: Path, adapter: Path, whole: dict[str, bytes], out: Path, tmp_path: Path
+) -> None:
+    convert(base, adapter, out, OTHER, resources=ONE_THREAD)
+    staging, unlink = out.with_name("out.partial"), os.unlink
+
+    def unlinked(path: Any, **settings: Any) -> None:
+        unlink(path, **settings)
+        if Path(path) == staging / ".lock":
+            act(staging)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", unlinked)
+        convert(base, adapter, out, resources=ONE_THREAD, overwrite=True)
+
+    assert contents(out) == whole
+
+
 def test_an_end_does_not_wait_for_the_sha256_of_a_shard_that_nobody_wants_any_more(out: Path) -> None:
     staging = Staging(Destination(out, inputs=(), overwrite=False), {}, ["shard"], resume=True)
     with (staging.folder / "shard").open("wb") as shard:
