@@ -175,6 +175,8 @@ def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state:
     if nested:
         expected[".nested_absmax"] = ("F32", (-(blocks // -int(state["nested_blocksize"])),))
         expected[".nested_quant_map"] = ("F32", (256,))
+    if nested and not math.isfinite(offset := float(state["nested_offset"])):
+        return f"its quant state's offset is {offset}"
     if state["quant_type"] != quant_type:
         return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
     for part, (dtype, shape) in expected.items():

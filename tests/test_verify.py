@@ -42,6 +42,13 @@ def change(out: Path, what: Callable[[dict[str, torch.Tensor]], object], *, rece
         (out / "conversion.json").unlink()
 
 
+def change_offset(tensors: dict[str, torch.Tensor], offset: str) -> None:
+    """Have the quant state of WEIGHT say that this was subtracted from its absmax."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = re.sub(rb'("nested_offset": )[^,}]+', rb"\1" + offset.encode(), bytes(tensors[name].tolist()))
+    tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     "recipe", [Recipe(), Recipe(quant_type="int8"), Recipe(quant_type="none"), Recipe(double_quant=False)]
 )
@@ -128,6 +135,8 @@ def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Pa
             lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)}),
             "its quant state can't be read",
         ),
+        (lambda t: change_offset(t, "Infinity"), f"{WEIGHT}: its quant state's offset is inf"),
+        (lambda t: change_offset(t, "NaN"), "its quant state can't be read"),
     ],
 )  # fmt: skip
 def test_defects_are_found_without_a_receipt(
