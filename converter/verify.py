@@ -18,7 +18,7 @@ from converter.budget import Resources
 from converter.checksums import SUMS, read_sums
 from converter.crew import Crew
 from converter.decide import make_plan
-from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
+from converter.errors import BadCheckpoint, ConversionFailed, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
 from converter.pipeline import Progress, convert_tensors, one_thread
@@ -175,6 +175,8 @@ def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state:
     if nested:
         expected[".nested_absmax"] = ("F32", (-(blocks // -int(state["nested_blocksize"])),))
         expected[".nested_quant_map"] = ("F32", (256,))
+    if nested and not math.isfinite(offset := float(state["nested_offset"])):
+        return f"its quant state's offset is {offset}"
     if state["quant_type"] != quant_type:
         return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
     for part, (dtype, shape) in expected.items():
@@ -273,6 +275,10 @@ def _compare(
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))
+    # Under a limit of memory a loop of CPython 3.11 was seen to end as if it had come to its end.
+    if found.recomputed < len(tensors):
+        count = f"{found.recomputed} of {len(tensors)}"
+        raise ConversionFailed(f"only {count} tensors were made again: too little memory")
     planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
     different = comparer.different | _other_headers(written, planned)
     found.problems += [f"{name}: {what}" for name, what in sorted(different.items())]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Job, Recipe, convert, convert_batch
+import converter.verify
+from converter import ConversionFailed, Job, Recipe, convert, convert_batch
 from converter.cli import main
 from converter.verify import verify
 from tests.folders import change_json
@@ -40,6 +41,13 @@ def change(out: Path, what: Callable[[dict[str, torch.Tensor]], object], *, rece
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     if not receipt:
         (out / "conversion.json").unlink()
+
+
+def change_offset(tensors: dict[str, torch.Tensor], offset: str) -> None:
+    """Have the quant state of WEIGHT say that this was subtracted from its absmax."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = re.sub(rb'("nested_offset": )[^,}]+', rb"\1" + offset.encode(), bytes(tensors[name].tolist()))
+    tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +136,8 @@ def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Pa
             lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)}),
             "its quant state can't be read",
         ),
+        (lambda t: change_offset(t, "Infinity"), f"{WEIGHT}: its quant state's offset is inf"),
+        (lambda t: change_offset(t, "NaN"), "its quant state can't be read"),
     ],
 )  # fmt: skip
 def test_defects_are_found_without_a_receipt(
@@ -230,6 +240,16 @@ def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_i
 
     assert "conversion.json: its recipe can't be understood" in found.problems
     assert found.recomputed == 0
+
+
+def test_what_was_not_made_again_to_the_last_tensor_is_not_called_good(
+    inputs: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little memory CPython 3.11 may lose the MemoryError and end the loop as if that were all."""
+    monkeypatch.setattr(converter.verify, "convert_tensors", lambda *_: iter(()))
+
+    with pytest.raises(ConversionFailed, match="0 of 21 tensors were made again: too little memory"):
+        verify(out, *inputs)
 
 
 def test_the_sums_work_with_the_usual_program(out: Path) -> None:
