@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos lock clean
+.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -47,6 +47,12 @@ lock:  ## write locked.txt anew from constraints.txt; needs an index, or a folde
 	$(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --disable-pip-version-check pip==26.3 packaging==26.3 uv==0.13.9
 	build/lock/bin/python tools/lock.py
+
+audit: .venv/ready  ## ask PyPI for known vulnerabilities of every locked package; AUDIT='-s osv' asks another service
+	$(BIN)/python tools/audit.py $(AUDIT)
+
+release: .venv/ready  ## the files of a release, in dist/, if the tree is committed and passes audit and check
+	$(BIN)/python tools/release.py $(AUDIT)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NO_CUDA := If torch has the wrong hash, or NVIDIA packages are missing, pip took the CUDA build: remove .venv, name the \

@@ -16,8 +16,9 @@ from converter.forecast import Forecast, forecast
 from converter.inputs import Base, Inputs
 from converter.jobs import Job, grouped
 from converter.members import Group, Member, Outcome, Status, Terms
-from converter.passes import Pass, Place, place_of, tidy
+from converter.passes import Pass
 from converter.pipeline import Progress
+from converter.place import Place, place_of, tidy
 from converter.production import UNFINISHED_BUSINESS
 from converter.seal import first_that_exists, room
 from converter.sharing import Given, given_by, left_by
@@ -165,6 +166,8 @@ class Batch:
                         pending[indices[number]].forget()
                 if not self.unfinished & pending.keys():
                     place.spend()
+            if not self.unfinished & pending.keys():
+                tidy(group.members.values())
         except Interrupted as exc:
             exc.args = (f"{exc}; what is done is kept: the same command goes on with it",)
             raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.checksums import READERS, recall, stated
+from converter.read import LocalFolder
 from converter.tiles import torch_device
 
 if TYPE_CHECKING:
@@ -30,24 +33,28 @@ class Estimate:
     """At the rate at which random weights were quantized just now, on as many threads."""
     write: float
     """At `WRITE_RATE`."""
+    check: float = 0.0
+    """Before all else: taking the sha256 of weights that are held against one for the first time, by a sample, too."""
 
     @property
     def seconds(self) -> float:
-        """Of the whole: start, the longest stage, and a tenth of the others, which don't overlap entirely."""
+        """Of the whole: start, check, the longest stage, and a tenth of the others, which don't overlap entirely."""
         stages = (self.read, self.compute, self.write)
-        return _START_SECONDS + max(stages) + 0.1 * (sum(stages) - max(stages))
+        return _START_SECONDS + self.check + max(stages) + 0.1 * (sum(stages) - max(stages))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"seconds": self.seconds}
 
 
 def estimate(plan: Plan, base: Checkpoint) -> Estimate:
-    """Sample reading and quantizing, for some tenths of a second."""
-    values = computed(plan.tensors())
+    """Sample reading and quantizing, for some tenths of a second. `BadCheckpoint` if SHA256SUMS can't be understood."""
+    values, read_rate = computed(plan.tensors()), _read_rate(base)
+    unchecked = _unchecked(base)
     return Estimate(
-        read=plan.base_bytes / _read_rate(base),
+        read=plan.base_bytes / read_rate,
         compute=values / _compute_rate(plan) if values else 0.0,
         write=plan.output_bytes / WRITE_RATE,
+        check=unchecked / min(read_rate, READERS * _hash_rate()) if unchecked else 0.0,
     )
 
 
@@ -56,9 +63,23 @@ def computed(tensors: Iterable[TensorPlan]) -> int:
     return sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
 
 
-def _read_rate(base: Checkpoint) -> float:
-    from converter.read import LocalFolder
+def _unchecked(base: Checkpoint) -> int:
+    """Bytes that are read for their sha256 first; 0 of a base on the Hub, whose shards are hashed as they arrive."""
+    folder = base.folder
+    if not isinstance(folder, LocalFolder):
+        return 0
+    return sum(folder.size(name) for name in stated(folder, base.shards) if recall(folder, name) is None)
 
+
+def _hash_rate() -> float:
+    """Bytes a second, of one thread."""
+    sample = bytes(_SAMPLE_BYTES // 8)
+    started = time.perf_counter()
+    hashlib.sha256(sample)
+    return len(sample) / (time.perf_counter() - started)
+
+
+def _read_rate(base: Checkpoint) -> float:
     if not isinstance(base.folder, LocalFolder):
         return float("inf")
     shard = base.shards[0]

@@ -46,6 +46,7 @@ def forecast(group: Group) -> Forecast | None:
         read=one.read * passes,
         compute=one.compute * values / alone if alone else 0.0,
         write=disk / WRITE_RATE,
+        check=one.check,
     )
     return Forecast(group.base.checkpoint.folder.label, len(pending), passes, memory, disk, together)
 

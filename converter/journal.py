@@ -120,7 +120,8 @@ class Journal:
                 # Half a line may be there; or the disk hasn't got it, and asking again would say that all is well.
                 self._failure = exc
                 raise
-        self.entries |= {entry.tensor: entry for entry in entries}
+        # Another dict: `written` may be going through this one, in another thread.
+        self.entries = self.entries | {entry.tensor: entry for entry in entries}
         self._committed = time.monotonic()
 
     def written(self, shard: str) -> Written:

@@ -1,97 +1,32 @@
-"""One pass over a base for several outputs, and the place where the shards are made that they have in common."""
+"""One pass over a base for several outputs."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from converter import budget
 from converter.digests import remember
-from converter.errors import BadOutput, ConverterError, Interrupted
+from converter.errors import ConverterError, Interrupted
 from converter.inputs import Inputs
-from converter.jobs import group_key
 from converter.journal import job_of
-from converter.link import GivenShard
 from converter.pipeline import Progress, convert_tensors, crew_of, one_thread, seal
-from converter.plan import Plan, with_tiles
+from converter.plan import Plan, recut, with_tiles
 from converter.production import UNFINISHED_BUSINESS, Made, Production, Target
 from converter.quantize import Quantizer
-from converter.seal import Destination, Staging
-from converter.sharing import Given, laid_out, shards_of
+from converter.seal import Staging
+from converter.sharing import Given, laid_out
 from converter.tiles import torch_device
 
 if TYPE_CHECKING:
     from converter.batch import Batch
-    from converter.members import Group, Member, Terms
+    from converter.members import Group, Member
+    from converter.place import Place
 
 MISSED = "shards of an earlier output, gone or changed since they were looked at, were made again"
 _IN_COMMON = -1
 """The number of what is nobody's own, among the numbers of outputs."""
-
-
-class Place:
-    """Where the shards in common are made: a staging folder of the batch's own, which is gone when they are linked.
-
-    What an earlier run left there is gone on with, if it is of the same plan.
-    """
-
-    def __init__(self, group: Group, beside: Member, given: Sequence[Given], terms: Terms) -> None:
-        plan, given_count, self.count = laid_out(beside.plan, given, group.common or {})
-        """Shards that are made here."""
-        self.production: Production | None = None
-        inputs = Inputs(None, None, opened=group.base)
-        destination = _destination(beside, inputs.folders)
-        tidy(member for member in group.members.values() if member is not beside or not self.count)
-        shared = shards_of(plan, given_count, self.count)
-        self.names = frozenset(tensor.name for tensor in shared.tensors())
-        """Tensors that are made here."""
-        if not self.count:
-            return
-        job, files = job_of(shared, inputs), [shard.file for shard in shared.shards]
-        try:
-            staging = Staging(destination, job, files, resume=terms.resume)
-        except BadOutput:
-            # What another batch left is of no use to this one; a batch that is running has the lock, and refuses again.
-            staging = Staging(destination, job, files, resume=False)
-        self.production = Production(shared, None, staging)
-
-    def cut(self, reserved: int) -> None:
-        """Cut the tensors as those of the outputs are cut."""
-        if self.production is not None:
-            self.production.cut(_cut(self.production.plan, reserved))
-
-    def shards(self) -> list[GivenShard]:
-        """The finished shards."""
-        if self.production is None:
-            return []
-        return [self.production.staging.finished(shard.file) for shard in self.production.plan.shards]
-
-    def made(self) -> list[Made]:
-        """The tensors that are made here, once they are."""
-        return [] if self.production is None else list(self.production.made.values())
-
-    def spend(self) -> None:
-        """Every output has what is here, or will never want it: it goes."""
-        if self.production is not None:
-            self.production.staging.spend()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.production is None:
-            return
-        if value is None or isinstance(value, UNFINISHED_BUSINESS):
-            self.production.keep()
-        self.production.close(value)
 
 
 class Pass:
@@ -121,7 +56,7 @@ class Pass:
         # What is in common needs nothing more: while it is in flight, that much less of the outputs' own is.
         reserved = budget.together([member.need for member in self._members.values()])
         place.cut(reserved)
-        self._plans = {index: _cut(plan, reserved) for index, plan in laid.items()}
+        self._plans = {index: recut(plan, reserved) for index, plan in laid.items()}
         self._cut_alike()
         self.memory = max((plan.memory for plan in self._plans.values()), default=0)
         """Predicted, in bytes."""
@@ -211,7 +146,10 @@ class Pass:
                 self._batch.fail(index, exc)
                 continue
             adapter = member.inputs.adapter.folder if member.inputs.adapter else None
-            self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
+            try:
+                self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
+            except ConverterError as exc:
+                self._batch.fail(index, exc)
 
     def _targets(self) -> Iterator[list[Target]]:
         """Each tensor of the base in its order on disk, with all that becomes of it."""
@@ -304,38 +242,3 @@ class Pass:
             replaced = {tensor.name for tensor in production.plan.tensors() if tensor.origin == "adapter"}
             found |= {made.name: made.digest for made in production.made.values() if made.name not in replaced}
         return found
-
-
-def _place_of(first: Member) -> Path:
-    """Beside the first output, and named by it: slices of one batch may be made at the same time."""
-    key = hashlib.sha256(repr((group_key(first.job), first.destination.out.name)).encode()).hexdigest()[:12]
-    return first.destination.out.parent / f".shared-{key}"
-
-
-def place_of(member: Member) -> Path:
-    """The folder in which it would gather."""
-    return _destination(member).staging
-
-
-def _destination(member: Member, inputs: Iterable[Path] = ()) -> Destination:
-    """As if it were an OUT; `BadOutput` where something has that name, such as a link, which would be followed."""
-    place = _place_of(member)
-    if os.path.lexists(place):
-        raise BadOutput(f"{place}: is in the way: what the outputs have in common is made beside it")
-    return Destination(place, inputs=inputs, overwrite=False)
-
-
-def tidy(members: Iterable[Member]) -> None:
-    """Take away what batches left that died, and that began with one of these; not what one makes that is running."""
-    for member in members:
-        with suppress(ConverterError):
-            destination = _destination(member)
-            if destination.staging.exists():
-                with Staging(destination, {}, (), resume=False) as staging:
-                    staging.spend()
-
-
-def _cut(plan: Plan, reserved: int) -> Plan:
-    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
-    cut, memory, _ = budget.cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
-    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from converter.adapter import LoraPair
-from converter.budget import Resources
+from converter.budget import Resources, cut_into_tiles
 from converter.estimate import Estimate
 from converter.layout import Output, ShardLayout, lay_out, pack_shards, shard_names
 from converter.read import TensorHeader
@@ -225,6 +225,12 @@ def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> 
         for s in plan.shards
     )
     return replace(plan, shards=shards)
+
+
+def recut(plan: Plan, reserved: int) -> Plan:
+    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
+    cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
+    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
 
 
 def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:

@@ -6,15 +6,16 @@ A conversion makes one of these, a batch many at a time, from the same tiles of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from converter.errors import Interrupted, ReadFailed, WriteFailed
+from converter.errors import Interrupted, NoThread, ReadFailed, WriteFailed
 from converter.journal import Entry
 from converter.measure import Fidelity
+from converter.threads import pool
 from converter.write import ShardWriter, Writer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from converter.read import Folder
     from converter.seal import Staging
 
-UNFINISHED_BUSINESS = (Interrupted, ReadFailed, WriteFailed)
+UNFINISHED_BUSINESS = (Interrupted, NoThread, ReadFailed, WriteFailed)
 """Ends after which what was made is worth keeping: the same command goes on with it."""
 
 
@@ -69,8 +70,12 @@ class Production:
         self.cut(plan)
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, set[str]] = {}
-        self._background = ThreadPoolExecutor(1, "sync") if plan.resources.threads > 1 else None
         self._syncing: Future[None] | None = None
+        try:
+            self._background = pool(1, "sync") if plan.resources.threads > 1 else None
+        except BaseException as exc:
+            staging.__exit__(type(exc), exc, None)
+            raise
 
     def cut(self, plan: Plan) -> None:
         """Take the same plan with its tensors cut into other tiles."""
@@ -119,12 +124,12 @@ class Production:
 
     def keep(self) -> bool:
         """After an exception: make durable what is there. Whether a run of the same command can go on with it."""
-        with suppress(WriteFailed):
+        with suppress(Exception):  # whatever fails here must not hide what went wrong
             self._sync()
         for file, writer in self._writers.items():
             if writer.is_lost:
                 self.staging.journal.forget(file)
-        return bool(self.staging.journal.entries)
+        return bool(self.staging.journal.entries) and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
         journal = self.staging.journal
@@ -181,10 +186,8 @@ class Production:
     def close(self, reason: BaseException | None) -> None:
         """Let go of files and staging folder; `reason` says whether what was made is of any more use."""
         kind = None if reason is None else type(reason)
-        with suppress(WriteFailed):
-            self._await_sync()
         if self._background is not None:
-            self._background.shutdown()
+            self._background.shutdown()  # waits for a sync; what that meets with is of no more interest
         for writer in self._writers.values():
             writer.__exit__(kind, reason, None)
         self._writers.clear()

@@ -182,7 +182,9 @@ def _native_quantize_blockwise() -> Callable[[Tensor], tuple[Tensor, Tensor]] | 
         values = values.contiguous()
         codes = torch.empty(values.shape, dtype=torch.uint8)
         absmax = torch.empty(-(values.numel() // -NESTED_BLOCK), dtype=torch.float32)
-        pointers = (tensor.data_ptr() for tensor in (dynamic_map(), values, absmax, codes))
+        # Held by a name of its own: where two threads ask first, the later map is remembered in place of the earlier.
+        code = dynamic_map()
+        pointers = (tensor.data_ptr() for tensor in (code, values, absmax, codes))
         function(*pointers, NESTED_BLOCK, values.numel())
         return codes, absmax
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,11 +23,21 @@ from typing import TYPE_CHECKING, Any, Self
 from converter.ask import check_output
 from converter.card import CARD, model_card
 from converter.checksums import SUMS
-from converter.errors import BadOutput, ConversionRefused, InputChanged, NotFinite, OutputLocked, VerificationFailed
+from converter.errors import (
+    BadOutput,
+    ConversionRefused,
+    InputChanged,
+    NotFinite,
+    OutputLocked,
+    VerificationFailed,
+    WriteFailed,
+)
 from converter.journal import JOURNAL, Journal
 from converter.link import GivenShard, How, identity_of, link
+from converter.lock import LOCK, Lock
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
+from converter.threads import pool
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
 
 if TYPE_CHECKING:
@@ -35,8 +45,7 @@ if TYPE_CHECKING:
     from converter.plan import Plan
 
 ANEW = "an earlier run had begun it with the same tensors in other shards: it was begun anew"
-_LOCK = ".lock"
-_OURS = frozenset({_LOCK, JOURNAL})
+_OURS = frozenset({LOCK, JOURNAL})
 _INSIDE = ".partial"
 _REPLACED = "replaced"
 _INPUTS_AT_FAULT = (ConversionRefused, InputChanged, NotFinite, VerificationFailed)
@@ -127,7 +136,7 @@ class Destination:
     def _swap(self) -> None:
         # The same lock in both folders: whichever is OUT.partial is a staging folder, should this run die now.
         with contextlib.suppress(OSError):
-            (self.out / _LOCK).hardlink_to(self.staging / _LOCK)
+            (self.out / LOCK).hardlink_to(self.staging / LOCK)
         try:
             _exchange(self.staging, self.out)
             self.accepted = True
@@ -212,36 +221,36 @@ class Staging:
         self._sealed = False
         self._spent = False
         self._digests: dict[str, Future[str]] = {}
+        self._ended = threading.Event()
         self._links: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         """What a user should know of what an earlier run left."""
-        self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
-            if self.folder.exists() and not (self.folder / _LOCK).exists() and os.listdir(self.folder):
+            if self.folder.exists() and not (self.folder / LOCK).exists() and os.listdir(self.folder):
                 raise BadOutput(f"{self.folder}: exists, is not empty and not a staging folder of this tool")
             make_folder(self.folder)
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = Lock(self.folder)
+            except BlockingIOError:
+                raise OutputLocked(f"{self.folder}: another conversion is writing it") from None
+            try:
                 if not resume:
-                    _clear(self.folder, but={_LOCK})
+                    _clear(self.folder, but={LOCK})
                 self.journal = Journal(self.folder, job)  # may refuse; then the other job's files stay
                 if self.journal.is_begun_anew:
                     self.notes = (ANEW,)
                     shards = ()
-                _clear(self.folder, but={_LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
-            except BlockingIOError:
-                os.close(self._lock)
-                raise OutputLocked(f"{self.folder}: another conversion is writing it") from None
+                _clear(self.folder, but={LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
+                self._hasher = pool(1, "digest")
             except BaseException:
-                os.close(self._lock)
+                self._lock.release()
                 raise
 
     def digest_soon(self, name: str) -> None:
         """Begin to compute a finished file's sha256, while the next one is made."""
-        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
+        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
 
     def take(self, shard: GivenShard, name: str, how: How) -> str:
         """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
@@ -261,6 +270,10 @@ class Staging:
         """A finished shard of this folder, for other folders to take."""
         with writing(self.folder / name):
             return GivenShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
+
+    def is_there(self) -> bool:
+        """Whether the folder is still this run's: while a run lives, somebody may delete or move it all the same."""
+        return self._lock.is_there()
 
     def spend(self) -> None:
         """What is here has served its purpose: it is removed at the end."""
@@ -289,6 +302,8 @@ class Staging:
         write_file(self.folder / SUMS, sums.encode())
         with writing(self.folder):
             sync_folder(self.folder)
+        if not self.is_there():
+            raise WriteFailed(f"{self.folder}: was taken away while it was written; what has its name is another run's")
         self._destination.accept()
         self._sealed = True
 
@@ -302,16 +317,17 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
         useless = at_fault or self._spent or not self.journal.entries or self._destination.accepted
         try:
-            if not self._sealed and useless:
+            if not self._sealed and useless and self.is_there():
                 with contextlib.suppress(OSError):  # the next run takes away what is left
                     _remove(self.folder)
         finally:
-            os.close(self._lock)
+            self._lock.release()
 
 
 def verify(folder: Path, plan: Plan) -> None:
@@ -358,9 +374,15 @@ def _index(folder: Path) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, ended: threading.Event | None = None) -> str:
+    """Of a file, in hex; `CancelledError` if it has `ended`, as nobody wants it then, and a shard takes seconds."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if ended is not None and ended.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _arrival(name: str) -> tuple[bool, bool, str]:
@@ -371,7 +393,11 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
 def _remove(folder: Path) -> None:
     """Take a staging folder away."""
     _clear(folder)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # without its lock, another run may have it already
+            raise
 
 
 def _remove_if_spent(folder: Path) -> None:
@@ -379,22 +405,21 @@ def _remove_if_spent(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         return
     names = set(os.listdir(folder))
-    if names - _OURS and (JOURNAL in names or _LOCK not in names):
+    if names - _OURS and (JOURNAL in names or LOCK not in names):
         return  # what a journal tells of can be gone on with; what has no lock isn't ours
-    if _LOCK in names:
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if LOCK in names:
+        lock = Lock(folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(folder)
         finally:
-            os.close(lock)
+            lock.release()
     else:
         folder.rmdir()  # empty: the lock goes last
 
 
 def _clear(folder: Path, *, but: Collection[str] = ()) -> None:
     """Empty a staging folder: first the journal, which tells of the rest; last the lock, by which it is known."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.name == _LOCK, entry.name != JOURNAL)):
+    for entry in sorted(os.scandir(folder), key=lambda entry: (entry.name == LOCK, entry.name != JOURNAL)):
         if entry.name in but:
             continue
         if entry.is_dir(follow_symlinks=False):

@@ -63,6 +63,7 @@ def _times(found: Estimate) -> str:
     return (
         f"time: about {duration(found.seconds)}: reading {read} and computing {compute} by samples taken now, "
         f"writing {write} to a disk that takes {amount(WRITE_RATE)}/s; they overlap"
+        + (f"; before them the sha256 of the base, {duration(found.check)}" if found.check else "")
     )
 
 

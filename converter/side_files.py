@@ -28,17 +28,15 @@ _TOKENIZER = (
     "chat_template.json",
     "tekken.json",
 )
-_OTHERS = (
+_SETTINGS = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
 )
+_OTHERS = (*_SETTINGS, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_BESIDE_WEIGHTS = ("model.safetensors.index.json", "adapter_config.json")
 _MAY_NAME_CODE = (
     "config.json",
     "tokenizer_config.json",
@@ -61,6 +59,11 @@ class SideFile:
 def wanted_from_base(names: Iterable[str]) -> list[str]:
     """Of the base's file names, those that are copied or read besides the weights."""
     return sorted(name for name in names if _is_one_of(name, (*_TOKENIZER, *_OTHERS)))
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a loader that finds a file of this name beside a checkpoint reads it, weights excepted."""
+    return _is_one_of(name, (*_TOKENIZER, *_SETTINGS, *_BESIDE_WEIGHTS))
 
 
 def choose(base: Folder, adapter: Folder | None, *, trust_remote_code: bool) -> tuple[SideFile, ...]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from converter.ask import check_output
 from converter.budget import Resources
-from converter.checksums import SUMS
+from converter.checksums import SUMS, read_sums
 from converter.crew import Crew
 from converter.decide import make_plan
-from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, ConverterError, NotFinite
+from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
 from converter.pipeline import Progress, convert_tensors, one_thread
@@ -29,8 +29,10 @@ from converter.read import Checkpoint, LocalFolder, TensorHeader, are_sizes, par
 from converter.receipt import RECEIPT, read_receipt
 from converter.recipe import Recipe
 from converter.seal import sha256_of
+from converter.side_files import is_loaded
 from converter.tiles import refuse_not_finite, torch_device, torch_dtype
 
+_RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 _STATE = ".quant_state.bitsandbytes__"
 _PIECE = 8 << 20
 MAX_STATE_BYTES = 10_000
@@ -44,7 +46,7 @@ class Verification:
     problems: list[str] = field(default_factory=list)
     """One line each; empty: nothing was found."""
     files: int = 0
-    """Files whose size and sha256 were held against the receipt."""
+    """Files whose size and sha256 were held against the receipt, or SHA256SUMS."""
     tensors: int = 0
     """Tensors that were read for NaN and infinity."""
     recomputed: int = 0
@@ -71,14 +73,13 @@ def verify(
 ) -> Verification:
     """Look at a checkpoint: digests, structure, values; with `base` or `adapter`, make it again and compare.
 
-    `sample` is the share of tensors that are made again, chosen by their names. Raises a `ConversionRefused` where
-    there is nothing to look at: no folder, another base.
+    `sample` is the share of each shard's tensors that are made again, chosen by their names. Raises a
+    `ConversionRefused` where there is nothing to look at: no folder, another base.
     """
     folder = LocalFolder(out)
     receipt = read_receipt(out)
     found = Verification(has_receipt=receipt is not None)
-    if receipt is not None:
-        _check_files(out, receipt, found)
+    _check_files(out, receipt, found)
     try:
         with Checkpoint(folder) as written:
             quantized = _check_structure(written, found)
@@ -94,21 +95,44 @@ def verify(
     return found
 
 
-def _check_files(out: Path, receipt: dict[str, Any], found: Verification) -> None:
-    # Looked up among what is there: a receipt may have any text for a name.
+def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification) -> None:
+    """Hold files against the receipt, the receipt and what else it doesn't know against SHA256SUMS."""
+    known = receipt["files"] if receipt is not None else {}
+    stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
+    # Names are looked up among what is there: a receipt may have any text for one.
+    there = {entry.name for entry in os.scandir(out)}
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.is_file(follow_symlinks=False)}
-    for name, expected in sorted(receipt["files"].items()):
+    if receipt is not None or SUMS in there:
+        for name, sha256 in _sums(out, there, found).items():
+            _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))
+            if expected != sha256:
+                found.problems.append(f"{SUMS}: of {name} it says another sha256 than the receipt")
+    for name, (said_by, sha256, size) in sorted(stated.items()):
         if name not in sizes:
             found.problems.append(f"{name}: missing")
             continue
-        if sizes[name] != expected.get("bytes"):
-            found.problems.append(f"{name}: {sizes[name]:,} bytes, the receipt says otherwise")
-        elif (digest := sha256_of(out / name)) != expected.get("sha256"):
-            found.problems.append(f"{name}: sha256 {digest[:12]}…, the receipt says otherwise")
+        if size not in (None, sizes[name]):
+            found.problems.append(f"{name}: {sizes[name]:,} bytes, {said_by} otherwise")
+        elif (digest := sha256_of(out / name)) != sha256:
+            found.problems.append(f"{name}: sha256 {digest[:12]}…, {said_by} otherwise")
         found.files += 1
-    known = {RECEIPT, SUMS, *receipt["files"]}
-    extra = sorted(name for name in LocalFolder(out).names() - known if name.endswith(".safetensors"))
-    found.problems += [f"{name}: not in the receipt, and loaders would read it" for name in extra]
+    if receipt is not None:
+        extra = sorted(name for name in there - known.keys() if name.endswith(".safetensors") or is_loaded(name))
+        found.problems += [f"{name}: not in the receipt, and loaders would read it" for name in extra]
+
+
+def _sums(out: Path, there: Container[str], found: Verification) -> dict[str, str]:
+    if SUMS not in there:
+        found.problems.append(f"{SUMS}: missing")
+        return {}
+    folder = LocalFolder(out)
+    try:
+        return read_sums(folder)
+    except BadCheckpoint as exc:
+        found.problems.append(str(exc))
+        return {}
+    finally:
+        folder.close()
 
 
 def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict[str, Any]]:
@@ -120,7 +144,7 @@ def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict
             try:
                 state = _read_state(written, tensor)
                 problem = _problem_of_weight(written, weight, quant_type, state)
-            except (BadCheckpoint, KeyError, TypeError, ValueError) as exc:
+            except (BadCheckpoint, KeyError, TypeError, ValueError, OverflowError) as exc:
                 problem, state = f"its quant state can't be read: {exc}", {}
             if problem:
                 found.problems.append(f"{weight}: {problem}")
@@ -162,6 +186,8 @@ def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state:
     if nested:
         expected[".nested_absmax"] = ("F32", (-(blocks // -state["nested_blocksize"]),))
         expected[".nested_quant_map"] = ("F32", (256,))
+    if nested and not math.isfinite(offset := float(state["nested_offset"])):
+        return f"its quant state's offset is {offset}"
     if state["quant_type"] != quant_type:
         return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
     for part, (dtype, shape) in expected.items():
@@ -204,7 +230,7 @@ def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: d
         stated = receipt.get("recipe")
     else:
         state = next(iter(quantized.values()), None) or {"quant_type": "none"}
-        where, config = "its quant states and config.json", written.config
+        where, config = written.folder.label, written.config
         stated = {
             "quant_type": state["quant_type"],
             "double_quant": "nested_offset" in state,
@@ -213,9 +239,12 @@ def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: d
             "merge_precision": "reference",
         }
     try:
-        return Recipe.from_json(stated)
+        recipe = Recipe.from_json(stated)
+        if receipt is not None and stated != recipe.as_json():
+            raise BadRecipe("it lacks some of its choices")
     except BadRecipe as exc:
-        raise BadCheckpoint(f"{where}: no recipe that can be understood: {exc}") from exc
+        raise BadCheckpoint(f"{where}: its recipe can't be understood: {exc}") from exc
+    return recipe
 
 
 class _Comparer:
@@ -229,8 +258,7 @@ class _Comparer:
     def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
         tensor = self._written.tensors.get(name)
         if tensor is None:
-            self.different[name] = "missing"
-            return len(raw)
+            return len(raw)  # its header is looked at, too
         there = bytearray(len(raw))
         if start + len(raw) > tensor.nbytes or (self._outputs[name].is_state and len(raw) != tensor.nbytes):
             self.different[name] = f"{tensor.nbytes:,} bytes, expected {max(start + len(raw), 1):,}"
@@ -249,7 +277,8 @@ def _compare(
     found: Verification,
     progress: Callable[[Progress], None],
 ) -> None:
-    tensors = [tensor for tensor in plan.tensors() if _is_sampled(tensor.name, sample)]
+    chosen = _sample(plan, written, sample)
+    tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
     comparer = _Comparer(written, tensors)
     quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
     with one_thread(), Crew(plan.resources.threads, plan.resources.slots) as crew:
@@ -263,13 +292,38 @@ def _compare(
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))
-    found.problems += [f"{name}: {what}" for name, what in sorted(comparer.different.items())]
-    planned = {output.name for tensor in plan.tensors() for output in tensor.outputs}
+    # Under a limit of memory a loop of CPython 3.11 was seen to end as if it had come to its end.
+    if found.recomputed < len(tensors):
+        count = f"{found.recomputed} of {len(tensors)}"
+        raise ConversionFailed(f"only {count} tensors were made again: too little memory")
+    planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
+    different = comparer.different | _other_headers(written, planned)
+    found.problems += [f"{name}: {what}" for name, what in sorted(different.items())]
     found.problems += [
-        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned)
+        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned.keys())
     ]
 
 
-def _is_sampled(name: str, share: float) -> bool:
-    """Whether a tensor is among the `share` that is looked at: the same ones each time, spread over the model."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < share * 2**32
+def _other_headers(written: Checkpoint, planned: Mapping[str, Output]) -> dict[str, str]:
+    """Tensors that are missing, or whose bytes a loader would take for something else."""
+    other: dict[str, str] = {}
+    for name, output in planned.items():
+        there = written.tensors.get(name)
+        if there is None:
+            other[name] = "missing"
+        elif there.dtype != output.dtype or (there.shape != output.shape and not output.is_state):
+            other[name] = f"{there.dtype} {list(there.shape)}, expected {output.dtype} {list(output.shape)}"
+    return other
+
+
+def _sample(plan: Plan, written: Checkpoint, share: float) -> set[str]:
+    """The tensors that are looked at: of each shard the same ones each time, and one at least."""
+    shards: dict[str, list[str]] = {}
+    for tensor in plan.tensors():
+        there = written.tensors.get(tensor.outputs[0].name)
+        shards.setdefault(there.file if there is not None else "", []).append(tensor.name)
+    chosen: set[str] = set()
+    for names in shards.values():
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        chosen |= {*names[: math.ceil(share * len(names))]}
+    return chosen

@@ -18,6 +18,7 @@ import xxhash
 
 from converter.errors import WriteFailed
 from converter.layout import header_json
+from converter.threads import no_thread
 
 if TYPE_CHECKING:
     from converter.layout import Output
@@ -58,7 +59,10 @@ class _Flusher:
         self._syncing = threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            raise no_thread("flush", exc) from exc
 
     def wrote(self, count: int) -> None:
         """Take note of `count` bytes; raises what an earlier flush met with."""
@@ -126,6 +130,7 @@ class ShardWriter:
     ) -> None:
         self._plan = plan
         self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
+        self._state_names = {t.name: [output.name for output in t.outputs if output.is_state] for t in plan.tensors}
         self._lost = False
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
@@ -176,7 +181,8 @@ class ShardWriter:
 
     def states(self, tensor: str) -> dict[str, str]:
         """A tensor's quant states."""
-        return {name: raw.decode() for name, raw in self._states.items() if self._owner[name] == tensor}
+        # By their names: other threads add those of other tensors meanwhile.
+        return {name: self._states[name].decode() for name in self._state_names[tensor] if name in self._states}
 
     def sync(self) -> None:
         """Make durable what was written."""

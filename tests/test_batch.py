@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -743,6 +744,74 @@ def test_what_a_batch_left_is_taken_away_by_one_that_begins_with_another_job(
 
     assert statuses(convert_batch(jobs_for(three, base, tmp_path / "out"))) == ["made"] * 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
+
+
+def names_in(folder: Path) -> list[str]:
+    """Its files and folders; of a place of what is in common, not which."""
+    return sorted(".shared" if path.name.startswith(".shared-") else path.name for path in folder.iterdir())
+
+
+def test_what_a_batch_left_goes_with_those_of_its_outputs_that_are_made_though_its_first_job_is_gone(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    jobs = jobs_for(three, base, tmp_path / "out")
+    interrupt(jobs, tiles=12)
+    assert names_in(tmp_path / "out") == [".shared", "a0.partial", "a1.partial", "a2.partial"]
+
+    assert statuses(convert_batch(jobs[1:])) == ["made"] * 2
+
+    assert names_in(tmp_path / "out") == ["a0.partial", "a1", "a2"]
+    assert statuses(convert_batch(jobs)) == ["made", "nothing to do", "nothing to do"]
+    assert names_in(tmp_path / "out") == ["a0", "a1", "a2"]
+
+
+def test_what_a_batch_left_stays_while_another_of_its_outputs_is_unfinished(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    jobs = jobs_for(three, base, tmp_path / "out")
+    interrupt(jobs, tiles=12)
+
+    assert statuses(convert_batch(jobs[2:])) == ["made"]
+
+    assert names_in(tmp_path / "out") == [".shared", "a0.partial", "a1.partial", "a2"]
+
+
+def test_what_is_in_common_is_gone_on_with_though_nothing_was_kept_of_the_outputs(
+    base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    jobs = jobs_for(three, base, tmp_path / "out")
+    interrupt(jobs, tiles=12)
+    journal = next((tmp_path / "out").glob(".shared-*/.journal")).read_text()
+    for folder in (tmp_path / "out").glob("a?.partial"):
+        shutil.rmtree(folder)
+
+    read = rows_read(monkeypatch)
+
+    assert statuses(convert_batch(jobs)) == ["made"] * 3
+
+    kept = {json.loads(line.partition(" ")[2])["tensor"] for line in journal.splitlines()[1:]}
+    assert kept
+    assert not kept & read.keys()
+
+
+@pytest.mark.parametrize("raw", [None, b"{", b'{"outputs": 1}', b'{"outputs": ["a0", "\\u0000"]}'])
+def test_of_a_place_that_does_not_say_for_whom_it_was_nothing_is_taken_away(
+    raw: bytes | None, base: Path, three: list[Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "out" / ".shared-0123456789ab.partial"
+    place.mkdir(parents=True)
+    for name in (".lock", ".journal", "model.safetensors.unfinished"):
+        (place / name).touch()
+    if raw is not None:
+        (place / ".outputs").write_bytes(raw)
+    before = contents(place)
+
+    assert statuses(convert_batch(jobs_for(three[:1], base, tmp_path / "out"))) == ["made"]
+
+    assert contents(place) == before
 
 
 # Reading once, in whatever memory

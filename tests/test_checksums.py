@@ -211,6 +211,33 @@ def test_a_dry_run_reads_no_more_of_a_base_because_of_its_sums(place: Path, read
     assert read[SHARD] == without
 
 
+def test_a_dry_run_foretells_the_time_of_the_check_until_it_is_made(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def foretold() -> float:
+        plan = plan_conversion(place / "base", place / "adapter")
+        assert plan.estimate is not None
+        return plan.estimate.check
+
+    without = foretold()
+    write_sums(place / "base")
+    before = foretold()
+    with pytest.raises(SystemExit):
+        main(["--base", str(place / "base"), "--adapter", str(place / "adapter"), "--out", "z", "--dry-run"])
+    assert "; before them the sha256 of the base, " in capsys.readouterr().out
+    convert(place / "base", place / "adapter", place / "out")
+
+    assert (without, foretold()) == (0, 0)
+    assert before > 0
+
+
+def test_a_dry_run_refuses_sums_that_the_conversion_would_refuse(place: Path) -> None:
+    (place / "base" / "SHA256SUMS").write_text("nonsense\n")
+
+    with pytest.raises(BadCheckpoint, match="SHA256SUMS: line 1"):
+        plan_conversion(place / "base", place / "adapter")
+
+
 def test_checking_is_a_stage_of_the_progress(place: Path) -> None:
     write_sums(place / "sharded")
     seen: list[Progress] = []

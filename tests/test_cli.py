@@ -856,3 +856,30 @@ def test_a_dry_run_of_several_says_what_they_will_take_together(
     assert forecast["memory"] > 0
     assert forecast["estimate"]["seconds"] > 0
     assert not out.exists()
+
+
+WITHOUT_MEMORY = """
+import threading
+import converter.cli
+
+def run(*_, **__):
+    raise MemoryError
+
+threading.Thread(target=threading.Event().wait).start()
+converter.cli._run = run
+converter.cli.console()
+"""
+"""Too little memory to say what went wrong, while a thread waits for another that is gone."""
+
+
+def test_a_command_without_memory_for_its_last_words_ends_all_the_same() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+    assert (ran.returncode, ran.stderr) == (1, "error: MemoryError\n")

@@ -60,7 +60,7 @@ def test_passes_memory_and_disk_are_those_of_the_batch(
 def test_each_pass_reads_the_base_and_what_is_in_common_is_computed_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.forecast, "estimate", lambda *_: converter.estimate.Estimate(2.0, 3.0, 1.0))
+    monkeypatch.setattr(converter.forecast, "estimate", lambda *_: converter.estimate.Estimate(2.0, 3.0, 1.0, 5.0))
     (one,) = foretold(jobs(folder, tmp_path)[:1])
     (three,) = foretold(jobs(folder, tmp_path))
     monkeypatch.setattr(converter.budget, "MOST_TOGETHER", 1)
@@ -70,6 +70,7 @@ def test_each_pass_reads_the_base_and_what_is_in_common_is_computed_once(
     assert (three.passes, three.estimate.read) == (1, 2.0)
     assert 3.0 < three.estimate.compute < 9.0
     assert (apart.passes, apart.estimate.read, apart.estimate.compute) == (3, 6.0, three.estimate.compute)
+    assert [found.estimate.check for found in (one, three, apart)] == [5.0] * 3  # once for the batch
 
 
 def test_of_what_is_made_already_nothing_is_foretold(folder: Path, tmp_path: Path) -> None:

@@ -98,6 +98,25 @@ def test_what_is_written_of_a_shard_is_its_own_tensors_alone(tmp_path: Path) -> 
     assert list(journal.entries) == ["b"]
 
 
+def test_what_is_written_of_a_shard_can_be_asked_for_while_more_is_committed(tmp_path: Path) -> None:
+    """As the thread that syncs does between any two steps of this one."""
+
+    class Shard(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            journal.commit([entry("b")])
+            return str(self) == other
+
+    keep(tmp_path, entry("a"))
+    journal = Journal(tmp_path, JOB)
+
+    assert list(journal.written(Shard(SHARD))) == ["a"]
+    journal.close()
+    assert list(journal.entries) == ["a", "b"]
+
+
 def test_of_a_tensor_that_was_made_twice_the_later_is_known(tmp_path: Path) -> None:
     later = replace(entry("a"), error=0.5, pieces=())
     keep(tmp_path, entry("a"), entry("b"), later)

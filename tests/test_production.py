@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 import converter.journal
 from converter import Resources, convert
-from converter.errors import WriteFailed
+from converter.errors import Interrupted, WriteFailed
 from converter.journal import Entry, Journal
 from converter.write import ShardWriter
 from tests.folders import contents
@@ -99,3 +100,28 @@ def test_a_sync_that_fails_behind_the_back_ends_the_conversion_and_the_next_run_
     convert(*inputs, out, resources=TWO_THREADS)
 
     assert contents(out) == contents(convert(*inputs, tmp_path / "fresh", resources=TWO_THREADS).out)
+
+
+def test_what_a_sync_behind_meets_with_hides_no_signal_and_leaves_no_lock(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, begun, asked = tmp_path / "out", threading.Event(), threading.Event()
+
+    def sync(_writer: ShardWriter) -> None:
+        begun.set()
+        asked.wait(LONG)
+        raise MemoryError
+
+    def stop() -> int | None:
+        if not begun.is_set():
+            return None
+        asked.set()
+        return signal.SIGTERM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "sync", sync)
+        with pytest.raises(Interrupted):
+            convert(*inputs, out, resources=TWO_THREADS, stop=stop)
+
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sync")]
+    convert(*inputs, out, resources=TWO_THREADS)

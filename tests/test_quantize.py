@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import weakref
 from typing import Any
 
 import bitsandbytes.functional
@@ -13,6 +15,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import converter.quantize
 from converter.errors import NotFinite
 from converter.layout import outputs_of, tile_bounds
 from converter.quantize import Quantizer, dynamic_map, four_bit_map
@@ -262,3 +265,32 @@ def test_double_quant_is_the_same_with_and_without_the_library_called_directly(
     assert found.keys() == directly.keys()
     for name, value in found.items():
         assert same(value, directly[name]), name
+
+
+def test_the_map_of_an_absmax_stays_while_the_library_reads_it_whatever_other_threads_remember_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two threads that ask for it first make it twice, and the later one is remembered in the earlier one's place."""
+    maps: list[weakref.ref[torch.Tensor]] = []
+    stayed: list[bool] = []
+
+    def forgotten() -> torch.Tensor:
+        made = torch.zeros(256)
+        maps.append(weakref.ref(made))
+        return made
+
+    class Library:
+        def __init__(self, _path: str) -> None:
+            def cquantize_blockwise_cpu_fp32(*_: int) -> None:
+                stayed.append(maps[0]() is not None)
+
+            self.cquantize_blockwise_cpu_fp32 = cquantize_blockwise_cpu_fp32
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(converter.quantize, "dynamic_map", forgotten)
+    quantize = converter.quantize._native_quantize_blockwise.__wrapped__()
+    assert quantize is not None
+
+    quantize(torch.zeros(1000))
+
+    assert stayed == [True]

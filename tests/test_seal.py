@@ -22,9 +22,11 @@ from transformers import AutoTokenizer
 import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
+from converter.pipeline import Progress
 from converter.quantize import Quantizer
 from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
+from tests.limits import no_hang
 from tests.models import load, save_adapter, save_base
 from tests.reference import tensors_of
 
@@ -117,7 +119,9 @@ _open = os.open
 
 
 def path_of(descriptor: int) -> Path:
-    return Path(f"/proc/self/fd/{descriptor}").readlink()
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+    return Path()
 
 
 @contextlib.contextmanager
@@ -449,6 +453,70 @@ def test_a_second_run_for_the_same_out_is_refused(base: Path, adapter: Path, out
     assert (out / "conversion.json").exists()
 
 
+def hold(staging: Path, *, journal: bool = True) -> None:
+    """Make a staging folder as another run does that lives, in the place of the one that is there."""
+    staging.rename(staging.with_name("aside"))
+    staging.mkdir()
+    for name in (".lock", ".journal") if journal else (".lock",):
+        (staging / name).write_text("another's")
+
+
+def test_a_lock_whose_folder_another_run_took_away_meanwhile_gives_no_right_to_the_one_that_is_there_now(
+    base: Path, adapter: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        hold(out.with_name("out.partial"))
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with pytest.raises(BadOutput, match="another conversion is writing it"):
+            convert(base, adapter, out)
+
+    assert contents(out.with_name("out.partial")) == dict.fromkeys([".lock", ".journal"], b"another's")
+
+
+def test_where_nothing_is_to_be_done_a_folder_that_another_run_makes_meanwhile_stays(
+    inputs: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(*inputs, out, resources=ONE_THREAD)
+    staging, flock = out.with_name("out.partial"), fcntl.flock
+    staging.mkdir()
+    (staging / ".lock").touch()
+
+    def late(descriptor: int, how: int) -> None:
+        hold(staging)
+        flock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        assert convert(*inputs, out, resources=ONE_THREAD).nothing_to_do
+
+    assert len(contents(staging)) == 2
+
+
+def test_a_run_whose_staging_folder_is_taken_away_neither_gives_the_next_ones_its_name_nor_removes_it(
+    base: Path, adapter: Path, out: Path
+) -> None:
+    staging = out.with_name("out.partial")
+
+    def take_away(progress: Progress) -> None:
+        if progress.stage == "sealing":
+            shards = {name: raw for name, raw in contents(staging).items() if name.endswith(".safetensors")}
+            hold(staging)
+            for name, raw in shards.items():
+                (staging / name).write_bytes(raw)
+
+    with pytest.raises(WriteFailed, match=r"out\.partial: was taken away while it was written") as failed:
+        convert(base, adapter, out, progress=take_away)
+
+    assert "is kept" not in message(failed)
+    assert not out.exists()
+    assert (staging / ".lock").read_text() == "another's"
+
+
 def test_what_a_dead_run_left_is_used_again_but_not_while_it_lives(
     base: Path, adapter: Path, whole: dict[str, bytes], out: Path
 ) -> None:
@@ -496,6 +564,40 @@ def test_a_run_that_dies_while_it_takes_its_staging_folder_away_leaves_one_that_
         with Staging(destination, job, ["a", "b"], resume=True) as again:
             assert again.journal.entries == {}
         assert not again.folder.exists()
+
+
+@pytest.mark.parametrize("act", [os.rmdir, lambda staging: (staging / ".lock").touch()], ids=["removes it", "takes it"])
+def test_a_run_that_is_done_is_done_though_another_finds_its_empty_staging_folder_first(
+    act: Callable[[Path], None], base: Path, adapter: Path, whole: dict[str, bytes], out: Path, tmp_path: Path
+) -> None:
+    convert(base, adapter, out, OTHER, resources=ONE_THREAD)
+    staging, unlink = out.with_name("out.partial"), os.unlink
+
+    def unlinked(path: Any, **settings: Any) -> None:
+        unlink(path, **settings)
+        if Path(path) == staging / ".lock":
+            act(staging)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", unlinked)
+        convert(base, adapter, out, resources=ONE_THREAD, overwrite=True)
+
+    assert contents(out) == whole
+
+
+def test_an_end_does_not_wait_for_the_sha256_of_a_shard_that_nobody_wants_any_more(out: Path) -> None:
+    staging = Staging(Destination(out, inputs=(), overwrite=False), {}, ["shard"], resume=True)
+    with (staging.folder / "shard").open("wb") as shard:
+        shard.truncate(4 << 40)  # an hour's work
+
+    staging.digest_soon("shard")
+
+    with no_hang():
+        while staging.folder / "shard" not in map(path_of, map(int, os.listdir("/proc/self/fd"))):
+            pass
+        staging.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+    assert not staging.folder.exists()
 
 
 def test_a_folder_that_happens_to_be_called_as_our_staging_folder_is_left_alone(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Recipe, convert
+import converter.verify
+from converter import ConversionFailed, Job, Recipe, convert, convert_batch
 from converter.cli import main
 from converter.verify import verify
 from tests.folders import change_json
@@ -44,6 +45,13 @@ def change(out: Path, what: Callable[[dict[str, torch.Tensor]], object], *, rece
         (out / "conversion.json").unlink()
 
 
+def change_offset(tensors: dict[str, torch.Tensor], offset: str) -> None:
+    """Have the quant state of WEIGHT say that this was subtracted from its absmax."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = re.sub(rb'("nested_offset": )[^,}]+', rb"\1" + offset.encode(), bytes(tensors[name].tolist()))
+    tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+
+
 @pytest.mark.parametrize(
     "recipe", [Recipe(), Recipe(quant_type="int8"), Recipe(quant_type="none"), Recipe(double_quant=False)]
 )
@@ -56,7 +64,7 @@ def test_what_was_made_is_good_and_is_what_base_and_adapter_give(
 
     assert (found.problems, found.has_receipt) == ([], True)
     assert found.recomputed == len(load_file_names(inputs[0]))
-    assert found.files == len(list(out.iterdir())) - 2
+    assert found.files == len(list(out.iterdir())) - 1
 
 
 def load_file_names(base: Path) -> set[str]:
@@ -88,6 +96,26 @@ def test_a_sample_is_the_same_each_time_and_about_as_large_as_asked_for(inputs: 
     assert 0 < counts[0] < counts[2] < len(load_file_names(inputs[0]))
 
 
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_a_sample_is_of_every_shard(share: float, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Here one that other outputs have, too, and one of its own."""
+    job = Job(tmp_path / "out", inputs[1], inputs[0])
+    other = Job(tmp_path / "other", save_adapter(tmp_path / "adapter", inputs[0], "llama", scale=0.2), inputs[0])
+    assert all(outcome.is_good for outcome in convert_batch([job, other]))
+    out = job.out
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:  # everything in it becomes another, and stays what it was in the other output
+        tensors = {n: (~t.view(torch.uint8)).view(t.dtype) for n, t in load_file(shard).items()}
+        shard.unlink()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    problems = verify(out, *inputs, sample=share).problems
+
+    different = {problem.partition(":")[0] for problem in problems if "differs from what base and adapter" in problem}
+    assert all(different & load_file(shard).keys() for shard in shards)
+
+
 def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Path, Path], out: Path) -> None:
     change(out, lambda tensors: tensors[WEIGHT].view(-1)[7].bitwise_xor_(1), receipt=True)
 
@@ -110,6 +138,8 @@ def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Pa
             lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)}),
             "its quant state can't be read",
         ),
+        (lambda t: change_offset(t, "Infinity"), f"{WEIGHT}: its quant state's offset is inf"),
+        (lambda t: change_offset(t, "NaN"), "its quant state can't be read"),
     ],
 )  # fmt: skip
 def test_defects_are_found_without_a_receipt(
@@ -133,6 +163,7 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
         {"blocksize": 64.0},
         {"blocksize": float("inf")},
         {"nested_blocksize": 0},
+        {"nested_offset": 10**400},
         {"shape": ["a", 10**11]},
         {"shape": {"64": 1}},
         {"shape": 64},
@@ -173,30 +204,35 @@ def test_a_quant_state_of_gigabytes_is_not_read(out: Path) -> None:
     assert any(problem.startswith("model.safetensors: ") for problem in problems)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [None, [1], {}, {"keep": 5}, {"keep": [["x"]]}, {"strange": 1}, {"quant_type": "q4"}, {"quant_type": {}},
-     {"block_size": 64.0}, {"max_shard_size": "5GB"}, {"double_quant": "yes"}],
-)  # fmt: skip
-def test_a_recipe_in_a_receipt_that_is_not_understood_is_a_problem(
-    recipe: object, inputs: tuple[Path, Path], out: Path
-) -> None:
-    change_json(out / "conversion.json", recipe=recipe)
-
-    problems = verify(out, *inputs).problems
-
-    if recipe == {}:  # the defaults
-        assert problems == []
-    else:
-        assert [problem for problem in problems if "no recipe that can be understood" in problem] == problems
-
-
 @pytest.mark.parametrize("name", ["x" * 300, "x\0", "\ud800", "", "..", "/etc/passwd", "../out/config.json"])
 def test_a_name_in_a_receipt_is_only_looked_up(name: str, out: Path) -> None:
     receipt = json.loads((out / "conversion.json").read_text())
     change_json(out / "conversion.json", files=receipt["files"] | {name: receipt["files"]["config.json"]})
 
-    assert verify(out).problems == [f"{name}: missing"]
+    assert [problem for problem in verify(out).problems if "SHA256SUMS says" not in problem] == [f"{name}: missing"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "what"),
+    [
+        (Recipe(), "model.norm.weight", lambda tensor: tensor.view(torch.float16)),
+        (Recipe(quant_type="int8"), "model.layers.0.mlp.up_proj.SCB", lambda tensor: torch.cat([tensor, tensor])),
+    ],
+    ids=["a dtype", "a shape"],
+)
+def test_the_same_bytes_under_another_dtype_or_shape_are_found_by_comparison(
+    recipe: Recipe,
+    name: str,
+    what: Callable[[torch.Tensor], torch.Tensor],
+    inputs: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    out = convert(*inputs, tmp_path / "out", recipe).out
+    change(out, lambda tensors: tensors.update({name: what(tensors[name])}), receipt=True)
+
+    problems = verify(out, *inputs, sample=0.01).problems
+
+    assert any(re.match(rf"{name}: F\d+ \[\d+\], expected B?F\d+ \[\d+\]", problem) for problem in problems), problems
 
 
 def test_a_config_that_quantizes_other_modules_is_found(out: Path) -> None:
@@ -217,6 +253,69 @@ def test_missing_and_superfluous_files_are_found(out: Path) -> None:
     problems = verify(out).problems
 
     assert problems == ["README.md: missing", "consolidated.safetensors: not in the receipt, and loaders would read it"]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "adapter_config.json", "x.safetensors"])
+def test_a_file_that_was_added_is_found_if_loaders_would_read_it(name: str, out: Path) -> None:
+    for added in ("notes.txt", "LICENSE", "eval_results.json"):
+        (out / added).touch()
+    assert verify(out).problems == []
+
+    (out / name).symlink_to("/dev/null")
+
+    assert verify(out).problems == [f"{name}: not in the receipt, and loaders would read it"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: (out / "SHA256SUMS").unlink(), "SHA256SUMS: missing"),
+        (lambda out: (out / "SHA256SUMS").write_text("no sums"), "SHA256SUMS: line 1 is 'no sums', expected a sha256"),
+        (
+            lambda out: (out / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n"),
+            "SHA256SUMS: of config.json it says another sha256 than the receipt",
+        ),
+        (lambda out: change_json(out / "conversion.json", tensors={}), "conversion.json: .* SHA256SUMS says otherwise"),
+        (lambda out: (out / "conversion.json").unlink(), "conversion.json: missing"),
+        (lambda out: (out / "conversion.json").write_text("{"), "conversion.json: .* SHA256SUMS says otherwise"),
+    ],
+    ids=["no sums", "no sums in it", "other sums", "another receipt", "no receipt", "no receipt in it"],
+)
+def test_the_receipt_and_the_sums_are_held_against_each_other(
+    change: Callable[[Path], object], message: str, out: Path
+) -> None:
+    change(out)
+
+    problems = verify(out).problems
+
+    assert len(problems) == 1
+    assert re.search(message, problems[0])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [None, [1], {}, {"keep": 1}, {"keep": [["x"]]}, {"keep": [], "quant_type": "nf5"}, {"quant_type": {}},
+     {"strange": 1}, {"block_size": 64.0}, {"max_shard_size": "5GB"}, {"double_quant": "yes"}],
+)  # fmt: skip
+def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_it(
+    recipe: object, inputs: tuple[Path, Path], out: Path
+) -> None:
+    change_json(out / "conversion.json", recipe=recipe)
+
+    found = verify(out, *inputs)
+
+    assert any(problem.startswith("conversion.json: its recipe can't be understood") for problem in found.problems)
+    assert found.recomputed == 0
+
+
+def test_what_was_not_made_again_to_the_last_tensor_is_not_called_good(
+    inputs: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little memory CPython 3.11 may lose the MemoryError and end the loop as if that were all."""
+    monkeypatch.setattr(converter.verify, "convert_tensors", lambda *_: iter(()))
+
+    with pytest.raises(ConversionFailed, match="0 of 21 tensors were made again: too little memory"):
+        verify(out, *inputs)
 
 
 def test_the_sums_work_with_the_usual_program(out: Path) -> None:

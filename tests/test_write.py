@@ -587,6 +587,26 @@ def test_what_was_written_in_whatever_cuts_is_not_made_again(cut: int, tmp_path:
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
+def test_quant_states_can_be_asked_for_while_another_tensor_gets_its_own(tmp_path: Path) -> None:
+    """As other threads do between any two steps of this one."""
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            writer.write(later.name, 0, b"{}")
+            return super().__eq__(other)
+
+    other = replace(WEIGHT, name="b.weight")
+    later = replace(STATE, name="b.weight.quant_state.bitsandbytes__nf4")
+    tensors = (tensor_plan(WEIGHT, SCALES, STATE), tensor_plan(other, later))
+    with ShardWriter(tmp_path, ShardPlan(FILE, tensors, lay_out([WEIGHT, SCALES, STATE, other, later]))) as writer:
+        writer.write(STATE.name, 0, b'{"a": 1}')
+
+        assert writer.states(Name(WEIGHT.name)) == {STATE.name: '{"a": 1}'}
+
+
 def test_pieces_and_quant_states_come_back(tmp_path: Path) -> None:
     written = leave(tmp_path, cut=10)
 
