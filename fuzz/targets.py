@@ -17,7 +17,7 @@ from converter import adapter as adapters
 from converter.adapter import Adapter
 from converter.checksums import SUMS, read_sums
 from converter.errors import ConverterError
-from converter.hub import digest_at_download
+from converter.hub_record import digest_at_download
 from converter.journal import FORMAT as JOURNAL_FORMAT
 from converter.journal import JOURNAL, Journal
 from converter.patterns import Patterns

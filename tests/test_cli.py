@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converter.hub
+import converter.hub_errors
 from converter.cli import main
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, change_tensor, contents, copy
@@ -543,7 +543,7 @@ def test_a_signal_midway_leaves_no_out_and_has_its_own_exit_code(
 
 @pytest.fixture
 def hub(tiny_base: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.hub, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(converter.hub_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     adapter = copy(tiny_adapter, tmp_path / "pushed")
     change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base")
     with StandInHub({"maker/base": tiny_base, "maker/lora": adapter}) as server:

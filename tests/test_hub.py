@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 import converter.hub
+import converter.hub_errors
 from converter.errors import (
     BadCheckpoint,
     HubFailed,
@@ -65,7 +66,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.hub, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(converter.hub_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     with StandInHub({REPO: base}) as server:
         server.use(monkeypatch, cache)
         yield server
