@@ -264,9 +264,9 @@ def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], C
         yield show, clock
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+def json_text(value: dict[str, Any]) -> str:
+    """One JSON object, as it is printed."""
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
 
 
 def _strict(value: Any) -> Any:
