@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,8 @@ from converter.measure import row_sums
 from converter.merge import merge_tile
 from converter.quantize import Quantizer, dynamic_map, four_bit_map
 from converter.recipe import BLOCK_SIZES, Recipe
+from tests.conftest import REPOSITORY
+from tests.limits import HANG
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
@@ -192,3 +199,64 @@ def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> No
     assert np.isfinite(sums).all()
     np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
     np.testing.assert_allclose(sums[:, 1], (merged.exact.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+
+
+# Where compiled code is kept
+
+
+PROGRAM = """
+import numpy as np
+from converter import kernels
+print(kernels.all_finite(np.zeros(4, np.uint16), 0x7F80), sum(kernels._some_have.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The package where this test may do with it as it likes, without compiled code."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(REPOSITORY / "converter", tmp_path / "site" / "converter", ignore=ignored)
+
+
+def compute(installed: Path, **environment: str) -> str:
+    """What a process says that has the code compiled, or finds it compiled."""
+    command = [sys.executable, "-B", "-c", PROGRAM]
+    ran = subprocess.run(
+        command, cwd=installed.parent, env=os.environ | environment, capture_output=True, text=True, timeout=HANG
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_compiled_code_is_kept_for_the_next_process(installed: Path) -> None:
+    assert compute(installed) == "True 0"
+    assert compute(installed) == "True 1"
+
+
+def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: Path, tmp_path: Path) -> None:
+    (installed / "__pycache__").write_text("no folder")
+    (tmp_path / "file").write_text("no folder")
+    nowhere = str(tmp_path / "file" / "home")
+
+    for _ in range(2):
+        assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "True 0"
+
+
+def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew(installed: Path) -> None:
+    compute(installed)
+    for path in (installed / "__pycache__").glob("kernels.*.nb?"):
+        path.write_bytes(b"")
+
+    assert compute(installed) == "True 0"
+
+
+def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) -> None:
+    kept = installed / "__pycache__"
+    kept.mkdir()
+    if os.system(f"mount -t tmpfs -o size=4k tmpfs '{kept}' 2>/dev/null"):
+        pytest.skip("mounting needs a privilege that this machine does not give")
+    try:
+        (kept / "filler").write_bytes(bytes(4096))
+        assert compute(installed) == "True 0"
+    finally:
+        os.system(f"umount '{kept}'")
