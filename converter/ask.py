@@ -22,7 +22,7 @@ from typing import Any
 from converter import errors
 from converter.answers import answer
 from converter.architecture import Architecture, Shape
-from converter.digests import cache_folder
+from converter.digests import cache_folder, keep
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
@@ -140,12 +140,9 @@ def _recall(key: str) -> Any:
 
 def _remember(key: str, value: Any) -> None:
     """Keep an answer for other processes; where there is no place for it, they ask again."""
+    path = _path(key)
+    keep(path, value)
     with contextlib.suppress(OSError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(value))
-        temporary.rename(path)
         by_age = sorted(path.parent.glob("*.json"), key=lambda old: old.stat().st_mtime)
         for old in by_age[:-_KEPT_ANSWERS]:
             old.unlink()

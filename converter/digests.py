@@ -74,16 +74,23 @@ def remember(base: Checkpoint, digests: Mapping[str, str]) -> None:
 
 def cache_folder() -> Path:
     """Where this user's runs keep what they need not find out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4-converter"
+    stated = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(stated or Path.home() / ".cache") / "nf4-converter"
+    except RuntimeError:  # a user of a container, who is in no list and has no home: nothing is kept
+        return Path(os.devnull) / "nf4-converter"
 
 
 def keep(path: Path, value: Any) -> None:
     """Write what later runs may want, as JSON; where there is no place for it, they find it out again."""
-    with contextlib.suppress(OSError):
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(value))
         temporary.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk has room for empty files, one a run
+            temporary.unlink()
 
 
 def kept(path: Path) -> Any:

@@ -699,6 +699,38 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
     assert is_done(base, adapter, out)
 
 
+def test_a_user_without_a_home_converts_and_nothing_is_kept(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+
+    convert(base, adapter, out)
+
+    assert contents(out) == whole
+    assert is_done(base, adapter, out)
+    assert list(tmp_path.iterdir()) == [out.parent]
+
+
+def test_a_full_disk_where_the_cache_is_gathers_no_files(
+    base: Path, adapter: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, _: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+
+    convert(base, adapter, out)
+
+    assert [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()] == []
+
+
 @pytest.mark.parametrize("what", ["weights", "config"])
 def test_an_adapter_that_changed_is_noticed(inputs: tuple[Path, Path], out: Path, tmp_path: Path, what: str) -> None:
     adapter = copy(inputs[1], tmp_path / "adapter")
