@@ -85,7 +85,9 @@ class _Signals:
         self._asked = False
         self._received: int | None = None
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._receive)
+            # A shell starts what it puts in the background so that Ctrl-C, meant for others, doesn't end it.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._receive)
 
     def __call__(self) -> int | None:
         """The signal that was received, if any."""

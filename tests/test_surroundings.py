@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from converter.cli import _Signals
 from tests.conftest import REPOSITORY
 from tests.limits import HANG
 
@@ -136,3 +138,19 @@ def test_more_files_are_opened_than_the_limit_that_programs_are_started_with(
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
     assert (ran.code, ran.err) == (0, "")
+
+
+# Signals
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
+    signal_handlers: None,
+) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    stop = _Signals()
+
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop() is None
