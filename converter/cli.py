@@ -412,6 +412,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        _refuse_without_folder()
         # click gives back the code with which a command exits.
         code = command()
         return code if isinstance(code, int) else 0
@@ -433,6 +434,16 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         where = traceback.extract_tb(exc.__traceback__)[-1]
         name = f"{type(exc).__name__} in {os.path.basename(where.filename)}:{where.lineno}"  # noqa: PTH119
         return _say(f"{name}: {printable(str(exc))} (-v shows where)", 1, as_json=as_json)
+
+
+def _refuse_without_folder() -> None:
+    """Where the current folder is gone, a relative path leads nowhere, and a library of torch's ends the process."""
+    from converter.errors import ConversionRefused
+
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as exc:
+        raise ConversionRefused(f"the current folder: {exc.strerror}; change to one that is there") from exc
 
 
 def _say(message: str, code: int, *, as_json: bool) -> int:

@@ -39,8 +39,16 @@ def run(cache: Path) -> Run:
     """Runs the command line in a process of its own, as a shell would with such redirections; unless it is told
     otherwise, Python may keep what it prints until the end."""
 
-    def run(*arguments: object, redirected: str = "", **environment: str) -> Ran:
-        command = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, REPOSITORY / "cli.py", *arguments]
+    def run(*arguments: object, before: str = "", redirected: str = "", **environment: str) -> Ran:
+        command = [
+            "sh",
+            "-c",
+            f'{before} exec "$@" {redirected}',
+            "sh",
+            sys.executable,
+            REPOSITORY / "cli.py",
+            *arguments,
+        ]
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         settings: Any = {"env": kept | {"XDG_CACHE_HOME": str(cache)} | environment, "timeout": HANG}
         ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **settings)
@@ -117,6 +125,17 @@ def test_a_name_that_the_terminals_alphabet_lacks_is_spelled_out(run: Run, tiny_
 
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith(f"{tmp_path}/\\u043b\\u0451\\u043d: ")
+
+
+# The current folder
+
+
+@pytest.mark.parametrize("out", ["out", "/absolute"])
+def test_where_the_current_folder_is_gone_it_is_refused_in_one_line(out: str, run: Run, tiny_base: Path) -> None:
+    ran = run("--base", tiny_base, "--out", out, before='gone=$(mktemp -d); cd "$gone"; rmdir "$gone";')
+
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "error: the current folder: No such file or directory; change to one that is there\n"
 
 
 # Descriptors
