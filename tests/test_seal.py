@@ -25,6 +25,7 @@ from converter import ConversionRefused, Recipe, Report, Resources, convert, pla
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.pipeline import Progress
 from converter.quantize import Quantizer
+from converter.read import LocalFolder
 from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.models import load, save_adapter, save_base
@@ -754,6 +755,20 @@ def test_a_base_whose_file_was_replaced_under_the_same_time_is_noticed(
     os.utime(other, ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns))
     other.replace(shard)
 
+    assert not is_done(base, inputs[1], out)
+
+
+def test_a_base_that_was_written_to_in_place_under_the_same_time_is_noticed(
+    inputs: tuple[Path, Path], out: Path, tmp_path: Path
+) -> None:
+    base = copy(inputs[0], tmp_path / "base")
+    convert(base, inputs[1], out)
+    file = base / "model.safetensors"
+    identity = LocalFolder(base).identity(file.name)
+
+    change_tensor(file, "model.norm.weight", lambda tensor: tensor.add_(1))
+
+    assert LocalFolder(base).identity(file.name) == identity
     assert not is_done(base, inputs[1], out)
 
 
