@@ -11,7 +11,7 @@ as some of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -123,6 +123,16 @@ def quantize_rows(
             sums,
         )
     )
+
+
+def load(quantized: Iterable[str], checked: Iterable[str]) -> None:
+    """Have compiled what quantizes arrays of some dtypes, and what looks whether those of some are finite."""
+    for dtype in quantized:
+        size, small = np.ones(2, np.float32), np.empty(1, np.uint8)
+        how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "rounding": EXACT, "packed": small}
+        quantize_rows(size.astype(dtype), None, 1.0, 2, **how, absmax=size[:1], sums=np.empty((1, SUMS)))
+    for dtype in checked:
+        all_finite(np.zeros(1, dtype), 1)
 
 
 def all_finite(bits: Array, exponent: int) -> bool:

@@ -23,6 +23,7 @@ from converter.quantize import Quantizer, dynamic_map, four_bit_map
 from converter.recipe import BLOCK_SIZES, Recipe
 from tests.conftest import REPOSITORY
 from tests.limits import HANG
+from tests.models import save_adapter, save_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
@@ -199,6 +200,31 @@ def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> No
     assert np.isfinite(sums).all()
     np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
     np.testing.assert_allclose(sums[:, 1], (merged.exact.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", dtype=dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, "llama")
+    program = f"""
+import converter.crew
+from converter import convert, kernels
+
+def compiled():
+    return len(kernels._quantize.signatures), len(kernels._some_have.signatures)
+
+begun = []
+begin = converter.crew.Crew.__init__
+converter.crew.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
+convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
+print(*begun, compiled())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, cwd=REPOSITORY)
+
+    assert ran.returncode == 0, ran.stderr
+    begun, ended = ran.stdout.strip().split(") (")
+    assert begun.strip("()") == ended.strip("()")
+    assert ended[0] == "1"
 
 
 # Where compiled code is kept
