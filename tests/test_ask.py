@@ -95,6 +95,7 @@ def test_a_process_that_died_of_one_question_is_not_asked_the_next(
 
 def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {tensor.name: tensor.shape for tensor in base}
+    monkeypatch.setattr(ask, "_known", {})  # other tests may have asked already
     first = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
     monkeypatch.setattr(ask, "_known", {})
     monkeypatch.setattr(ask, "answer", lambda _: pytest.fail("asked again"))
