@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,10 +23,12 @@ from typing import Any
 from converter import errors
 from converter.answers import answer
 from converter.architecture import Architecture, Shape
-from converter.digests import cache_folder
+from converter.digests import cache_folder, keep
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
+_FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+"""Signals that no config is at fault for, but a user, or a system without memory."""
 _KEPT_ANSWERS = 64
 _CHILD = "from converter.answers import serve; serve()"
 
@@ -78,12 +81,13 @@ class _Child:
             env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
             text=True,
         )
+        self._took_too_long = False
 
     def ask(self, raw: str) -> Any:
         """The answer to a question; raises what answering raised there."""
         stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
         assert stdin is not None and stdout is not None and stderr is not None  # noqa: S101, PT018  (pipes)
-        clock = threading.Timer(SECONDS, self._process.kill)
+        clock = threading.Timer(SECONDS, self._expire)
         clock.start()
         try:
             with contextlib.suppress(BrokenPipeError):  # a child that died says so below
@@ -96,12 +100,23 @@ class _Child:
         finally:
             clock.cancel()
         if not line:
+            number = -self._process.wait()
+            if number in _FROM_OUTSIDE and not self._took_too_long:
+                name = signal.Signals(number).name
+                raise errors.ConversionFailed(f"the process that asks transformers was ended by {name}; try it again")
             reason = stderr.read().strip().rpartition("\n")[2] or "it ended, or took too long"
             raise errors.BadCheckpoint(f"config.json: transformers failed on it: {reason[:200]}")
         result = json.loads(line)
         if "error" in result:
             raise getattr(errors, result["error"])(result["message"])
         return result["answer"]
+
+    def _expire(self) -> None:
+        self._took_too_long = True
+        self._process.kill()
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def end(self) -> None:
         self._process.kill()
@@ -113,14 +128,12 @@ _child: _Child | None = None
 
 def _ask_child(raw: str) -> Any:
     global _child
+    if _child is not None and not _child.is_alive():
+        dismiss()  # what it died of was another question
     if _child is None:
         _child = _Child()
         atexit.register(dismiss)
-    try:
-        return _child.ask(raw)
-    except errors.BadCheckpoint:  # it may have died of it, and the next question is about another checkpoint
-        dismiss()
-        raise
+    return _child.ask(raw)
 
 
 def dismiss() -> None:
@@ -144,12 +157,9 @@ def _recall(key: str) -> Any:
 
 def _remember(key: str, value: Any) -> None:
     """Keep an answer for other processes; where there is no place for it, they ask again."""
+    path = _path(key)
+    keep(path, value)
     with contextlib.suppress(OSError):
-        path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(value))
-        temporary.rename(path)
         by_age = sorted(path.parent.glob("*.json"), key=lambda old: old.stat().st_mtime)
         for old in by_age[:-_KEPT_ANSWERS]:
             old.unlink()

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -93,7 +94,9 @@ class _Signals:
         self._asked = False
         self._received: int | None = None
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._receive)
+            # A shell starts what it puts in the background so that Ctrl-C, meant for others, doesn't end it.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._receive)
 
     def __call__(self) -> int | None:
         """The signal that was received, if any."""
@@ -238,16 +241,16 @@ def cli(context: click.Context, /, **options: Any) -> None:
 @click.option("--verbose", "-v", is_flag=True, help="Show tracebacks.")
 def verify(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
     """Look at a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
-    from converter.show import print_json, progress_bar, verification_json, verification_text
+    from converter.show import json_text, progress_bar, verification_json, verification_text
     from converter.verify import verify as look
 
     del options["verbose"]  # read from the command line itself
     with progress_bar(shown=not quiet and not as_json) as (progress, _):
         found = look(out, progress=progress, **options)
     if as_json:
-        print_json(verification_json(found))
+        _print(json_text(verification_json(found)))
     elif not quiet or not found.is_good:
-        click.echo(verification_text(out, found), nl=False)
+        _print(verification_text(out, found))
     if not found.is_good:
         raise click.exceptions.Exit(1)
 
@@ -318,7 +321,7 @@ def _run_batch(
     from converter.errors import printable
     from converter.heap import keep_small
     from converter.members import Terms
-    from converter.show import batch_json, batch_text, print_json, progress_bar
+    from converter.show import batch_json, batch_text, json_text, progress_bar
 
     dry_run = options.pop("dry_run")
     terms = Terms(_resources(options), **of_batches, **options)
@@ -328,7 +331,7 @@ def _run_batch(
 
         def tell(outcome: Outcome) -> None:
             if not outcome.is_good:
-                click.echo(f"error: {printable(outcome.job.label)}: {outcome.message}", err=True)
+                _complain(f"{printable(outcome.job.label)}: {outcome.message}")
 
         how: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
         forecasts: list[Forecast] = []
@@ -343,9 +346,9 @@ def _run_batch(
 
             outcomes = convert_on_cluster(jobs, terms, ray, **how)
     if as_json:
-        print_json(batch_json(outcomes, clock(), forecasts))
+        _print(json_text(batch_json(outcomes, clock(), forecasts)))
     elif not quiet:
-        click.echo(batch_text(outcomes, clock(), forecasts, verbose=verbose), nl=False)
+        _print(batch_text(outcomes, clock(), forecasts, verbose=verbose))
     if not all(outcome.is_good for outcome in outcomes):
         begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
         raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)
@@ -354,7 +357,7 @@ def _run_batch(
 def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     from converter.heap import keep_small
     from converter.pipeline import convert
-    from converter.show import print_json, progress_bar, summary, summary_json
+    from converter.show import json_text, progress_bar, summary, summary_json
 
     recipe, resources = _recipe(options), _resources(options)
     keep_small()
@@ -362,22 +365,22 @@ def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
         report = convert(recipe=recipe, resources=resources, progress=progress, stop=stop, **options)
     if as_json:
-        print_json(summary_json(report, clock()))
+        _print(json_text(summary_json(report, clock())))
     elif not quiet:
-        click.echo(summary(report, clock(), verbose=verbose), nl=False)
+        _print(summary(report, clock(), verbose=verbose))
 
 
 def _dry_run(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
     from converter.pipeline import plan_conversion
-    from converter.show import plan_json, plan_text, print_json
+    from converter.show import json_text, plan_json, plan_text
 
     recipe, resources = _recipe(options), _resources(options)
     del options["resume"]
     plan = plan_conversion(recipe=recipe, resources=resources, **options)
     if as_json:
-        print_json(plan_json(plan))
+        _print(json_text(plan_json(plan)))
     elif not quiet:
-        click.echo(plan_text(plan, verbose=verbose), nl=False)
+        _print(plan_text(plan, verbose=verbose))
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -406,19 +409,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def console() -> NoReturn:
-    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second,
-    and without waiting for threads, which may wait for what one has that died of too little memory."""
+    """`main`, for a process of its own."""
+    from converter.surroundings import leave, settle
+
+    settle()
     code = 1
     try:
         main()
     except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as exc:  # where there is no memory for more words, either
-        sys.stderr.write(f"error: {type(exc).__name__}\n")
+        with suppress(OSError):
+            sys.stderr.write(f"error: {type(exc).__name__}\n")
     finally:
-        os._exit(code)
+        leave(code)
 
 
 def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
@@ -427,6 +431,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        _refuse_without_folder()
         # click gives back the code with which a command exits.
         code = command()
         return code if isinstance(code, int) else 0
@@ -441,7 +446,8 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         from converter.errors import ConverterError, printable
 
         if verbose:
-            traceback.print_exc()
+            with suppress(OSError):
+                traceback.print_exc()
         if isinstance(exc, ConverterError):
             return _say(str(exc), exc.exit_code, as_json=as_json)
         # Not foreseen, so the place where it happened is worth more than good manners; still one line.
@@ -450,12 +456,41 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         return _say(f"{name}: {printable(str(exc))} (-v shows where)", 1, as_json=as_json)
 
 
+def _refuse_without_folder() -> None:
+    """Where the current folder is gone, a relative path leads nowhere, and a library of torch's ends the process."""
+    from converter.errors import ConversionRefused
+
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as exc:
+        raise ConversionRefused(f"the current folder: {exc.strerror}; change to one that is there") from exc
+
+
 def _say(message: str, code: int, *, as_json: bool) -> int:
-    click.echo(f"error: {message}", err=True)
+    _complain(message)
     return _tell(message, code, as_json=as_json)
 
 
 def _tell(message: str, code: int, *, as_json: bool) -> int:
     if as_json:
-        click.echo(json.dumps({"error": message, "exit_code": code}))
+        with suppress(OSError):  # the exit code says it, too
+            click.echo(json.dumps({"error": message, "exit_code": code}))
     return code
+
+
+def _complain(message: str) -> None:
+    """An error, for people. Where nobody can be told, that is no reason to do anything else."""
+    with suppress(OSError):
+        click.echo(f"error: {message}", err=True)
+
+
+def _print(text: str) -> None:
+    """Print what was asked for; `WriteFailed` where it can't be."""
+    from converter.errors import WriteFailed
+
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise  # click ends with 1, quietly: who read this far has seen enough
+    except OSError as exc:
+        raise WriteFailed(f"standard output: {exc.strerror or exc}") from exc

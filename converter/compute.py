@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.crew import Buffers
-    from converter.plan import TensorPlan
+    from converter.plan import Plan, TensorPlan
     from converter.production import Target
     from converter.quantize import Quantizer
     from converter.write import Writer
@@ -102,6 +102,23 @@ class Conversion:
                 self.target.writer.write(name, 0, as_bytes(value))
         self._tiles.clear()
         return tally.fidelity()
+
+
+def load_kernels(plan: Plan) -> None:
+    """Have the kernels ready that a plan needs, before there are threads: where one of several that load them runs out
+    of memory, numba's lock may stay locked, and the others wait for it for ever."""
+    if not (plan.resources.kernels and plan.recipe.four_bit):
+        return
+    from converter import kernels
+
+    quantized, checked = set(), set()
+    for tensor in plan.tensors():
+        dtype = tensor.source.dtype
+        if tensor.action == "quantize":
+            quantized.add("uint16" if dtype == "BF16" else "float32")
+        elif tensor.is_copy and tensor.checked and dtype in ("BF16", "F16", "F32"):
+            checked.add("uint32" if dtype == "F32" else "uint16")
+    kernels.load(sorted(quantized), sorted(checked))
 
 
 def convert_tile(conversions: Sequence[Conversion], start: int, end: int, stored: Tensor, buffers: Buffers) -> None:

@@ -18,6 +18,7 @@ import xxhash
 from converter.read import Checkpoint, LocalFolder, TensorHeader
 
 _PIECE = 8 << 20
+_SAMPLES, _SAMPLE_BYTES = 1000, 64
 
 
 def tensor_digest(base: Checkpoint, tensor: TensorHeader) -> str:
@@ -31,6 +32,17 @@ def tensor_digest(base: Checkpoint, tensor: TensorHeader) -> str:
     return digest.hexdigest()
 
 
+def sample(base: Checkpoint) -> str:
+    """xxh3-128 of a few bytes of each tensor, or of so many: another model of the same shapes has another one, though
+    its files have the same size and time, as those of an image or an archive may."""
+    digest, tensors = xxhash.xxh3_128(), list(base)
+    for tensor in tensors[:: len(tensors) // _SAMPLES + 1]:
+        piece = memoryview(bytearray(min(_SAMPLE_BYTES, tensor.nbytes)))
+        base.folder.read_into(tensor.file, tensor.offset + (tensor.nbytes - len(piece)) // 2, piece)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def recall(base: Checkpoint) -> dict[str, str]:
     """Digests known from an earlier reading of the very same files; tensor name → xxh3-128."""
     if not isinstance(base.folder, LocalFolder):
@@ -39,7 +51,7 @@ def recall(base: Checkpoint) -> dict[str, str]:
         remembered = kept(_path(base.folder))
         known: dict[str, str] = {}
         for shard in base.shards:
-            if remembered.get(shard, {}).get("file") == base.folder.identity(shard):
+            if remembered.get(shard, {}).get("file") == base.folder.state(shard):
                 known |= remembered[shard]["tensors"]
         return {name: str(digest) for name, digest in known.items() if name in base.tensors}
     return {}
@@ -64,7 +76,7 @@ def remember(base: Checkpoint, digests: Mapping[str, str]) -> None:
     digests = recall(base) | dict(digests)
     shards = {
         shard: {
-            "file": base.folder.identity(shard),
+            "file": base.folder.state(shard),
             "tensors": {n: d for n, d in digests.items() if n in base.tensors and base.tensors[n].file == shard},
         }
         for shard in base.shards
@@ -74,16 +86,23 @@ def remember(base: Checkpoint, digests: Mapping[str, str]) -> None:
 
 def cache_folder() -> Path:
     """Where this user's runs keep what they need not find out again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nf4-converter"
+    stated = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(stated or Path.home() / ".cache") / "nf4-converter"
+    except RuntimeError:  # a user of a container, who is in no list and has no home: nothing is kept
+        return Path(os.devnull) / "nf4-converter"
 
 
 def keep(path: Path, value: Any) -> None:
     """Write what later runs may want, as JSON; where there is no place for it, they find it out again."""
-    with contextlib.suppress(OSError):
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(value))
         temporary.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk has room for empty files, one a run
+            temporary.unlink()
 
 
 def kept(path: Path) -> Any:

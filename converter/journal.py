@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from converter.digests import sample
 from converter.errors import BadOutput
 from converter.read import LocalFolder
 from converter.receipt import versions
@@ -56,13 +57,14 @@ def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other's work.
 
     The layout says in which shards, and changes with what a batch shares; the rest, what will be made of what. Of a
-    local base: headers, sizes and modification times. Its contents are known only when they have been read.
+    local base: headers, sizes, modification times and some bytes. Its contents are known only when they have been read.
     """
     base = inputs.base
     headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
     identity: Any = inputs.hub_digests()
     if isinstance(base.folder, LocalFolder) and not identity:
         identity = {shard: base.folder.identity(shard)[:2] for shard in base.shards}
+        identity |= {"sample": sample(base)}
     return {
         "plan": plan.content,
         "layout": plan.digest,

@@ -11,12 +11,15 @@ as some of the steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numba.core import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 from converter.quantize import four_bit_map
@@ -33,8 +36,36 @@ _GROUP = 2048
 _SMALLEST = np.float32(1e-38)
 _INFINITY = np.uint32(0x7F800000)
 _intrinsic: Any = intrinsic
+_function_cache: Any = FunctionCache
 _FEW, _MANY = np.float32(1e-30), np.float32(1e30)
 """Between these, sums of squares in float32 lose nothing to its range."""
+
+
+class _Kept(_function_cache):  # type: ignore[misc]
+    """Compiled code, for other processes. Whatever is wrong with its folder, it is compiled anew: numba would fail
+    where the disk is full, or has of a file only the name."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with suppress(Exception):
+            return super().load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's decorator, with a cache where there is a folder for one: an installation may be read-only, and its user
+    without a home."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError, OSError):
+            dispatcher._cache = _Kept(function)
+        return dispatcher
+
+    return compiled
 
 
 @cache
@@ -94,12 +125,22 @@ def quantize_rows(
     )
 
 
+def load(quantized: Iterable[str], checked: Iterable[str]) -> None:
+    """Have compiled what quantizes arrays of some dtypes, and what looks whether those of some are finite."""
+    for dtype in quantized:
+        size, small = np.ones(2, np.float32), np.empty(1, np.uint8)
+        how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "rounding": EXACT, "packed": small}
+        quantize_rows(size.astype(dtype), None, 1.0, 2, **how, absmax=size[:1], sums=np.empty((1, SUMS)))
+    for dtype in checked:
+        all_finite(np.zeros(1, dtype), 1)
+
+
 def all_finite(bits: Array, exponent: int) -> bool:
     """Whether no value is NaN or infinite: their bits, and those of the exponent, all of which NaN and infinity set."""
     return not _some_have(bits, bits.dtype.type(exponent))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _some_have(bits, mask):  # type: ignore[no-untyped-def]
     found = np.uint32(0)
     for j in range(bits.size):
@@ -137,7 +178,7 @@ def _value(_typing, bits):  # type: ignore[no-untyped-def]
     return types.float32(bits), generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _round(value, rounding):  # type: ignore[no-untyped-def]
     """Round a float32 to the nearest bfloat16 or float16; ties to even."""
     # Unless it is said each time, numba makes 64 bits of what becomes of 32, and a vector holds half as many.
@@ -157,7 +198,7 @@ def _round(value, rounding):  # type: ignore[no-untyped-def]
 
 
 # Inlined, so that each rounding gets loops of its own.
-@njit(nogil=True, cache=True, error_model="numpy", inline="always")
+@_compiled(inline="always")
 def _merge(  # type: ignore[no-untyped-def]
     stored, delta, merged, scaling, rounding, begin, size, block, rounded, largest
 ):
@@ -178,7 +219,7 @@ def _merge(  # type: ignore[no-untyped-def]
     return finite
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _search(rounded, size, block, absmax, bounds, codes):  # type: ignore[no-untyped-def]
     """Codes: the number of bounds below the scaled value, by binary search in all values at a time."""
     b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = bounds
@@ -202,14 +243,14 @@ def _search(rounded, size, block, absmax, bounds, codes):  # type: ignore[no-unt
             codes[np.uintp(j)] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _pack(pairs, size, packed, begin):  # type: ignore[no-untyped-def]
     """Two codes of 32 bits, seen as one of 64, to a byte: the first one in its upper half."""
     for j in range((size + 1) // 2):
         packed[np.uintp(begin // 2 + j)] = np.uint8(pairs[j] << np.uint64(4) | pairs[j] >> np.uint64(32))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _unpack(packed, begin, size, stands_for, pairs):  # type: ignore[no-untyped-def]
     """What the codes stand for, by byte: two values of 32 bits, seen as one of 64."""
     for j in range((size + 1) // 2):
@@ -217,7 +258,7 @@ def _unpack(packed, begin, size, stands_for, pairs):  # type: ignore[no-untyped-
 
 
 # Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@_compiled(fastmath={"reassoc"})
 def _tally_widely(  # type: ignore[no-untyped-def]
     stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums
 ):
@@ -243,7 +284,7 @@ def _tally_widely(  # type: ignore[no-untyped-def]
         first = end
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@_compiled(fastmath={"reassoc"})
 def _tally(  # type: ignore[no-untyped-def]
     stored, delta, merged, scaling, columns, begin, size, block, restored, absmax, sums
 ):
@@ -279,7 +320,7 @@ def _tally(  # type: ignore[no-untyped-def]
             _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled()
 def _quantize(  # type: ignore[no-untyped-def]
     stored,
     delta,

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from converter.budget import Resources
-from converter.compute import Conversion, convert_tile
+from converter.compute import Conversion, convert_tile, load_kernels
 from converter.crew import Crew
 from converter.decide import make_plan
 from converter.digests import remember
@@ -223,6 +223,7 @@ class _UnderWay:
 
 
 def crew_of(plan: Plan) -> Crew:
+    load_kernels(plan)
     # Copies to and from an accelerator overlap its work only from memory that is pinned.
     return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
 

@@ -152,8 +152,7 @@ class LocalFolder:
         if not offset <= asked <= until:
             asked = offset
         if until - asked >= READ_AHEAD // 2:
-            with contextlib.suppress(OSError):  # a filesystem that takes no hints
-                os.posix_fadvise(self._open(name), asked, until - asked, os.POSIX_FADV_WILLNEED)
+            _hint(self._open(name), asked, until - asked, os.POSIX_FADV_WILLNEED)
             self._asked[name] = until
 
     def close(self) -> None:
@@ -169,7 +168,7 @@ class LocalFolder:
                 # O_NONBLOCK: should the file become a pipe after the check, opening it must not hang.
                 self._descriptors[name] = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 # A conversion reads its base from end to end: the system may read further ahead than it would.
-                os.posix_fadvise(self._descriptors[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                _hint(self._descriptors[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
             except OSError as exc:
                 raise BadCheckpoint(f"{self.path / name}: {exc.strerror}") from exc
         return self._descriptors[name]
@@ -192,6 +191,11 @@ class LocalFolder:
             return stat.S_ISREG(mode)
         except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
             return False
+
+
+def _hint(descriptor: int, start: int, length: int, advice: int) -> None:
+    with contextlib.suppress(OSError):  # a filesystem, or a system, that takes no hints
+        os.posix_fadvise(descriptor, start, length, advice)
 
 
 def is_folder(path: Path) -> bool:

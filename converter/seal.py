@@ -7,7 +7,6 @@ one refers to it; OUT is never half a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -37,6 +36,7 @@ from converter.link import GivenShard, How, identity_of, link
 from converter.lock import LOCK, Lock
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
+from converter.renaming import can_be_renamed, exchange
 from converter.threads import pool
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
 
@@ -72,8 +72,8 @@ class Destination:
             names = {entry.name for entry in os.scandir(self.out)}
             self.receipt = read_receipt(self.out)
             self._occupied = bool(names - _PRESENT_IN_EMPTY) and not self._is_half_moved_in(names)
-            # A mount can't be renamed, nor can a name be changed in a folder that isn't ours to write.
-            self._inside = not self._occupied or self.out.is_mount() or not os.access(self.out.parent, os.W_OK)
+            # An earlier run has found that it can't be renamed where its staging folder is inside.
+            self._inside = not self._occupied or _INSIDE in names or not can_be_renamed(self.out)
 
     def _refuse_if_impossible(self) -> None:
         """`BadOutput` where there can be no such folder, or no staging folder beside it."""
@@ -138,7 +138,17 @@ class Destination:
         with contextlib.suppress(OSError):
             (self.out / LOCK).hardlink_to(self.staging / LOCK)
         try:
-            _exchange(self.staging, self.out)
+            try:
+                exchange(self.staging, self.out)
+            except OSError as exc:
+                if exc.errno != errno.EXDEV:
+                    raise
+                # A folder in a lower layer of an overlay: it keeps its name, and lets files and a new folder in.
+                self._tidy()
+                self.staging.rename(self.out / _INSIDE)
+                self._inside = True
+                self._move_in()
+                return
             self.accepted = True
             sync_folder(self.out.parent)
         finally:
@@ -426,23 +436,3 @@ def _clear(folder: Path, *, but: Collection[str] = ()) -> None:
             shutil.rmtree(entry.path)
         else:
             Path(entry.path).unlink()
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders' names in one step, so that neither is ever absent; in two steps where the system can't."""
-    at_fdcwd, exchange = -100, 2
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), exchange) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code))
-    aside = other.with_name(other.name + ".replaced")
-    other.rename(aside)
-    try:
-        one.rename(other)
-    except BaseException:
-        aside.rename(other)
-        raise
-    aside.rename(one)

@@ -11,11 +11,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from converter.errors import printable
 from converter.estimate import WRITE_RATE, Estimate
@@ -226,6 +226,25 @@ def verification_json(found: Verification) -> dict[str, Any]:
     return {"good": found.is_good, **asdict(found)}
 
 
+class _Terminal:
+    """Standard error, for a bar: the terminal may go meanwhile, which is no reason to fail."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 @contextmanager
 def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], Clock]]:
     """A function to report progress to, and a clock of seconds since the start. The bar needs a terminal."""
@@ -249,7 +268,7 @@ def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], C
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}"),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(file=cast(TextIO, _Terminal(sys.stderr))), transient=True) as bar:
         task = bar.add_task("planning", total=None, memory="")
 
         def show(progress: Progress) -> None:
@@ -264,9 +283,9 @@ def progress_bar(*, shown: bool) -> Iterator[tuple[Callable[[Progress], None], C
         yield show, clock
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n")
+def json_text(value: dict[str, Any]) -> str:
+    """One JSON object, as it is printed."""
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
 
 
 def _strict(value: Any) -> Any:

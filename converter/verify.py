@@ -16,12 +16,11 @@ from typing import Any
 from converter.ask import check_output
 from converter.budget import Resources
 from converter.checksums import SUMS, read_sums
-from converter.crew import Crew
 from converter.decide import make_plan
 from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
-from converter.pipeline import Progress, convert_tensors, one_thread
+from converter.pipeline import Progress, convert_tensors, crew_of, one_thread
 from converter.plan import Plan, TensorPlan
 from converter.production import Target
 from converter.quantize import Quantizer
@@ -281,7 +280,7 @@ def _compare(
     tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
     comparer = _Comparer(written, tensors)
     quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
-    with one_thread(), Crew(plan.resources.threads, plan.resources.slots) as crew:
+    with one_thread(), crew_of(plan) as crew:
         total = sum(tensor.source.nbytes for tensor in tensors)
         done = 0
         adapter = inputs.adapter.folder if inputs.adapter is not None else None

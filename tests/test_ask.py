@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoin
 
 def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
     child = _Child()
-    child._process.kill()
+    child._process.send_signal(signal.SIGABRT)
 
     with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
         child.ask("{}")
@@ -53,24 +54,48 @@ def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
     child.end()
 
 
-def test_a_process_that_died_of_a_question_is_not_asked_the_next(
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_somebody_ends_is_no_fault_of_the_base(number: signal.Signals, base: Checkpoint) -> None:
+    child = _Child()
+    child._process.send_signal(number)
+
+    with pytest.raises(errors.ConversionFailed, match=f"was ended by {number.name}"):
+        child.ask("{}")
+
+    child.end()
+
+
+def test_a_question_that_takes_too_long_is_the_fault_of_the_base(
     base: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive = ask._CHILD
-    monkeypatch.setattr(ask, "_child", None)
-    monkeypatch.setattr(ask, "_CHILD", "input()")
-    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
-        ask._ask_child("{}")
-    monkeypatch.setattr(ask, "_CHILD", alive)
+    monkeypatch.setattr(ask, "SECONDS", 0)
+    child = _Child()
 
-    assert ask._ask_child(json.dumps(question(base))) == ask.answer(json.loads(json.dumps(question(base))))
+    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
+        child.ask(json.dumps(question(base)))
+
+    child.end()
+
+
+def test_a_process_that_died_of_one_question_is_not_asked_the_next(
+    base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask, "_child", None)
+    raw = json.dumps(question(base))
+    first = ask._ask_child(raw)
+    assert ask._child is not None
+    ask._child._process.kill()
+    with pytest.raises(errors.ConverterError):
+        ask._child.ask(raw)
+
+    assert ask._ask_child(raw) == first
 
     ask.dismiss()
 
 
 def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {tensor.name: tensor.shape for tensor in base}
-    monkeypatch.setattr(ask, "_known", {})  # what other tests asked was remembered elsewhere
+    monkeypatch.setattr(ask, "_known", {})  # other tests may have asked already
     first = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
     monkeypatch.setattr(ask, "_known", {})
     monkeypatch.setattr(ask, "answer", lambda _: pytest.fail("asked again"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -415,6 +416,25 @@ def test_a_terminal_gets_a_progress_bar(run: Run, base: Path, out: Path, monkeyp
     assert ran.code == 0
     assert "sealing" in terminal.getvalue()
     assert "sealing" not in ran.out
+
+
+def test_a_terminal_that_goes_meanwhile_is_no_reason_to_fail(
+    run: Run, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+
+    ran = run("--base", base, "--out", out)
+
+    assert ran.code == 0
+    assert ran.out.startswith(f"{out}: ")
 
 
 # Processes of their own

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +21,9 @@ from converter.measure import row_sums
 from converter.merge import merge_tile
 from converter.quantize import Quantizer, dynamic_map, four_bit_map
 from converter.recipe import BLOCK_SIZES, Recipe
+from tests.conftest import REPOSITORY
+from tests.limits import HANG
+from tests.models import save_adapter, save_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
@@ -192,3 +200,89 @@ def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> No
     assert np.isfinite(sums).all()
     np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
     np.testing.assert_allclose(sums[:, 1], (merged.exact.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", dtype=dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, "llama")
+    program = f"""
+import converter.crew
+from converter import convert, kernels
+
+def compiled():
+    return len(kernels._quantize.signatures), len(kernels._some_have.signatures)
+
+begun = []
+begin = converter.crew.Crew.__init__
+converter.crew.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
+convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
+print(*begun, compiled())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, cwd=REPOSITORY)
+
+    assert ran.returncode == 0, ran.stderr
+    begun, ended = ran.stdout.strip().split(") (")
+    assert begun.strip("()") == ended.strip("()")
+    assert ended[0] == "1"
+
+
+# Where compiled code is kept
+
+
+PROGRAM = """
+import numpy as np
+from converter import kernels
+print(kernels.all_finite(np.zeros(4, np.uint16), 0x7F80), sum(kernels._some_have.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The package where this test may do with it as it likes, without compiled code."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(REPOSITORY / "converter", tmp_path / "site" / "converter", ignore=ignored)
+
+
+def compute(installed: Path, **environment: str) -> str:
+    """What a process says that has the code compiled, or finds it compiled."""
+    command = [sys.executable, "-B", "-c", PROGRAM]
+    ran = subprocess.run(
+        command, cwd=installed.parent, env=os.environ | environment, capture_output=True, text=True, timeout=HANG
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_compiled_code_is_kept_for_the_next_process(installed: Path) -> None:
+    assert compute(installed) == "True 0"
+    assert compute(installed) == "True 1"
+
+
+def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: Path, tmp_path: Path) -> None:
+    (installed / "__pycache__").write_text("no folder")
+    (tmp_path / "file").write_text("no folder")
+    nowhere = str(tmp_path / "file" / "home")
+
+    for _ in range(2):
+        assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "True 0"
+
+
+def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew(installed: Path) -> None:
+    compute(installed)
+    for path in (installed / "__pycache__").glob("kernels.*.nb?"):
+        path.write_bytes(b"")
+
+    assert compute(installed) == "True 0"
+
+
+def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) -> None:
+    kept = installed / "__pycache__"
+    kept.mkdir()
+    if os.system(f"mount -t tmpfs -o size=4k tmpfs '{kept}' 2>/dev/null"):
+        pytest.skip("mounting needs a privilege that this machine does not give")
+    try:
+        (kept / "filler").write_bytes(bytes(4096))
+        assert compute(installed) == "True 0"
+    finally:
+        os.system(f"umount '{kept}'")

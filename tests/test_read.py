@@ -873,7 +873,6 @@ def test_a_filesystem_that_takes_no_hints_is_read_all_the_same(
     file: tuple[LocalFolder, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, path = file
-    folder.size(path.name)
 
     def refuse(*_: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import converter.journal
 import converter.pipeline
 from converter import ConversionFailed, Recipe, Report, Resources, convert
-from converter.errors import Interrupted, NotFinite, ReadFailed
+from converter.errors import BadOutput, Interrupted, NotFinite, ReadFailed
 from tests.folders import change_tensor, contents, copy
 from tests.limits import HANG
 from tests.models import save_adapter, save_base
@@ -239,6 +240,27 @@ def test_what_was_made_of_inputs_that_are_at_fault_is_not_kept(inputs: tuple[Pat
 
 
 @pytest.mark.usefixtures("every_tensor_is_noted")
+def test_another_base_of_the_same_shapes_sizes_and_times_is_not_gone_on_with(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = copy(inputs[0], tmp_path / "first"), copy(inputs[0], tmp_path / "second")
+    for file in second.glob("*.safetensors"):
+        for name in load_file(file):
+            change_tensor(file, name, lambda tensor: tensor.mul_(2))
+    for path in (*first.iterdir(), *second.iterdir()):
+        os.utime(path, (1, 1))  # as in the image of a container
+    (tmp_path / "base").symlink_to(first)
+    command = (tmp_path / "base", inputs[1], tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+    with pytest.raises(Interrupted):
+        convert(*command, stop=stop_at(6))
+    (tmp_path / "base").unlink()
+    (tmp_path / "base").symlink_to(second)
+
+    with pytest.raises(BadOutput, match="the unfinished work of another conversion, of which base differ"):
+        convert(*command)
+
+
+@pytest.mark.usefixtures("every_tensor_is_noted")
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -359,7 +381,8 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
     tiles = len(tiles_of(undisturbed))
     for _ in range(KILLS):
         process = start(inputs, out)
-        wait_for_tiles(process, 1)
+        assert process.stdout is not None
+        process.stdout.readline()  # a tile; nothing, where one was killed that had made all and not yet sealed it
         time.sleep(chance.uniform(0, 0.03 * tiles))
         process.kill()
         process.communicate()

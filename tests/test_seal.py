@@ -19,11 +19,13 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+import converter.renaming
 import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.pipeline import Progress
 from converter.quantize import Quantizer
+from converter.read import LocalFolder
 from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.limits import no_hang
@@ -131,7 +133,7 @@ def trouble(place: Path, number: int, *, killed: bool) -> Iterator[Trouble]:
         for name in ("mkdir", "rename", "link", "unlink", "rmdir", "fsync"):
             monkeypatch.setattr(os, name, trouble.around(getattr(os, name)))
         monkeypatch.setattr(os, "open", trouble.open)
-        monkeypatch.setattr(converter.seal, "_exchange", trouble.around(converter.seal._exchange))
+        monkeypatch.setattr(converter.seal, "exchange", trouble.around(converter.seal.exchange))
         with contextlib.suppress(Killed, WriteFailed):
             yield trouble
     trouble.bury()
@@ -247,6 +249,29 @@ def test_a_volume_with_an_earlier_conversion_is_never_a_mixture_whatever_fails(
         assert visible(out) == whole | found
 
 
+@both
+def test_a_folder_that_turns_out_to_keep_its_name_is_never_a_mixture_whatever_fails(
+    inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_swap(*_: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    earlier = convert(*inputs, tmp_path / "earlier", OTHER, ONE_THREAD).out
+    monkeypatch.setattr(converter.seal, "exchange", no_swap)
+
+    def an_earlier_conversion(place: Path) -> Path:
+        place.mkdir()
+        return copy(earlier, place / "out")
+
+    for out in each_trouble(inputs, an_earlier_conversion, tmp_path, killed=killed, overwrite=True):
+        assert visible(out) in (contents(earlier), whole) or (killed and "config.json" not in visible(out))
+
+        convert(*inputs, out, resources=ONE_THREAD, overwrite=True)
+
+        assert visible(out) == whole
+        assert not out.with_name("out.partial").exists()
+
+
 @pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt, VerificationFailed("it would not load")])
 def test_whatever_goes_wrong_at_the_last_look_leaves_no_out(
     base: Path, adapter: Path, whole: dict[str, bytes], out: Path, reason: Any
@@ -326,11 +351,68 @@ def test_a_folder_in_a_place_that_is_not_ours_to_write_is_filled_in_place(
     assert out.stat().st_ino == inode
 
 
+def test_a_folder_of_the_same_disk_that_is_mounted_there_is_filled_in_place(
+    base: Path, adapter: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = convert(base, adapter, tmp_path / "a place" / "out", OTHER).out
+    elsewhere = copy(out, tmp_path / "elsewhere")
+    if os.system(f"mount --bind '{elsewhere}' '{out}' 2>/dev/null"):
+        pytest.skip("mounting needs a privilege that this machine does not give")
+    try:
+        convert(base, adapter, out, overwrite=True)
+    finally:
+        os.system(f"umount '{out}'")
+
+    assert contents(elsewhere) == whole
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_of_a_lower_layer_of_an_overlay_is_filled_in_place(
+    base: Path, adapter: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    lower, upper, merged = tmp_path / "lower", tmp_path / "upper", tmp_path / "merged"
+    earlier = contents(convert(base, adapter, lower / "out", OTHER).out)
+    for folder in (upper, merged):
+        folder.mkdir()
+    if os.system(f"mount -t tmpfs tmpfs '{upper}' 2>/dev/null"):
+        pytest.skip("mounting needs a privilege that this machine does not give")
+    try:
+        (upper / "files").mkdir()
+        (upper / "work").mkdir()
+        layers = f"lowerdir={lower},upperdir={upper}/files,workdir={upper}/work"
+        if os.system(f"mount -t overlay -o '{layers}' overlay '{merged}' 2>/dev/null"):
+            pytest.skip("this machine has no overlays")
+        try:
+            convert(base, adapter, merged / "out", overwrite=True)
+
+            assert contents(merged / "out") == whole
+            assert [path.name for path in merged.iterdir()] == ["out"]
+        finally:
+            os.system(f"umount '{merged}'")
+    finally:
+        os.system(f"umount '{upper}'")
+    assert contents(lower / "out") == earlier
+
+
+def test_somebody_elses_folder_in_a_sticky_one_is_filled_in_place(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(base, adapter, out, OTHER)
+    out.parent.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    inode = out.stat().st_ino
+
+    convert(base, adapter, out, overwrite=True)
+
+    assert contents(out) == whole
+    assert out.stat().st_ino == inode
+
+
 def test_where_names_cannot_be_swapped_the_earlier_conversion_is_put_aside_first(
     base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(base, adapter, out, OTHER)
-    monkeypatch.setattr("converter.seal.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr("converter.renaming.ctypes.CDLL", lambda *_, **__: object())
 
     convert(base, adapter, out, overwrite=True)
 
@@ -713,6 +795,20 @@ def test_a_base_whose_file_was_replaced_under_the_same_time_is_noticed(
     assert not is_done(base, inputs[1], out)
 
 
+def test_a_base_that_was_written_to_in_place_under_the_same_time_is_noticed(
+    inputs: tuple[Path, Path], out: Path, tmp_path: Path
+) -> None:
+    base = copy(inputs[0], tmp_path / "base")
+    convert(base, inputs[1], out)
+    file = base / "model.safetensors"
+    identity = LocalFolder(base).identity(file.name)
+
+    change_tensor(file, "model.norm.weight", lambda tensor: tensor.add_(1))
+
+    assert LocalFolder(base).identity(file.name) == identity
+    assert not is_done(base, inputs[1], out)
+
+
 def test_memory_that_cannot_be_understood_is_no_memory(base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
     convert(base, adapter, out)
     files = list((tmp_path / "cache" / "nf4-converter").rglob("*.json"))
@@ -734,6 +830,38 @@ def test_a_cache_that_cannot_be_written_stops_nobody(
 
     assert contents(out) == whole
     assert is_done(base, adapter, out)
+
+
+def test_a_user_without_a_home_converts_and_nothing_is_kept(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+
+    convert(base, adapter, out)
+
+    assert contents(out) == whole
+    assert is_done(base, adapter, out)
+    assert list(tmp_path.iterdir()) == [out.parent]
+
+
+def test_a_full_disk_where_the_cache_is_gathers_no_files(
+    base: Path, adapter: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, _: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+
+    convert(base, adapter, out)
+
+    assert [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()] == []
 
 
 @pytest.mark.parametrize("what", ["weights", "config"])

@@ -1,0 +1,37 @@
+"""What a process of ours may be started with: standard streams that are closed, full or of another alphabet, and few
+open files."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+
+def settle() -> None:
+    """Make the best of them, before anything else is opened."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file to be opened would have this number, and what a library prints would be written to it.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  (open as long as we are)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a summary is no reason to fail
+    with suppress(OSError, ValueError):
+        # What was asked for is for programs that use select(); a base and a batch may have hundreds of files open.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def leave(code: int) -> NoReturn:
+    """End without tearing the libraries down, which takes torch half a second, and without waiting for threads, which
+    may wait for what one has that died of too little memory."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # who printed it has heard of it
+            stream.flush()
+    os._exit(code)
