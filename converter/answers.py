@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -106,8 +107,12 @@ def answer(request: dict[str, Any]) -> Any:
     return check_output(request["config"], tensors, request["quantized"])
 
 
-def serve() -> None:
-    """Answer the questions that standard input has, one a line; an error is an answer, too."""
+def serve(memory: int) -> None:
+    """Answer the questions that standard input has, one a line; an error is an answer, too. `memory`: bytes to take at
+    the most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY or soft > memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     sys.stdout = sys.stderr  # whatever the libraries print is no answer
     for line in sys.stdin:

@@ -26,8 +26,11 @@ from converter.digests import cache_folder
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
+MEMORY = 4_000_000_000
+"""Bytes that the process may take which answers: a config can name lists and modules without end. As many tensors as a
+checkpoint may have take about one billion."""
 _KEPT_ANSWERS = 64
-_CHILD = "from converter.answers import serve; serve()"
+_CHILD = "from converter.answers import serve; serve({memory})"
 
 _known: dict[str, Any] = {}
 
@@ -71,11 +74,12 @@ class _Child:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
+            [sys.executable, "-c", _CHILD.format(memory=MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+            # It computes nothing, and the stacks of threads would count as its memory.
+            env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             text=True,
         )
 
@@ -97,11 +101,16 @@ class _Child:
             clock.cancel()
         if not line:
             reason = stderr.read().strip().rpartition("\n")[2] or "it ended, or took too long"
+            self.end()
             raise errors.BadCheckpoint(f"config.json: transformers failed on it: {reason[:200]}")
         result = json.loads(line)
         if "error" in result:
             raise getattr(errors, result["error"])(result["message"])
         return result["answer"]
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def end(self) -> None:
         self._process.kill()
@@ -113,6 +122,8 @@ _child: _Child | None = None
 
 def _ask_child(raw: str) -> Any:
     global _child
+    if _child is not None and _child.has_ended:  # of another checkpoint's config
+        dismiss()
     if _child is None:
         _child = _Child()
         atexit.register(dismiss)

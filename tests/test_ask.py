@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from converter import ask, errors
 from converter.ask import _Child
 from converter.read import Checkpoint, LocalFolder
+from tests.limits import no_hang
 
 
 @pytest.fixture
@@ -22,8 +24,6 @@ def question(base: Checkpoint) -> dict[str, object]:
 
 
 def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkpoint) -> None:
-    import json
-
     child = _Child()
     here = ask.answer(json.loads(json.dumps(question(base))))
 
@@ -35,8 +35,6 @@ def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkp
 
 
 def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoint) -> None:
-    import json
-
     child = _Child()
     unknown = question(base) | {"config": base.config | {"architectures": ["NoSuchModel"]}}
 
@@ -53,6 +51,32 @@ def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
     with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
         child.ask("{}")
 
+    child.end()
+
+
+def test_a_process_that_died_of_one_checkpoint_answers_about_the_next_one(base: Checkpoint) -> None:
+    raw = json.dumps(question(base))
+    before = ask._ask_child(raw)
+    assert ask._child is not None
+    ask._child._process.kill()
+    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
+        ask._ask_child(raw)
+
+    again = ask._ask_child(raw)
+
+    ask.dismiss()
+    assert again == before
+
+
+def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "MEMORY", 600_000_000)
+    settings = {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", "attention_types": [[["x"], 10**11]]}
+    child = _Child()
+
+    with no_hang(), pytest.raises(errors.BadCheckpoint, match=r"config\.json: transformers .*MemoryError"):
+        child.ask(json.dumps(question(base) | {"config": settings}))
+
+    assert child.ask(json.dumps(question(base)))
     child.end()
 
 
