@@ -67,9 +67,7 @@ def describe(
     }
     for name in _kept(wanted, architecture, keep):
         del wanted[name]
-    roles = {
-        name: Role(role.parameter, role.kind, name in wanted, role.float32) for name, role in architecture.roles.items()
-    }
+    roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
     skip = skip_modules(model, names, roles, set(wanted.values()))
     return replace(architecture, roles=roles, skip_modules=skip)
 
@@ -157,11 +155,11 @@ def _described_by_names(
         linear = matrix and not _NOT_LINEAR.search(module)
         embedding = matrix and re.search(r"embed|wte|wpe", module)
         kind: Kind = "embedding" if embedding else "linear" if matrix else "other"
-        roles[name] = Role(name, kind, quantize=quantize and linear)
+        roles[name] = Role(name, kind, quantize=quantize and linear, integer=kind == "other")
     architecture = Architecture(str(listed[0]) if listed else "unknown", roles, None, known=False)
     quantized = {name: name for name, role in roles.items() if role.quantize}
     kept = _kept(quantized, architecture, keep)
-    roles = {n: Role(r.parameter, r.kind, r.quantize and n not in kept) for n, r in roles.items()}
+    roles = {name: replace(role, quantize=role.quantize and name not in kept) for name, role in roles.items()}
     skip = {
         name.removesuffix(".weight")
         for name, role in roles.items()

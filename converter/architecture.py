@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -26,6 +26,8 @@ class Role:
     quantize: bool
     float32: bool = False
     """Kept in float32 whatever the model's dtype (`_keep_in_fp32_modules_strict`)."""
+    integer: bool = False
+    """No floating-point numbers in the model: positions, masks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Architecture:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal one."""
-        roles = {name: [role.parameter, role.kind, role.quantize, role.float32] for name, role in self.roles.items()}
+        roles = {name: list(astuple(role)) for name, role in self.roles.items()}
         return {
             "class_name": self.class_name,
             "roles": roles,

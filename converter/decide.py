@@ -62,6 +62,7 @@ def make_plan(
         raise Unsupported(
             f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
         )
+    _check_names(tensors)
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
@@ -99,8 +100,11 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
     source = replacement if replacement is not None else header
     if header.dtype.startswith("F8"):
         raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
-    if (pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16"):
+    computed_with = role.parameter is not None and not role.integer and source.dtype not in _FLOATING
+    if computed_with or ((pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16")):
         raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
+    if role.quantize and 0 in source.shape:
+        raise BadCheckpoint(f"{name}: shape {list(source.shape)}, a weight without elements")
     transpose = role.kind == "conv1d" and (role.quantize or pair is not None)
     turned_on_disk = role.kind == "conv1d" and role.quantize
     shape = source.shape[::-1] if turned_on_disk else source.shape
@@ -131,6 +135,18 @@ def _weights_dtype(base: Checkpoint) -> str:
     for tensor in base:
         counter[tensor.dtype] += tensor.nbytes
     return max(sorted(counter), key=lambda dtype: counter[dtype])
+
+
+def _check_names(tensors: list[TensorPlan]) -> None:
+    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state."""
+    made = Counter(output.name for tensor in tensors for output in tensor.outputs)
+    quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
+    for name in (tensor.name for tensor in tensors if tensor.action == "keep"):
+        around = name.rpartition(".")[0]
+        while around and around not in quantized:
+            around = around.rpartition(".")[0]
+        if around or made[name] > 1:
+            raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
 
 
 def _check_statically(config: Mapping[str, Any], tensors: list[TensorPlan]) -> None:
