@@ -149,6 +149,13 @@ class Names:
             raise BadCheckpoint(
                 f"{first}: {type(self.model).__name__} needs it and the base lacks it ({len(self.missing)} missing)"
             )
+        for name, parameter in self.parameter_of.items():
+            other = self.tensor_of.get(parameter, name)
+            if other != name:
+                raise BadCheckpoint(
+                    f"{name}: {other} is the same parameter of {type(self.model).__name__}: which of the two a loader "
+                    "takes, nobody knows"
+                )
         for name, expected in self.mismatched(shapes):
             raise BadCheckpoint(f"{name}: shape {list(shapes[name])}, but the config makes it {list(expected)}")
 
