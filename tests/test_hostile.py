@@ -639,6 +639,23 @@ def test_a_base_with_a_value_that_is_not_finite_fails_with_1_and_leaves_nothing(
     assert name in said
 
 
+def test_a_base_that_its_adapter_cancels_but_for_rounding_gets_a_receipt_that_is_json(place: Path) -> None:
+    factors, tensors = load_file(place / "adapter" / WEIGHTS), load_file(place / "base" / SHARD)
+    factors[A].zero_()[0, 0] = 1 / 3
+    factors[B].zero_()[0, 0] = 1 / 7
+    tensors = {name: value.float() for name, value in tensors.items()}
+    tensors[Q_PROJ].zero_()[0, 0] = (factors[B] @ factors[A])[0, 0] * -2
+    save_file(factors, place / "adapter" / WEIGHTS)
+    save_file(tensors, place / "base" / SHARD)
+
+    out = converter.convert(
+        place / "base", place / "adapter", place / "out", converter.Recipe(merge_precision="reference")
+    ).out
+
+    receipt = json.loads((out / "conversion.json").read_text(), parse_constant=pytest.fail)
+    assert receipt["tensors"][Q_PROJ]["error"] == "Infinity"
+
+
 class Change(Exception):
     """What a test does to an input while it is read went wrong."""
 
