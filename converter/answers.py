@@ -45,15 +45,13 @@ def describe(
     names = Names(model, shapes)
     names.check(shapes)
     roles = {name: names.role(name, shape) for name, shape in shapes.items()}
-    tied = {
-        target: names.tensor_of[source]
-        for target, source in model.all_tied_weights_keys.items()
-        if target not in names.tensor_of and source in names.tensor_of
-    }
+    ties = {t: names.tensor_of[s] for t, s in model.all_tied_weights_keys.items() if s in names.tensor_of}
+    tied = {target: source for target, source in ties.items() if target not in names.tensor_of}
+    doubled = {names.tensor_of[target]: source for target, source in ties.items() if target in names.tensor_of}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = [f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)]
     embeddings = frozenset(names.tensor_of.get(name, name) for name in parameters)
-    architecture = Architecture(type(model).__name__, roles, None, tied, embeddings=embeddings)
+    architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
     if not quantize:
         return architecture
     by_default = quantized_modules(model, None)

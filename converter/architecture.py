@@ -40,6 +40,9 @@ class Architecture:
     """For the config's `llm_int8_skip_modules`. None: every loader's default gives the same set."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Parameter that has no tensor of its own → the checkpoint tensor that it shares."""
+    doubled: Mapping[str, str] = field(default_factory=dict)
+    """Tensor that the config ties to another although the checkpoint has both → the other. transformers 5 ties the two
+    if they are equal, earlier versions and vLLM in any case."""
     known: bool = True
     """Whether transformers has the class; without it, names and shapes alone were asked."""
     embeddings: frozenset[str] = frozenset()
@@ -53,6 +56,7 @@ class Architecture:
             "roles": roles,
             "skip_modules": None if self.skip_modules is None else list(self.skip_modules),
             "tied": dict(self.tied),
+            "doubled": dict(self.doubled),
             "known": self.known,
             "embeddings": sorted(self.embeddings),
         }
@@ -65,6 +69,7 @@ class Architecture:
             roles={name: Role(*role) for name, role in value["roles"].items()},
             skip_modules=None if skip is None else tuple(skip),
             tied=value["tied"],
+            doubled=value.get("doubled", {}),
             known=value["known"],
             embeddings=frozenset(value["embeddings"]),
         )

@@ -66,7 +66,8 @@ def make_plan(
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
-    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
+    untied = bool(found.untied) or found.parted
+    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     if architecture.known:
