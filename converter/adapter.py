@@ -86,7 +86,7 @@ class Adapter:
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
         self._patterns = Patterns(f"{folder.label}: {CONFIG}")
-        self._lists: dict[str, frozenset[str]] = {}
+        self._lists: dict[str, frozenset[Any]] = {}
         self._check_config()
         self.pairs: dict[str, LoraPair] = {}
         """By module name."""
@@ -149,12 +149,13 @@ class Adapter:
         layers = self.config.get("layers_to_transform")
         if layers in (None, [], "") or isinstance(target, str) or module in self._listed("target_modules"):
             return True
-        wanted = [layers] if isinstance(layers, int) else layers
         patterns = _as_list(self.config.get("layers_pattern"))
         expressions = [_LAYER.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         matches = (self._patterns.search_from_start(expression, module) for expression in expressions)
         found = next((match for match in matches if match), None)
-        return found is not None and found["layer"] is not None and int(found["layer"]) in wanted
+        if found is None or found["layer"] is None:
+            return False
+        return int(found["layer"]) in self._listed("layers_to_transform")
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -226,11 +227,11 @@ class Adapter:
         parts = module.split(".")
         return any(".".join(parts[start:]) in self._listed(key) for start in range(len(parts)))
 
-    def _listed(self, key: str) -> frozenset[str]:
-        """The names of a list, which may be long, for looking up."""
+    def _listed(self, key: str) -> frozenset[Any]:
+        """The names or numbers of a list, which may be long, for looking up; a number is a list of one."""
         if key not in self._lists:
             value = self.config.get(key)
-            self._lists[key] = frozenset(value) if isinstance(value, list) else frozenset()
+            self._lists[key] = frozenset(_as_list(value) if isinstance(value, list | int) else ())
         return self._lists[key]
 
     def _by_pattern(self, key: str, module: str, default: object) -> object:

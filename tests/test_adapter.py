@@ -600,6 +600,14 @@ def test_all_linear_names_every_module_but_the_excluded_ones(spelling: str, tmp_
     assert not adapter.targets("any.k_proj")
 
 
+def test_a_list_of_a_million_layers_is_looked_up_and_not_gone_through(tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", layers_to_transform=list(range(10_000, 1_000_000))))
+
+    with cpu_below(5):
+        assert not any(adapter.targets(f"model.layers.{number}.self_attn.q_proj") for number in range(5_000))
+    assert adapter.targets("model.layers.10000.self_attn.q_proj")
+
+
 # Other people's expressions
 
 
