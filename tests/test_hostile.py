@@ -30,7 +30,7 @@ from converter.errors import BadOutput, ConverterError, InputChanged, WriteFaile
 from converter.pipeline import Progress
 from converter.seal import Destination
 from tests.conftest import REPOSITORY
-from tests.folders import change_json, contents, copy
+from tests.folders import change_json, contents, copy, flip_bit, write_sums
 from tests.limits import HANG, cpu_below, no_hang
 from tests.models import save_originals
 
@@ -676,6 +676,32 @@ def test_a_file_that_shrinks_while_it_is_read_fails_with_1_and_leaves_nothing(by
 
     assert failed.value.exit_code == 1
     assert path.name in str(failed.value)
+    assert set(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("file", ["a shard", "the adapter"])
+@pytest.mark.parametrize("how", ["in place", "by another"])
+def test_a_file_that_changes_after_it_was_planned_with_fails_with_1_and_leaves_nothing(
+    file: str, how: str, place: Path
+) -> None:
+    path = a_shard(place) if file == "a shard" else place / "adapter" / WEIGHTS
+    write_sums(place / "sharded")
+    other = place / "other"
+    shutil.copyfile(path, other)
+    flip_bit(other)
+    before = set(os.listdir(place))
+
+    def change(progress: Progress) -> None:
+        # The first of the shards is hashed by then, and the adapter was checked when it was opened.
+        if progress.stage == "checking" and progress.done == progress.total:
+            if how == "in place":
+                path.write_bytes(other.read_bytes())
+            else:
+                shutil.copyfile(other, place / "new").rename(path)
+
+    with pytest.raises(InputChanged, match=f"{path.name}: changed while it was being read"):
+        converter.convert(place / "sharded", place / "adapter", place / "out", progress=change)
+
     assert set(os.listdir(place)) == before
 
 
