@@ -16,7 +16,7 @@ from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.layout import outputs_of
 from converter.match import Match, match
 from converter.plan import Plan, TensorPlan, in_shards, packed
-from converter.read import Checkpoint, TensorHeader, read_bytes
+from converter.read import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
 from converter.recipe import Recipe
 from converter.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.tiles import torch_device
@@ -139,8 +139,14 @@ def _weights_dtype(base: Checkpoint) -> str:
 
 
 def _check_names(tensors: list[TensorPlan]) -> None:
-    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state."""
+    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state; and
+    all names together must not be more than is read of a checkpoint."""
     made = Counter(output.name for tensor in tensors for output in tensor.outputs)
+    if len(made) > MAX_TENSORS or sum(tensor.header_bytes for tensor in tensors) > MAX_JSON_BYTES:
+        raise Unsupported(
+            f"the output would have {len(made):,} tensors, expected at most {MAX_TENSORS:,}, whose names and shapes "
+            f"take at most {MAX_JSON_BYTES:,} bytes"
+        )
     quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
     for name in (tensor.name for tensor in tensors if tensor.action == "keep"):
         around = name.rpartition(".")[0]

@@ -10,7 +10,6 @@ an expression repeats, so that `a{2000000000}` would take all memory there is.
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import time
 import warnings
@@ -18,7 +17,7 @@ from typing import Any
 
 from converter.errors import BadAdapter, Unsupported
 
-_parser: Any = importlib.import_module("re._parser")
+_parser: Any = re._parser  # type: ignore[attr-defined]
 _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT, _parser.POSSESSIVE_REPEAT)
 
 MAX_LENGTH = 20_000

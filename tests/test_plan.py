@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import converter.decide
+import converter.layout
 from converter import (
     Adapter,
     Checkpoint,
@@ -26,7 +28,7 @@ from converter.errors import BadCheckpoint, BadRecipe, Unsupported
 from converter.plan import TensorPlan
 from tests.folders import change_json, contents, copy
 from tests.models import ARCHITECTURES, save_adapter, save_base
-from tests.reference import tensors_of
+from tests.reference import differences, tensors_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -356,6 +358,38 @@ def test_weights_without_elements_are_refused_by_name(base: Path, tmp_path: Path
 
     with pytest.raises(BadCheckpoint, match=r"mlp\.\w+\.weight: shape \[\d+, \d+\], a weight without elements$"):
         plan_of(changed, None)
+
+
+def test_more_tensors_than_a_checkpoint_may_have_are_refused_before_they_are_made(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.decide, "MAX_TENSORS", 90)
+
+    with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, expected at most 90, whose names"):
+        plan_of(base, None)
+    assert plan_of(base, None, Recipe("none"))
+
+
+def test_names_that_no_index_can_hold_are_refused_before_anything_is_made(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.decide, "MAX_JSON_BYTES", 10_000)
+
+    with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, .* take at most 10,000 bytes$"):
+        plan_of(base, None)
+
+
+def test_a_header_that_would_be_longer_than_one_may_be_is_divided_among_shards(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = convert(base, adapter, tmp_path / "whole").out
+    monkeypatch.setattr(converter.layout, "MAX_SHARD_HEADER", 5_000)
+
+    divided = convert(base, adapter, tmp_path / "divided")
+
+    assert len(divided.plan.shards) > 2
+    assert all(shard.layout.header_bytes <= 5_100 for shard in divided.plan.shards)
+    assert differences(whole, divided.out) == []
 
 
 def test_a_memory_that_is_too_small_is_refused_with_what_is_needed(base: Path) -> None:
