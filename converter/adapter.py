@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,8 @@ _UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 _FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
 """Bytes and the exponent's bits; all of them set means infinity or NaN."""
+_LARGEST = float(2**128 - 2**104)
+"""What float32 holds, in which deltas are computed."""
 _PIECE = 8 << 20
 _LAYER = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
 
@@ -167,8 +168,10 @@ class Adapter:
         where = f"{self.folder.label}: {CONFIG}"
         if type(rank) is not int or not 1 <= rank < 1 << 31:
             raise BadAdapter(f"{where}: rank {rank!r} for {module}, expected a positive integer")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-            raise BadAdapter(f"{where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
+            raise BadAdapter(
+                f"{where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a number that float32 can hold"
+            )
         return rank, alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _check_config(self) -> None:
