@@ -154,7 +154,8 @@ def _described_by_names(
         embedding = matrix and re.search(r"embed|wte|wpe", module)
         kind: Kind = "embedding" if embedding else "linear" if matrix else "other"
         roles[name] = Role(name, kind, quantize=quantize and linear, integer=kind == "other")
-    architecture = Architecture(str(listed[0]) if listed else "unknown", roles, None, known=False)
+    class_name = str(listed[0]) if isinstance(listed, list) and listed else "unknown"
+    architecture = Architecture(class_name, roles, None, known=False)
     quantized = {name: name for name, role in roles.items() if role.quantize}
     kept = _kept(quantized, architecture, keep)
     roles = {name: replace(role, quantize=role.quantize and name not in kept) for name, role in roles.items()}

@@ -830,3 +830,14 @@ def test_a_base_that_names_code_of_its_own_is_refused_unless_allowed() -> None:
 @pytest.mark.parametrize("text", ["strange", 7, ["x"]])
 def test_a_text_config_that_is_no_mapping_is_not_looked_into(text: object) -> None:
     refuse_unconvertible({"text_config": text}, "BASE", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"), [(["A", 5], "A"), ([5], "5"), ([], "unknown"), (5, "unknown"), ({"0": "A"}, "unknown")]
+)
+def test_a_class_that_is_not_ours_has_whatever_name_the_config_gives_it(listed: Any, name: str) -> None:
+    config = {"model_type": "nobody's", "architectures": listed}
+
+    found = describe(config, {"layer.weight": (64, 64)}, quantize=True, dtype="bfloat16", remote_code=True)
+
+    assert found.class_name == name
