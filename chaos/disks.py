@@ -59,6 +59,9 @@ def mounted(image: Path, folder: Path, options: str = "loop") -> Iterator[Path]:
     folder.mkdir(exist_ok=True)
     _sh("mount", "-o", options, image, folder)
     try:
+        if os.statvfs(folder).f_flag & os.ST_RDONLY:
+            # A namespace that was made meanwhile has it mounted still, in the state that an experiment left.
+            raise RuntimeError(f"{image} is read-only from the start: run this while nobody makes mount namespaces")
         yield folder
     finally:
         _sh("umount", folder)

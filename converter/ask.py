@@ -101,16 +101,11 @@ class _Child:
             clock.cancel()
         if not line:
             reason = stderr.read().strip().rpartition("\n")[2] or "it ended, or took too long"
-            self.end()
             raise errors.BadCheckpoint(f"config.json: transformers failed on it: {reason[:200]}")
         result = json.loads(line)
         if "error" in result:
             raise getattr(errors, result["error"])(result["message"])
         return result["answer"]
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
 
     def end(self) -> None:
         self._process.kill()
@@ -122,12 +117,14 @@ _child: _Child | None = None
 
 def _ask_child(raw: str) -> Any:
     global _child
-    if _child is not None and _child.has_ended:  # of another checkpoint's config
-        dismiss()
     if _child is None:
         _child = _Child()
         atexit.register(dismiss)
-    return _child.ask(raw)
+    try:
+        return _child.ask(raw)
+    except errors.BadCheckpoint:  # it may have died of it, and the next question is about another checkpoint
+        dismiss()
+        raise
 
 
 def dismiss() -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 
 from converter.digests import cache_folder, keep, kept
 from converter.errors import BadCheckpoint, InputChanged, Interrupted
-from converter.hub import digest_at_download, digest_in_cache
+from converter.hub_record import digest_at_download, digest_in_cache
 from converter.read import LocalFolder, read_bytes
 
 HUB, CACHE, DOWNLOAD = "the Hub", "the Hub's cache", "the record of hf download"

@@ -29,6 +29,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
+_PATIENCE = 5
+"""Seconds that a process has to put things in order at the second signal: it takes one, a cluster of its own a few."""
+
+
 class _Size(click.ParamType[int]):
     """5GB, 500MB, 512MiB: bytes."""
 
@@ -76,6 +80,11 @@ class _Signalled(BaseException):
         self.exit_code = 128 + signum
         super().__init__(f"{signal.Signals(signum).name}: nothing was written to OUT")
 
+    def now(self) -> NoReturn:
+        """End the process, whatever is under way; the next run takes what is durable."""
+        os.write(sys.stderr.fileno(), f"error: {self}\n".encode())
+        os._exit(self.exit_code)
+
 
 class _Signals:
     """The first signal ends a conversion between two tiles, where someone asks for it; any other ends it at once."""
@@ -93,7 +102,11 @@ class _Signals:
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         if not self._asked or self._received is not None:
-            raise _Signalled(signum)
+            end = _Signalled(signum)
+            # Threads are waited for on the way out, and a disk may take its time, or never answer.
+            signal.signal(signal.SIGALRM, lambda *_: end.now())
+            signal.alarm(_PATIENCE)
+            raise end
         self._received = signum
 
 
@@ -393,13 +406,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def console() -> NoReturn:
-    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second."""
+    """`main`, for a process of its own: it ends without tearing the libraries down, which takes torch half a second,
+    and without waiting for threads, which may wait for what one has that died of too little memory."""
+    code = 1
     try:
         main()
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException as exc:  # where there is no memory for more words, either
+        sys.stderr.write(f"error: {type(exc).__name__}\n")
+    finally:
+        os._exit(code)
 
 
 def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
@@ -416,6 +435,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
     except _Signalled as exc:
+        signal.alarm(0)
         return _say(str(exc), exc.exit_code, as_json=as_json)
     except Exception as exc:
         from converter.errors import ConverterError, printable

@@ -22,6 +22,7 @@ from converter.members import Outcome, Terms
 from converter.parts import Ask, Node, Part, Prediction, divide, on_gpus, predict
 from converter.pipeline import Progress
 from converter.ray_cluster import Lost, connected, refuse_if_unusable
+from converter.read import is_folder
 
 MOST_BEGINNINGS = 4
 """How often a part is begun whose node or process is lost each time."""
@@ -113,7 +114,9 @@ def convert_groups(
             )
         ended = cluster.finished(_TURN_SECONDS)
         report.hear(cluster.heard())
-        for number, result in ended:
+        for number, told in ended:
+            # One that was interrupted, and not by us, tells of none of its jobs.
+            result = told or Lost("somebody interrupted it")
             if isinstance(result, Lost) and beginnings[number] < MOST_BEGINNINGS:
                 report.note(number, f"begun again, as its worker was lost: {result.why}")
                 begin(number)
@@ -236,4 +239,4 @@ def _reference(reference: str | os.PathLike[str] | None) -> str | None:
         return None
     text = os.fspath(reference)
     there = Path(text).expanduser()
-    return str(_absolute(there)) if not isinstance(reference, str) or there.is_dir() else text
+    return str(_absolute(there)) if not isinstance(reference, str) or is_folder(there) else text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+
+from converter.threads import pool
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ class Crew:
         self._free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
         for _ in range(slots):
             self._free.put(Buffers(pinned=pinned))
-        self._pool = ThreadPoolExecutor(threads, "tile", initializer=_one_thread) if threads > 1 else None
+        self._pool = pool(threads, "tile", _one_thread) if threads > 1 else None
 
     def buffers(self) -> Buffers:
         """Buffers that nobody uses; waits for them."""

@@ -1,6 +1,6 @@
 """The Hugging Face Hub: one repository at one commit, read in pieces or fetched into the Hub's own cache.
 
-This is the only module that imports huggingface_hub, and it does so only once a repository is opened, because
+This module and hub_errors import huggingface_hub, and do so only once a repository is opened, because
 that import takes longer than `convert --help` may.
 """
 
@@ -9,51 +9,30 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from converter.errors import (
-    BadCheckpoint,
-    ConverterError,
-    HubFailed,
-    HubGated,
-    HubNotFound,
-    HubOffline,
-    HubRefused,
-    InputChanged,
-    WriteFailed,
-)
-from converter.hub_answers import checking, without_tokens
-from converter.read import INDEX, LocalFolder, read_bytes, read_json
+from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
+from converter.hub_answers import checking
+from converter.hub_errors import Subject, brief, endpoint, not_a_hub, retrying
+from converter.hub_record import digest_in_cache, prefixed
+from converter.read import INDEX, LocalFolder, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-T = TypeVar("T")
 
 Progress = Callable[[str, int], None]
 """Told a file's name and how many of its bytes are there; the count starts over where a download does."""
 
 HEAD_BYTES = 131_072  # read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes
-RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
-RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 DEFAULT_REVISION = "main"
-MAX_RECORD_BYTES = 10_000  # of one download; the library's have about 130
 MAX_REPO_ID = 96
 
 _REPO_ID = re.compile(r"(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_SECRETS = (
-    (re.compile(r"hf_[\w.-]+"), "hf_…"),
-    (re.compile(r"(?i)(bearer\s+)\S+"), r"\1…"),
-    (re.compile(r"(https?://)[^/\s@]+@"), r"\1"),
-    (re.compile(r"(https?://[^\s?]+)\?\S+"), r"\1?…"),  # the query of a link to storage is its signature
-)
 
 
 def is_hub_id(reference: str) -> bool:
@@ -157,7 +136,7 @@ class HubFolder:
             try:
                 found = (self.snapshot / name).stat().st_size
             except FileNotFoundError:  # of another commit than was asked for
-                raise self._not_a_hub() from None
+                raise not_a_hub(self.repo_id) from None
             if found != size:
                 raise HubFailed(
                     f"{self.label}: {name} has {found:,} bytes in the cache, expected {size:,}: "
@@ -187,6 +166,9 @@ class HubFolder:
     def _reference(self) -> Path:
         return self._storage / "refs" / self.revision
 
+    def _subject(self, name: str = "") -> Subject:
+        return Subject(self.repo_id, self.revision, name)
+
     def _file(self, name: str) -> _HubFile:
         if name in self._files:
             return self._files[name]
@@ -207,21 +189,15 @@ class HubFolder:
             return HfApi().model_info(self.repo_id, revision=self.revision, files_metadata=True, timeout=timeout)
 
         try:
-            found = self._retrying(listing)
-            commit = found.sha or ""
+            found = retrying(listing, self._subject())
+            commit = str(found.sha or "")
             files = {file.rfilename: _hub_file(file) for file in found.siblings or () if _at_root(file)}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise self._not_a_hub() from None
+            raise not_a_hub(self.repo_id) from None
         asked = self.revision if _COMMIT.fullmatch(self.revision) else commit
         if not _COMMIT.fullmatch(commit) or commit != asked:
-            raise self._not_a_hub()
+            raise not_a_hub(self.repo_id)
         return commit, files
-
-    def _not_a_hub(self) -> HubFailed:
-        return HubFailed(
-            f"{self.repo_id}: {_endpoint()} does not answer as a Hub does, with commit, files and sizes: "
-            "check HF_ENDPOINT, and whether a proxy or a login page answers in its place"
-        )
 
     def _cached_commit(self) -> str:
         commit = self.revision if _COMMIT.fullmatch(self.revision) else self._read_reference()
@@ -276,7 +252,7 @@ class HubFolder:
 
     def _request(self, name: str, offset: int, buffer: memoryview) -> None:
         if len(buffer):
-            self._retrying(lambda: self._request_once(name, offset, buffer), name)
+            retrying(lambda: self._request_once(name, offset, buffer), self._subject(name))
 
     def _request_once(self, name: str, offset: int, buffer: memoryview) -> None:
         from huggingface_hub import constants, get_session, hf_hub_url
@@ -314,7 +290,7 @@ class HubFolder:
                 f"{status}, expected 206): check HF_ENDPOINT and proxy, or use `hf download` and work offline"
             )
         if not stated.startswith(asked.replace("=", " ") + "/"):
-            raise HubFailed(f"{self.label}: {name}: the server sent {_brief(stated)!r}, asked for {asked!r}")
+            raise HubFailed(f"{self.label}: {name}: the server sent {brief(stated)!r}, asked for {asked!r}")
 
     def _download(self, name: str, progress: Progress | None) -> None:
         from huggingface_hub import hf_hub_download
@@ -328,77 +304,12 @@ class HubFolder:
                 progress(name, done)
 
         try:
-            self._retrying(
+            retrying(
                 lambda: hf_hub_download(self.repo_id, name, revision=self.commit, tqdm_class=_counter_class(count)),
-                name,
+                self._subject(name),
             )
         except ValueError:  # what the library says of headers that it can't use
-            raise self._not_a_hub() from None
-
-    def _retrying(self, action: Callable[[], T], name: str = "") -> T:
-        """The action's result; its errors become ours, after more tries where these may help.
-
-        `name` is the file it is about, if any.
-        """
-        for delay in (*RETRY_DELAYS, None):
-            try:
-                return action()
-            except _library_errors() as exc:
-                if delay is None or not _may_pass(exc):
-                    # Not chained: what the library says may quote signed links and tokens.
-                    raise self._translated(exc, name) from None
-            time.sleep(delay)
-        raise AssertionError("unreachable")
-
-    def _translated(self, exc: Exception, name: str) -> ConverterError:
-        from huggingface_hub import errors
-
-        where = f"{self.repo_id}: {name}" if name else self.repo_id
-        match exc:
-            case errors.OfflineModeIsEnabled():
-                return HubOffline(f"{where}: HF_HUB_OFFLINE was set: unset it, or download the file first")
-            case errors.LocalEntryNotFoundError() if isinstance(exc.__cause__, Exception):
-                # Its own text blames the cache; the cause is what the server or the connection did.
-                return self._translated(exc.__cause__, name)
-            case errors.GatedRepoError():
-                return HubGated(
-                    f"{where}: the repository is gated: accept the terms at {_endpoint()}/{self.repo_id} and "
-                    "log in with `hf auth login`, or set HF_TOKEN"
-                )
-            case errors.RepositoryNotFoundError():
-                return HubNotFound(
-                    f"{where}: no such repository at {_endpoint()}, or a private one: check the name, or log "
-                    "in with `hf auth login`"
-                )
-            case errors.RevisionNotFoundError():
-                return HubNotFound(f"{where}: no revision {self.revision!r}: check the branch, tag or commit")
-            case errors.RemoteEntryNotFoundError():
-                return HubNotFound(f"{where}: the repository has no such file")
-            case errors.HfHubHTTPError():
-                return _translated_status(where, exc.response.status_code, exc.server_message)
-            case errors.FileMetadataError():
-                return self._not_a_hub()
-            case OSError() if _is_local(exc):
-                return WriteFailed(f"{where}: {exc.filename or self._storage}: {exc.strerror}")
-        return HubFailed(
-            f"{where}: not read from {_endpoint()}: {_brief(exc)}: check connection, HF_ENDPOINT and proxy, "
-            "or work offline from the cache"
-        )
-
-
-def _translated_status(where: str, status: int, server_message: str | None) -> ConverterError:
-    said = f" ({_brief(server_message)})" if server_message else ""
-    match status:
-        case 401:
-            advice = "the login is not accepted, renew it with `hf auth login` or HF_TOKEN"
-            return HubGated(f"{where}: status 401{said}: {advice}")
-        case 403:
-            return HubGated(f"{where}: status 403{said}: the login or token lacks the right to read this")
-        case 404 | 410:
-            return HubNotFound(f"{where}: status {status}{said}: not at {_endpoint()}, check the name")
-        case 429:
-            return HubFailed(f"{where}: status 429{said}: too many requests, wait or log in with `hf auth login`")
-    return HubFailed(f"{where}: {_endpoint()} answered with status {status}{said}: try again later")
+            raise not_a_hub(self.repo_id) from None
 
 
 def _prepare_library() -> None:
@@ -420,52 +331,13 @@ def _prepare_library() -> None:
     except ValueError:
         valid = False
     if not valid:
-        raise HubRefused(f"HF_ENDPOINT is {_endpoint()!r}, expected a URL such as https://huggingface.co")
+        raise HubRefused(f"HF_ENDPOINT is {endpoint()!r}, expected a URL such as https://huggingface.co")
 
 
 def _offline_by_environment() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return _brief(constants.ENDPOINT)
-
-
-def _library_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The base of the HTTP client's errors, which is httpx or httpx2 depending on the library's version.
-    client_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    # Disk and cache errors are OSError; hf_xet, which the library downloads with, raises RuntimeError, too.
-    return (client_error, OSError, RuntimeError)
-
-
-def _may_pass(exc: Exception) -> bool:
-    """Whether another try may help."""
-    from huggingface_hub import errors
-
-    if isinstance(exc, errors.HfHubHTTPError):
-        return exc.response.status_code in RETRIED_STATUS
-    # LocalEntryNotFoundError: the library could not reach the server, having tried for half a minute itself.
-    final = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.FileMetadataError)
-    return not isinstance(exc, final) and not _is_local(exc)
-
-
-def _is_local(exc: Exception) -> bool:
-    """Whether the file system, and not the connection, failed."""
-    return isinstance(exc, OSError) and exc.errno is not None and not isinstance(exc, ConnectionError | TimeoutError)
-
-
-def _brief(text: object) -> str:
-    """At most 200 characters of somebody else's words, without tokens, credentials and signatures."""
-    words = without_tokens(" ".join(str(text).split()))
-    for pattern, replacement in _SECRETS:
-        words = pattern.sub(replacement, words)
-    return words[:200]
 
 
 def _at_root(file: RepoSibling) -> bool:
@@ -478,42 +350,11 @@ def _hub_file(file: RepoSibling) -> _HubFile:
     if type(file.size) is not int or file.size < 0:
         raise TypeError("size")
     lfs = file.lfs
-    return _HubFile(file.size, _prefixed(lfs.sha256 if lfs is not None else file.blob_id))
+    return _HubFile(file.size, prefixed(lfs.sha256 if lfs is not None else file.blob_id))
 
 
 def _cached_file(path: Path) -> _HubFile:
     return _HubFile(path.stat().st_size, digest_in_cache(path))
-
-
-def digest_in_cache(path: Path) -> str | None:
-    """Of a file in a snapshot of the Hub's cache: `sha256:…` or `git-sha1:…`; None of any other file."""
-    # The cache calls its blobs by the digests of their files, and a snapshot links to them.
-    return _prefixed(path.readlink().name if path.is_symlink() else None)
-
-
-def digest_at_download(folder: LocalFolder, name: str) -> str | None:
-    """Of a file that `hf download --local-dir` brought: what the Hub stated; None if it was written to since.
-
-    None, too, where the library's record of the download is missing or not as the library writes it.
-    """
-    # Commit, ETag and time in a line each, as in huggingface_hub._local_folder, which allows a second likewise.
-    notes = folder.path / ".cache" / "huggingface" / "download"
-    if not notes.is_dir() or notes.resolve() != folder.path.resolve() / notes.relative_to(folder.path):
-        return None  # links out of the folder are not followed
-    with contextlib.closing(LocalFolder(notes)) as records, contextlib.suppress(BadCheckpoint, ValueError):
-        raw = read_bytes(records, f"{name}.metadata", limit=MAX_RECORD_BYTES)
-        _, digest, written = raw.decode("ascii").splitlines()
-        if (folder.path / name).stat().st_mtime - 1 <= float(written):
-            return _prefixed(digest)
-    return None
-
-
-def _prefixed(digest: str | None) -> str | None:
-    if digest is None:
-        return None
-    if _SHA256.fullmatch(digest):
-        return f"sha256:{digest}"
-    return f"git-sha1:{digest}" if _COMMIT.fullmatch(digest) else None
 
 
 def _counter_class(report: Callable[[int], None]) -> type[Any]:

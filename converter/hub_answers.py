@@ -62,7 +62,7 @@ def _refuse_paths(response: Any) -> None:
     if commit is None:
         return  # not about a file of the Hub; storage may name its digests as it likes
     # As huggingface_hub.file_download takes it, for which the blob is called.
-    etag = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag") or "-").lstrip("W/").strip('"')
+    etag = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag", "-")).lstrip("W/").strip('"')
     if _COMMIT.fullmatch(commit) is None or etag in ("", ".", "..") or "/" in etag:
         raise HubFailed(
             f"{response.request.url.host} does not answer as a Hub does: it states the commit {commit[:80]!r} and "

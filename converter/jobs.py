@@ -80,7 +80,7 @@ def _last_part(reference: str) -> str:
 def split_name(text: str) -> tuple[str | None, str]:
     """NAME=PATH; a path that has such a sign in it and exists is a path."""
     name, sign, adapter = text.partition("=")
-    return (name, adapter) if sign and name and "/" not in name and not Path(text).exists() else (None, text)
+    return (name, adapter) if sign and name and "/" not in name and not os.path.lexists(text) else (None, text)
 
 
 def read_jobs(path: Path) -> list[Job]:
@@ -141,19 +141,8 @@ def _job(path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> J
         if not _is_text(stated[key]):
             raise BadRecipe(f"{where}: {key} is not a text")
     try:
-        choices = {key: stated[key] for key in _RECIPE & stated.keys()}
-        if not isinstance(choices.get("double_quant", True), bool):
-            raise BadRecipe("double_quant is neither true nor false")
-        if "keep" in choices:
-            patterns = [choices["keep"]] if isinstance(choices["keep"], str) else choices["keep"]
-            if not isinstance(patterns, list) or not all(map(_is_text, patterns)):
-                raise BadRecipe("keep is not a list of texts")
-            choices["keep"] = tuple(patterns)
-        for key, what in (("max_shard_size", "a number of bytes"), ("block_size", "a number")):
-            if type(choices.get(key, 0)) is not int or choices.get(key, 0) >= 2**63:
-                raise BadRecipe(f"{key} is not {what}")
-        recipe = Recipe(**choices)
-    except (BadRecipe, RecursionError) as exc:
+        recipe = Recipe.from_json({key: stated[key] for key in _RECIPE & stated.keys()})
+    except BadRecipe as exc:
         raise BadRecipe(f"{where}: {exc}") from exc
     adapter, base = stated.get("adapter"), stated.get("base")
     if adapter is None and base is None:

@@ -146,7 +146,10 @@ class Pass:
                 self._batch.fail(index, exc)
                 continue
             adapter = member.inputs.adapter.folder if member.inputs.adapter else None
-            self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
+            try:
+                self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
+            except ConverterError as exc:
+                self._batch.fail(index, exc)
 
     def _targets(self) -> Iterator[list[Target]]:
         """Each tensor of the base in its order on disk, with all that becomes of it."""

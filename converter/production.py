@@ -6,15 +6,16 @@ A conversion makes one of these, a batch many at a time, from the same tiles of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from converter.errors import Interrupted, ReadFailed, WriteFailed
+from converter.errors import Interrupted, NoThread, ReadFailed, WriteFailed
 from converter.journal import Entry
 from converter.measure import Fidelity
+from converter.threads import pool
 from converter.write import ShardWriter, Writer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from converter.read import Folder
     from converter.seal import Staging
 
-UNFINISHED_BUSINESS = (Interrupted, ReadFailed, WriteFailed)
+UNFINISHED_BUSINESS = (Interrupted, NoThread, ReadFailed, WriteFailed)
 """Ends after which what was made is worth keeping: the same command goes on with it."""
 
 
@@ -69,8 +70,12 @@ class Production:
         self.cut(plan)
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, set[str]] = {}
-        self._background = ThreadPoolExecutor(1, "sync") if plan.resources.threads > 1 else None
         self._syncing: Future[None] | None = None
+        try:
+            self._background = pool(1, "sync") if plan.resources.threads > 1 else None
+        except BaseException as exc:
+            staging.__exit__(type(exc), exc, None)
+            raise
 
     def cut(self, plan: Plan) -> None:
         """Take the same plan with its tensors cut into other tiles."""

@@ -181,7 +181,7 @@ def refuse_if_unusable(address: str) -> None:
         raise ConversionRefused(f"--ray {address}: neither local nor HOST:PORT")
     try:
         socket.create_connection((found[1], int(found[2])), timeout=_REACH_SECONDS).close()
-    except (OSError, OverflowError) as exc:
+    except (OSError, OverflowError, UnicodeError) as exc:  # the last of a name that none can have
         raise ConversionRefused(f"--ray {address}: no cluster answers there: {exc}") from exc
 
 

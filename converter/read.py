@@ -305,9 +305,9 @@ def _tensor_header(where: str, file: str, name: str, entry: object, data_start: 
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadCheckpoint(f"{where}: {name!r} has the unknown dtype {str(dtype)[:40]!r}")
-    if not _are_sizes(shape) or len(shape) > MAX_RANK:
+    if not are_sizes(shape) or len(shape) > MAX_RANK:
         raise BadCheckpoint(f"{where}: {name!r} has the shape {str(shape)[:60]}, expected at most {MAX_RANK} sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadCheckpoint(f"{where}: {name!r} has the offsets {str(offsets)[:60]}, expected [begin, end]")
     nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
@@ -317,7 +317,8 @@ def _tensor_header(where: str, file: str, name: str, entry: object, data_start: 
     return TensorHeader(name, dtype, tuple(shape), file, data_start + offsets[0], nbytes)
 
 
-def _are_sizes(value: object) -> bool:
+def are_sizes(value: object) -> bool:
+    """Whether it is a list of numbers that sizes can be."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 

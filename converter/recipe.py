@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from converter.errors import BadRecipe
@@ -57,6 +57,26 @@ class Recipe:
         if self.dtype != "auto":
             return self
         return replace(self, dtype="float16" if base_dtype == "F16" else "bfloat16")
+
+    @classmethod
+    def from_json(cls, stated: object) -> Recipe:
+        """The recipe in JSON or TOML values, such as `as_json` gives; `BadRecipe` for all that is not understood."""
+        if not isinstance(stated, dict) or not stated.keys() <= {field.name for field in fields(cls)}:
+            raise BadRecipe("not a table of a recipe's names and values")
+        keep = stated.get("keep", [])
+        keep = [keep] if isinstance(keep, str) else keep
+        if not isinstance(keep, list) or not all(isinstance(text, str) and text.isprintable() for text in keep):
+            raise BadRecipe("keep is not a list of texts")
+        if not isinstance(stated.get("double_quant", True), bool):
+            raise BadRecipe("double_quant is neither true nor false")
+        for key, what in (("max_shard_size", "a number of bytes"), ("block_size", "a number")):
+            # Python compares numbers of any length, but prints none of thousands of digits.
+            if type(stated.get(key, 0)) is not int or stated.get(key, 0) >= 2**63:
+                raise BadRecipe(f"{key} is not {what}")
+        try:
+            return cls(**stated | {"keep": tuple(keep)})
+        except RecursionError as exc:
+            raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"keep": sorted(self.keep)}

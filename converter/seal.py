@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,7 @@ from converter.link import GivenShard, How, identity_of, link
 from converter.lock import LOCK, Lock
 from converter.read import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
 from converter.receipt import RECEIPT, Origin, read_receipt, write_receipt
+from converter.threads import pool
 from converter.write import UNFINISHED, make_folder, sync_folder, write_file, writing
 
 if TYPE_CHECKING:
@@ -219,10 +221,10 @@ class Staging:
         self._sealed = False
         self._spent = False
         self._digests: dict[str, Future[str]] = {}
+        self._ended = threading.Event()
         self._links: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
         """What a user should know of what an earlier run left."""
-        self._hasher = ThreadPoolExecutor(1, "digest")
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
@@ -241,13 +243,14 @@ class Staging:
                     self.notes = (ANEW,)
                     shards = ()
                 _clear(self.folder, but={LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
+                self._hasher = pool(1, "digest")
             except BaseException:
                 self._lock.release()
                 raise
 
     def digest_soon(self, name: str) -> None:
         """Begin to compute a finished file's sha256, while the next one is made."""
-        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name)
+        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
 
     def take(self, shard: GivenShard, name: str, how: How) -> str:
         """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
@@ -314,6 +317,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
         at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
@@ -370,9 +374,15 @@ def _index(folder: Path) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, ended: threading.Event | None = None) -> str:
+    """Of a file, in hex; `CancelledError` if it has `ended`, as nobody wants it then, and a shard takes seconds."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if ended is not None and ended.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def _arrival(name: str) -> tuple[bool, bool, str]:
@@ -383,7 +393,11 @@ def _arrival(name: str) -> tuple[bool, bool, str]:
 def _remove(folder: Path) -> None:
     """Take a staging folder away."""
     _clear(folder)
-    folder.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as exc:
+        if exc.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # without its lock, another run may have it already
+            raise
 
 
 def _remove_if_spent(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
             if identity(shard, plan.recipe, inputs.hub_digests() or digests, device) == stated[file]["identity"]:
                 made = [_made(common[name], digests[name], receipt) for name in names]
                 found.append(Given(_as_it_was_made(folder / file, receipt), tuple(made)))
-    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise BadOutput(f"{folder}: its receipt can't be understood ({type(exc).__name__})") from exc
     finally:
         local.close()
@@ -103,17 +104,20 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
 
 def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
     try:
-        identity = identity_of(path)
-        sha256 = sha256_of(path)
+        file = path.resolve()  # in the Hub's cache it is a link, which means nothing elsewhere
+        identity = identity_of(file)
+        sha256 = sha256_of(file)
     except OSError as exc:
         raise ReadFailed(f"{path}: {exc.strerror}") from exc
     if sha256 != receipt["files"][path.name]["sha256"]:
         raise BadOutput(f"{path}: has changed since it was made: its sha256 is not the receipt's")
-    return GivenShard(path, sha256, identity)
+    return GivenShard(file, sha256, identity)
 
 
 def _made(tensor: TensorPlan, digest: str, receipt: Mapping[str, Any]) -> Made:
     figures = Fidelity(float(receipt["tensors"][tensor.name]["error"]), None)
+    if not math.isfinite(figures.error):
+        raise ValueError(figures.error)  # no receipt with it could be read again
     return Made(tensor.name, figures, digest, tensor.source.nbytes)
 
 

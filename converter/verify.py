@@ -18,14 +18,14 @@ from converter.budget import Resources
 from converter.checksums import SUMS, read_sums
 from converter.crew import Crew
 from converter.decide import make_plan
-from converter.errors import BadCheckpoint, ConversionRefused, ConverterError, NotFinite
+from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError, NotFinite
 from converter.inputs import Inputs, Reference
 from converter.layout import Output
 from converter.pipeline import Progress, convert_tensors, one_thread
 from converter.plan import Plan, TensorPlan
 from converter.production import Target
 from converter.quantize import Quantizer
-from converter.read import Checkpoint, LocalFolder, TensorHeader, parse_json_object
+from converter.read import Checkpoint, LocalFolder, TensorHeader, are_sizes, parse_json_object
 from converter.receipt import RECEIPT, read_receipt
 from converter.recipe import Recipe
 from converter.seal import sha256_of
@@ -35,6 +35,8 @@ from converter.tiles import refuse_not_finite, torch_device, torch_dtype
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 _STATE = ".quant_state.bitsandbytes__"
 _PIECE = 8 << 20
+MAX_STATE_BYTES = 10_000
+"""Of a quant state; bitsandbytes' have about 400."""
 
 
 @dataclass
@@ -97,20 +99,22 @@ def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification)
     """Hold files against the receipt, the receipt and what else it doesn't know against SHA256SUMS."""
     known = receipt["files"] if receipt is not None else {}
     stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
+    # Names are looked up among what is there: a receipt may have any text for one.
     there = {entry.name for entry in os.scandir(out)}
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.is_file(follow_symlinks=False)}
     if receipt is not None or SUMS in there:
         for name, sha256 in _sums(out, there, found).items():
             _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))
             if expected != sha256:
                 found.problems.append(f"{SUMS}: of {name} it says another sha256 than the receipt")
     for name, (said_by, sha256, size) in sorted(stated.items()):
-        path = out / Path(name).name
-        if path.is_symlink() or not path.is_file():
+        if name not in sizes:
             found.problems.append(f"{name}: missing")
             continue
-        nbytes, digest = path.stat().st_size, sha256_of(path)
-        if digest != sha256 or size not in (None, nbytes):
-            found.problems.append(f"{name}: {nbytes:,} bytes, sha256 {digest[:12]}…, {said_by} otherwise")
+        if size not in (None, sizes[name]):
+            found.problems.append(f"{name}: {sizes[name]:,} bytes, {said_by} otherwise")
+        elif (digest := sha256_of(out / name)) != sha256:
+            found.problems.append(f"{name}: sha256 {digest[:12]}…, {said_by} otherwise")
         found.files += 1
     if receipt is not None:
         extra = sorted(name for name in there - known.keys() if name.endswith(".safetensors") or is_loaded(name))
@@ -140,7 +144,7 @@ def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict
             try:
                 state = _read_state(written, tensor)
                 problem = _problem_of_weight(written, weight, quant_type, state)
-            except (BadCheckpoint, KeyError, TypeError, ValueError) as exc:
+            except (BadCheckpoint, KeyError, TypeError, ValueError, OverflowError) as exc:
                 problem, state = f"its quant state can't be read: {exc}", {}
             if problem:
                 found.problems.append(f"{weight}: {problem}")
@@ -161,20 +165,29 @@ def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict
 
 
 def _read_state(written: Checkpoint, tensor: TensorHeader) -> dict[str, Any]:
+    """`BadCheckpoint` unless its sizes are some: what is computed with them would take what it likes."""
+    if tensor.nbytes > MAX_STATE_BYTES:
+        raise BadCheckpoint(f"{tensor.nbytes:,} bytes, expected at most {MAX_STATE_BYTES:,}")
     raw = bytearray(tensor.nbytes)
     written.folder.read_into(tensor.file, tensor.offset, memoryview(raw))
-    return parse_json_object(bytes(raw), tensor.name)
+    state = parse_json_object(bytes(raw), tensor.name)
+    blocks = [state.get("blocksize"), state.get("nested_blocksize", 1)]
+    if not are_sizes(state.get("shape")) or not are_sizes(blocks) or 0 in blocks:
+        raise BadCheckpoint("its shape or its block sizes are none")
+    return state
 
 
 def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state: dict[str, Any]) -> str | None:
-    count, block = math.prod(state["shape"]), int(state["blocksize"])
+    count, block = math.prod(state["shape"]), state["blocksize"]
     blocks = -(count // -block)
     nested = "nested_offset" in state
     expected = {"": ("U8", (-(count // -2), 1)), ".absmax": ("U8" if nested else "F32", (blocks,))}
     expected[".quant_map"] = ("F32", (16,))
     if nested:
-        expected[".nested_absmax"] = ("F32", (-(blocks // -int(state["nested_blocksize"])),))
+        expected[".nested_absmax"] = ("F32", (-(blocks // -state["nested_blocksize"]),))
         expected[".nested_quant_map"] = ("F32", (256,))
+    if nested and not math.isfinite(offset := float(state["nested_offset"])):
+        return f"its quant state's offset is {offset}"
     if state["quant_type"] != quant_type:
         return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
     for part, (dtype, shape) in expected.items():
@@ -212,20 +225,26 @@ def _check_values(
 
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: dict[str, dict[str, Any]]) -> Recipe:
     """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
+    where = RECEIPT
     if receipt is not None:
-        try:
-            stated = receipt["recipe"]
-            return Recipe(**stated | {"keep": tuple(stated["keep"])})
-        except (KeyError, TypeError, ConversionRefused):
-            raise BadCheckpoint(f"{RECEIPT}: its recipe can't be understood") from None
-    state = next(iter(quantized.values()), None) or {"quant_type": "none"}
-    return Recipe(
-        quant_type=state["quant_type"],
-        double_quant="nested_offset" in state,
-        block_size=state.get("blocksize", 64),
-        dtype=state.get("dtype") or written.config.get("dtype") or written.config.get("torch_dtype") or "bfloat16",
-        merge_precision="reference",
-    )
+        stated = receipt.get("recipe")
+    else:
+        state = next(iter(quantized.values()), None) or {"quant_type": "none"}
+        where, config = written.folder.label, written.config
+        stated = {
+            "quant_type": state["quant_type"],
+            "double_quant": "nested_offset" in state,
+            "block_size": state.get("blocksize", 64),
+            "dtype": state.get("dtype") or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
+            "merge_precision": "reference",
+        }
+    try:
+        recipe = Recipe.from_json(stated)
+        if receipt is not None and stated != recipe.as_json():
+            raise BadRecipe("it lacks some of its choices")
+    except BadRecipe as exc:
+        raise BadCheckpoint(f"{where}: its recipe can't be understood: {exc}") from exc
+    return recipe
 
 
 class _Comparer:
@@ -273,6 +292,10 @@ def _compare(
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))
+    # Under a limit of memory a loop of CPython 3.11 was seen to end as if it had come to its end.
+    if found.recomputed < len(tensors):
+        count = f"{found.recomputed} of {len(tensors)}"
+        raise ConversionFailed(f"only {count} tensors were made again: too little memory")
     planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
     different = comparer.different | _other_headers(written, planned)
     found.problems += [f"{name}: {what}" for name, what in sorted(different.items())]

@@ -18,6 +18,7 @@ import xxhash
 
 from converter.errors import WriteFailed
 from converter.layout import header_json
+from converter.threads import no_thread
 
 if TYPE_CHECKING:
     from converter.layout import Output
@@ -58,7 +59,10 @@ class _Flusher:
         self._syncing = threading.Lock()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            raise no_thread("flush", exc) from exc
 
     def wrote(self, count: int) -> None:
         """Take note of `count` bytes; raises what an earlier flush met with."""

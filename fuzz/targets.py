@@ -17,7 +17,8 @@ from converter import adapter as adapters
 from converter.adapter import Adapter
 from converter.checksums import SUMS, read_sums
 from converter.errors import ConverterError
-from converter.hub import digest_at_download
+from converter.hub_record import digest_at_download
+from converter.jobs import read_jobs
 from converter.journal import FORMAT as JOURNAL_FORMAT
 from converter.journal import JOURNAL, Journal
 from converter.patterns import Patterns
@@ -153,6 +154,16 @@ def parse_tokenizer(raw: bytes, _: Path) -> bool:
     return _understood(lambda: largest_token(raw))
 
 
+def parse_jobs(raw: bytes, scratch: Path) -> bool:
+    (scratch / "jobs.jsonl").write_bytes(raw)
+    return _understood(lambda: read_jobs(scratch / "jobs.jsonl"))
+
+
+def parse_jobs_of_toml(raw: bytes, scratch: Path) -> bool:
+    (scratch / "jobs.toml").write_bytes(raw)
+    return _understood(lambda: read_jobs(scratch / "jobs.toml"))
+
+
 def _understood(use: Callable[[], object]) -> bool:
     try:
         use()
@@ -218,6 +229,20 @@ TARGETS = {
         ),
     ),
     "record": Target(parse_record, (f"{'ab' * 20}\n{'cd' * 32}\n1700000000.5\n".encode(),)),
+    "jobs": Target(
+        parse_jobs,
+        (
+            _json({"base": "b", "adapter": "org/a", "out": "o/a", "keep": ["*.mlp.*"], "block-size": 64}),
+            _json({"base": "b", "out": "x"}) + b"\n\n" + _json({"name": "n", "base": "b", "adapter": "a", "out": "y"}),
+        ),
+    ),
+    "jobs of TOML": Target(
+        parse_jobs_of_toml,
+        (
+            b"base = 'b'\nout = 'o'\n[recipe]\nquant-type = 'nf4'\n[[jobs]]\nname = 'n'\nadapter = 'a'\n",
+            b'[[jobs]]\nbase = """b"""\nout = "x" # .\nkeep = ["a.b"]\n[[jobs]]\n"base" = "b"\nout = "y"\n',
+        ),
+    ),
     "tokenizer": Target(
         parse_tokenizer,
         (

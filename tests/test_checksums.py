@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import hf_hub_download
 
 import converter.checksums
-import converter.hub
+import converter.hub_errors
 from converter import Job, convert, convert_batch
 from converter.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, recall, stated
 from converter.cli import main
@@ -479,7 +479,7 @@ def test_in_a_batch_a_damaged_adapter_refuses_its_job_and_no_other(place: Path) 
 
 @pytest.fixture
 def hub(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.hub, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(converter.hub_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     with StandInHub({"maker/base": place / "sharded", "maker/adapter": place / "adapter"}) as server:
         server.use(monkeypatch, tmp_path / "hub-cache")
         monkeypatch.chdir(tmp_path)
@@ -656,6 +656,15 @@ def test_no_link_to_a_record_is_followed(what: str, downloaded: Path, place: Pat
     linked.symlink_to(place / "elsewhere")
     with closing(LocalFolder(downloaded)) as folder:
         assert stated(folder, [shard.name]) == {}
+
+
+@pytest.mark.parametrize("name", [".cache", ".cache/huggingface", ".cache/huggingface/download"])
+@pytest.mark.parametrize("target", ["x" * 300, "/proc/self/fd/0", "."])
+def test_a_link_that_can_not_be_followed_is_no_record(name: str, target: str, downloaded: Path) -> None:
+    shutil.rmtree(downloaded / name)
+    (downloaded / name).symlink_to(target)
+    with closing(LocalFolder(downloaded)) as folder:
+        assert stated(folder, [shards_of(downloaded)[0].name]) == {}
 
 
 # The thing itself

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converter.hub
+import converter.hub_errors
 from converter.cli import main
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, change_tensor, contents, copy
@@ -543,7 +543,7 @@ def test_a_signal_midway_leaves_no_out_and_has_its_own_exit_code(
 
 @pytest.fixture
 def hub(tiny_base: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.hub, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(converter.hub_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     adapter = copy(tiny_adapter, tmp_path / "pushed")
     change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base")
     with StandInHub({"maker/base": tiny_base, "maker/lora": adapter}) as server:
@@ -856,3 +856,30 @@ def test_a_dry_run_of_several_says_what_they_will_take_together(
     assert forecast["memory"] > 0
     assert forecast["estimate"]["seconds"] > 0
     assert not out.exists()
+
+
+WITHOUT_MEMORY = """
+import threading
+import converter.cli
+
+def run(*_, **__):
+    raise MemoryError
+
+threading.Thread(target=threading.Event().wait).start()
+converter.cli._run = run
+converter.cli.console()
+"""
+"""Too little memory to say what went wrong, while a thread waits for another that is gone."""
+
+
+def test_a_command_without_memory_for_its_last_words_ends_all_the_same() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+    assert (ran.returncode, ran.stderr) == (1, "error: MemoryError\n")

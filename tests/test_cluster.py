@@ -187,6 +187,25 @@ def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_ke
     assert outcomes[1].notes == ("begun again, as its worker was lost: NodeDiedError: it burns",)
 
 
+def test_a_part_that_somebody_else_interrupts_is_begun_again(
+    jobs: list[Job], use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = use(Nodes(NODE, NODE))
+    interrupted = iter([True])
+    make = nodes.finished
+
+    def finished(seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
+        (number, result), *_ = make(seconds)
+        return [(number, [] if next(interrupted, False) else result)]
+
+    monkeypatch.setattr(nodes, "finished", finished)
+
+    outcomes = convert_on_cluster(jobs)
+
+    assert all(outcome.is_good for outcome in outcomes)
+    assert len(nodes.begun) == 3
+
+
 def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[Job], use: Use) -> None:
     nodes = use(Nodes(NODE, NODE, lose=lambda number: number == 0))
 
@@ -239,6 +258,12 @@ def test_jobs_that_clash_or_cannot_be_planned_are_refused_and_stop_no_other(
 
 
 @pytest.mark.usefixtures("unasked")
+def test_a_name_too_long_for_a_folder_stops_no_other(jobs: list[Job], use: Use) -> None:
+    use(Nodes(NODE))
+    jobs[1:] = [replace(jobs[1], base="x" * 300), replace(jobs[2], adapter="x" * 300)]
+    assert statuses(convert_on_cluster(jobs)) == ["made", "refused", "refused"]
+
+
 def test_where_all_are_refused_no_cluster_is_asked(jobs: list[Job], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert statuses(convert_on_cluster([replace(job, adapter=tmp_path / "empty") for job in jobs])) == ["refused"] * 4
@@ -312,6 +337,8 @@ def test_where_no_node_has_the_memory_it_ends_with_2_and_one_line(
         ("127.0.0.1:1", "no cluster answers there"),
         ("nowhere.invalid:6379", "no cluster answers there"),
         ("127.0.0.1:99999", "no cluster answers there"),
+        (f"{'x' * 64}:6379", "no cluster answers there"),
+        ("a..b:6379", "no cluster answers there"),
         ("auto", "neither local nor HOST:PORT"),
         ("ray://127.0.0.1:10001", "neither local nor HOST:PORT"),
     ],

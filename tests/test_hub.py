@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 import converter.hub
+import converter.hub_errors
 from converter.errors import (
     BadCheckpoint,
     HubFailed,
@@ -65,7 +66,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.hub, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(converter.hub_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     with StandInHub({REPO: base}) as server:
         server.use(monkeypatch, cache)
         yield server
@@ -467,6 +468,8 @@ def test_an_endpoint_that_is_no_url_is_refused(hub: StandInHub, endpoint: str, m
         "{}",
         '{"id": "maker/base", "sha": "../../..", "siblings": []}',
         '{"id": "maker/base", "sha": "%s", "siblings": [{"rfilename": "without a size"}]}' % ("0" * 40),
+        json.dumps({"id": REPO, "sha": 5, "siblings": []}),
+        json.dumps({"id": REPO, "sha": ["0"], "siblings": []}),
     ],
 )
 def test_an_answer_that_is_not_a_hubs_is_recognized(hub: StandInHub, answer: str) -> None:
@@ -490,7 +493,7 @@ def test_names_that_lead_out_of_the_folder_are_not_seen(hub: StandInHub) -> None
     assert HubFolder(REPO).names() == {"fine.json"}
 
 
-@pytest.mark.parametrize("etag", ["/{there}", "../../../{name}", "..", "."])
+@pytest.mark.parametrize("etag", ["/{there}", "../../../{name}", "..", ".", ""])
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag"])
 def test_a_digest_that_is_a_path_does_not_lead_out_of_the_cache(
     header: str, etag: str, hub: StandInHub, cache: Path, tmp_path: Path

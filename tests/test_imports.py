@@ -22,7 +22,7 @@ SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glo
 ONLY_IN = {
     "transformers": {"meta_model"},
     "bitsandbytes": {"quantize"},
-    "huggingface_hub": {"hub"},
+    "huggingface_hub": {"hub", "hub_errors"},
     "numba": {"kernels"},
     "regex": {"patterns"},
     "click": {"cli"},

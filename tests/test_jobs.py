@@ -92,7 +92,7 @@ def test_a_job_that_is_not_understood_is_refused_by_number(line: str, message: s
         ('[[jobs]]\nadapter = "/"\n', "'' can't be a folder's name"),
         ('[[jobs]]\nadapter = "a"\nblock-size = 0x' + "f" * 5_000, "block_size is not a number"),
         ('[[jobs]]\nadapter = "a"\nmax-shard-size = 0x' + "f" * 5_000, "max_shard_size is not a number of bytes"),
-        ('[[jobs]]\nadapter = "a"\nquant-type = {' + "a = {" * 500 + "}" * 500 + "}", "recursion"),
+        ('[[jobs]]\nadapter = "a"\nquant-type = {' + "a = {" * 500 + "}" * 500 + "}", "recursion|deeply"),
         ('[[jobs]]\nadapter = "a"\nrecipe = ' + "[" * 100 + "]" * 100, "list: expected a table"),
         ("a." * 50_000 + "a = 1", "more than 100 dots"),
         ("[" + "a." * 50_000 + "a]", "more than 100 dots"),
@@ -234,6 +234,10 @@ def test_a_folder_beside_the_file_is_meant_before_an_id_of_the_hub(tmp_path: Pat
     (tmp_path / "jobs.jsonl").write_text('{"adapter": "org/one", "base": "org/two", "out": "z"}')
     (job,) = read_jobs(tmp_path / "jobs.jsonl")
     assert (job.adapter, job.base) == (str(tmp_path / "org" / "one"), "org/two")
+
+
+def test_what_follows_an_equals_sign_may_be_longer_than_a_name() -> None:
+    assert named_jobs(["a=" + "x" * 300], Path("z"), "x", Recipe())[0].adapter == "x" * 300
 
 
 def test_a_path_with_an_equals_sign_that_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

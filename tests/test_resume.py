@@ -51,6 +51,31 @@ console()
 """The command line, with every tensor noted at once, and tiles that take their time."""
 
 
+HANGING = """
+import os, threading
+import converter.journal
+from converter.cli import console
+from converter.production import Production
+
+converter.journal.SECONDS = 0.0
+fdatasync, finish = os.fdatasync, Production._finish
+
+def hang(descriptor):
+    if threading.current_thread().name.startswith("sync"):
+        threading.Event().wait()
+    fdatasync(descriptor)
+
+def wait(production, file):
+    if production._syncing is not None:
+        print("tile", flush=True)
+    finish(production, file)
+
+os.fdatasync, Production._finish = hang, wait
+console()
+"""
+"""The command line, on a disk that never ends a sync behind its back, which it waits for at the end of a shard."""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base whose conversion makes four shards, and an adapter."""
@@ -312,10 +337,10 @@ def test_a_file_that_is_lost_costs_itself_and_not_those_before_it(
 # Processes that are killed
 
 
-def start(inputs: tuple[Path, Path], out: Path, *, seconds: float = 0.02) -> subprocess.Popen[str]:
+def start(inputs: tuple[Path, Path], out: Path, *driver: str, seconds: float = 0.02) -> subprocess.Popen[str]:
     """A conversion in a process of its own, which says "tile" before each one."""
     options = ["--base", *inputs[:1], "--adapter", *inputs[1:], "--out", out, "--max-shard-size", "1MB", "--quiet"]
-    command = [sys.executable, "-c", DRIVER, str(seconds), *map(os.fspath, options)]
+    command = [sys.executable, "-c", *(driver or (DRIVER, str(seconds))), *map(os.fspath, options)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
@@ -393,3 +418,21 @@ def test_a_second_signal_ends_it_at_once(
     assert not out.exists()
     convert(*inputs, out, SMALL_SHARDS, ONE_THREAD)
     assert contents(out) == whole
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_it_at_once_though_the_disk_never_ends_a_sync(
+    signum: signal.Signals, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    process = start(inputs, tmp_path / "out", HANGING, "--threads", "2")
+    wait_for_tiles(process, 1)
+    process.send_signal(signum)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=HANG)
+
+    assert process.returncode == 128 + signum
+    assert said == f"error: {signum.name}: nothing was written to OUT\n"
+    convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+    assert contents(tmp_path / "out") == whole

@@ -26,6 +26,7 @@ from converter.pipeline import Progress
 from converter.quantize import Quantizer
 from converter.seal import Destination, Staging
 from tests.folders import change_json, change_tensor, contents, copy
+from tests.limits import no_hang
 from tests.models import load, save_adapter, save_base
 from tests.reference import tensors_of
 
@@ -118,7 +119,9 @@ _open = os.open
 
 
 def path_of(descriptor: int) -> Path:
-    return Path(f"/proc/self/fd/{descriptor}").readlink()
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return Path(f"/proc/self/fd/{descriptor}").readlink()
+    return Path()
 
 
 @contextlib.contextmanager
@@ -561,6 +564,40 @@ def test_a_run_that_dies_while_it_takes_its_staging_folder_away_leaves_one_that_
         with Staging(destination, job, ["a", "b"], resume=True) as again:
             assert again.journal.entries == {}
         assert not again.folder.exists()
+
+
+@pytest.mark.parametrize("act", [os.rmdir, lambda staging: (staging / ".lock").touch()], ids=["removes it", "takes it"])
+def test_a_run_that_is_done_is_done_though_another_finds_its_empty_staging_folder_first(
+    act: Callable[[Path], None], base: Path, adapter: Path, whole: dict[str, bytes], out: Path, tmp_path: Path
+) -> None:
+    convert(base, adapter, out, OTHER, resources=ONE_THREAD)
+    staging, unlink = out.with_name("out.partial"), os.unlink
+
+    def unlinked(path: Any, **settings: Any) -> None:
+        unlink(path, **settings)
+        if Path(path) == staging / ".lock":
+            act(staging)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", unlinked)
+        convert(base, adapter, out, resources=ONE_THREAD, overwrite=True)
+
+    assert contents(out) == whole
+
+
+def test_an_end_does_not_wait_for_the_sha256_of_a_shard_that_nobody_wants_any_more(out: Path) -> None:
+    staging = Staging(Destination(out, inputs=(), overwrite=False), {}, ["shard"], resume=True)
+    with (staging.folder / "shard").open("wb") as shard:
+        shard.truncate(4 << 40)  # an hour's work
+
+    staging.digest_soon("shard")
+
+    with no_hang():
+        while staging.folder / "shard" not in map(path_of, map(int, os.listdir("/proc/self/fd"))):
+            pass
+        staging.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+
+    assert not staging.folder.exists()
 
 
 def test_a_folder_that_happens_to_be_called_as_our_staging_folder_is_left_alone(

@@ -9,6 +9,7 @@ import pytest
 
 from converter import Inputs, Job, Plan, Recipe, Terms, convert, convert_batch, make_plan
 from converter.errors import BadOutput
+from converter.link import How
 from converter.receipt import read_receipt
 from converter.sharing import given_by, in_common, laid_out, untouched
 from converter.verify import verify
@@ -95,6 +96,38 @@ def test_a_receipt_that_makes_no_sense_gives_nothing_and_says_so(
                 given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
         else:
             assert given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu") == []
+
+
+@pytest.mark.parametrize("error", ["nan", float("inf"), pytest.param(10**400, id="1e400"), None, "x", [1]])
+def test_a_figure_that_no_receipt_could_have_gives_nothing(
+    error: object, base: Path, inputs: list[Inputs], plans: list[Plan], tmp_path: Path
+) -> None:
+    out = convert(base, base.parent / "q_proj", tmp_path / "out", SMALL).out
+    tensors = (read_receipt(out) or {})["tensors"]
+    change_json(out / "conversion.json", tensors={name: entry | {"error": error} for name, entry in tensors.items()})
+    with pytest.raises(BadOutput, match="can't be understood"):
+        given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+
+
+@pytest.mark.parametrize("how", ["hard", "copy"])
+def test_of_an_output_in_the_cache_of_the_hub_the_files_are_linked_to_and_not_its_links(
+    how: How, base: Path, tmp_path: Path
+) -> None:
+    convert_batch([Job(tmp_path / "out", base.parent / "q_proj", base, SMALL)])
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (tmp_path / "out").iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+
+    (outcome,) = convert_batch(
+        [Job(tmp_path / "later", base.parent / "down_proj", base, SMALL)], Terms(against=snapshot, link=how)
+    )
+
+    assert (outcome.status, outcome.link, outcome.message) == ("made", how, "")
+    assert not any(file.is_symlink() for file in (tmp_path / "later").iterdir())
+    assert verify(tmp_path / "later", base, base.parent / "down_proj").problems == []
 
 
 def test_a_head_that_was_untied_is_told_from_one_of_another_embedding(tmp_path: Path) -> None:

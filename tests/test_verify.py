@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Job, Recipe, convert, convert_batch
+import converter.verify
+from converter import ConversionFailed, Job, Recipe, convert, convert_batch
 from converter.cli import main
 from converter.verify import verify
 from tests.folders import change_json
+from tests.limits import cpu_below
 from tests.models import save_adapter, save_base
 from tests.reference import nf4, reference_flow
 
@@ -40,6 +43,13 @@ def change(out: Path, what: Callable[[dict[str, torch.Tensor]], object], *, rece
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     if not receipt:
         (out / "conversion.json").unlink()
+
+
+def change_offset(tensors: dict[str, torch.Tensor], offset: str) -> None:
+    """Have the quant state of WEIGHT say that this was subtracted from its absmax."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = re.sub(rb'("nested_offset": )[^,}]+', rb"\1" + offset.encode(), bytes(tensors[name].tolist()))
+    tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +138,8 @@ def test_a_flipped_bit_is_found_by_the_digest_and_by_comparison(inputs: tuple[Pa
             lambda t: t.update({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.zeros(5, dtype=torch.uint8)}),
             "its quant state can't be read",
         ),
+        (lambda t: change_offset(t, "Infinity"), f"{WEIGHT}: its quant state's offset is inf"),
+        (lambda t: change_offset(t, "NaN"), "its quant state can't be read"),
     ],
 )  # fmt: skip
 def test_defects_are_found_without_a_receipt(
@@ -138,6 +150,66 @@ def test_defects_are_found_without_a_receipt(
     problems = verify(out).problems
 
     assert any(re.search(message, problem) for problem in problems), problems
+
+
+STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"blocksize": 0},
+        {"blocksize": -64},
+        {"blocksize": 64.0},
+        {"blocksize": float("inf")},
+        {"nested_blocksize": 0},
+        {"nested_offset": 10**400},
+        {"shape": ["a", 10**11]},
+        {"shape": {"64": 1}},
+        {"shape": 64},
+        {"shape": [[64], 64]},
+        {"shape": [10**4000, 64]},
+        {"shape": [2**62] * 2000},
+    ],
+)
+def test_a_quant_state_that_makes_no_sense_is_found_and_not_computed_with(
+    stated: dict[str, object], inputs: tuple[Path, Path], out: Path
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        state = json.loads(bytes(tensors[STATE].tolist())) | stated
+        tensors[STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    change(out, damage)
+
+    with cpu_below(10):
+        problems = verify(out, *inputs).problems
+
+    assert any(problem.startswith(f"{WEIGHT}: its quant state can't be read") for problem in problems)
+
+
+def test_a_quant_state_of_gigabytes_is_not_read(out: Path) -> None:
+    size, shard = 1 << 30, out / "model.safetensors"
+    raw = shard.read_bytes()
+    length = 8 + int.from_bytes(raw[:8], "little")
+    end = len(raw) - length
+    state = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+    header = json.dumps(json.loads(raw[8:length]) | {f"more.{STATE}": state}).encode()
+    shard.write_bytes(len(header).to_bytes(8, "little") + header + raw[length:])
+    os.truncate(shard, shard.stat().st_size + size)
+
+    with cpu_below(10):
+        problems = verify(out).problems
+
+    assert any(f"{size:,} bytes, expected at most" in problem for problem in problems)
+    assert any(problem.startswith("model.safetensors: ") for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x\0", "\ud800", "", "..", "/etc/passwd", "../out/config.json"])
+def test_a_name_in_a_receipt_is_only_looked_up(name: str, out: Path) -> None:
+    receipt = json.loads((out / "conversion.json").read_text())
+    change_json(out / "conversion.json", files=receipt["files"] | {name: receipt["files"]["config.json"]})
+
+    assert [problem for problem in verify(out).problems if "SHA256SUMS says" not in problem] == [f"{name}: missing"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +292,11 @@ def test_the_receipt_and_the_sums_are_held_against_each_other(
     assert re.search(message, problems[0])
 
 
-@pytest.mark.parametrize("recipe", [None, {}, {"keep": 1}, {"keep": [], "quant_type": "nf5"}])
+@pytest.mark.parametrize(
+    "recipe",
+    [None, [1], {}, {"keep": 1}, {"keep": [["x"]]}, {"keep": [], "quant_type": "nf5"}, {"quant_type": {}},
+     {"strange": 1}, {"block_size": 64.0}, {"max_shard_size": "5GB"}, {"double_quant": "yes"}],
+)  # fmt: skip
 def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_it(
     recipe: object, inputs: tuple[Path, Path], out: Path
 ) -> None:
@@ -228,8 +304,18 @@ def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_i
 
     found = verify(out, *inputs)
 
-    assert "conversion.json: its recipe can't be understood" in found.problems
+    assert any(problem.startswith("conversion.json: its recipe can't be understood") for problem in found.problems)
     assert found.recomputed == 0
+
+
+def test_what_was_not_made_again_to_the_last_tensor_is_not_called_good(
+    inputs: tuple[Path, Path], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With too little memory CPython 3.11 may lose the MemoryError and end the loop as if that were all."""
+    monkeypatch.setattr(converter.verify, "convert_tensors", lambda *_: iter(()))
+
+    with pytest.raises(ConversionFailed, match="0 of 21 tensors were made again: too little memory"):
+        verify(out, *inputs)
 
 
 def test_the_sums_work_with_the_usual_program(out: Path) -> None:
@@ -250,4 +336,4 @@ def test_the_command_says_good_or_what_is_wrong_by_its_exit_code(
 
     assert (good.value.code, bad.value.code) == (0, 1)
     assert (first["good"], first["problems"]) == (True, [])
-    assert "README.md: 7 bytes, sha256" in capsys.readouterr().out
+    assert "README.md: 7 bytes, the receipt says otherwise" in capsys.readouterr().out

@@ -285,3 +285,31 @@ def test_bitsandbytes_packs_the_first_of_two_values_into_the_high_half() -> None
 
     assert set(packed.flatten().tolist()) == {0xF0}
     assert state.absmax.tolist() == [1.0]
+
+
+def test_huggingface_hub_makes_its_clients_by_a_factory_that_can_be_had_and_set() -> None:
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    made: list[Any] = []
+    try:
+        set_client_factory(lambda: made.append(before()) or made[-1])
+        assert _http.get_session() is made[0]
+    finally:
+        set_client_factory(before)
+
+    assert set(made[0].event_hooks) >= {"request", "response"}
+
+
+def test_what_was_read_of_an_answer_is_kept_where_its_client_looks_for_it() -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = inspect.getmodule(HfHubHTTPError.__bases__[0])
+    assert client is not None
+    httpx = __import__(client.__name__.partition(".")[0])
+    answer = httpx.Response(200, stream=httpx.ByteStream(b"much"))
+
+    answer._content = b"cut"
+
+    assert (answer.content, answer.read()) == (b"cut", b"cut")
