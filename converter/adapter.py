@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +38,8 @@ _UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 _FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
 """Bytes and the exponent's bits; all of them set means infinity or NaN."""
+_LARGEST = float(2**128 - 2**104)
+"""What float32 holds, in which deltas are computed."""
 _PIECE = 8 << 20
 _LAYER = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
 
@@ -86,7 +87,7 @@ class Adapter:
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
         self._patterns = Patterns(f"{folder.label}: {CONFIG}")
-        self._lists: dict[str, frozenset[str]] = {}
+        self._lists: dict[str, frozenset[Any]] = {}
         self._check_config()
         self.pairs: dict[str, LoraPair] = {}
         """By module name."""
@@ -149,12 +150,13 @@ class Adapter:
         layers = self.config.get("layers_to_transform")
         if layers in (None, [], "") or isinstance(target, str) or module in self._listed("target_modules"):
             return True
-        wanted = [layers] if isinstance(layers, int) else layers
         patterns = _as_list(self.config.get("layers_pattern"))
         expressions = [_LAYER.format(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
         matches = (self._patterns.search_from_start(expression, module) for expression in expressions)
         found = next((match for match in matches if match), None)
-        return found is not None and found["layer"] is not None and int(found["layer"]) in wanted
+        if found is None or found["layer"] is None:
+            return False
+        return int(found["layer"]) in self._listed("layers_to_transform")
 
     def scaling(self, module: str) -> tuple[int, float]:
         """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -166,8 +168,10 @@ class Adapter:
         where = f"{self.folder.label}: {CONFIG}"
         if type(rank) is not int or not 1 <= rank < 1 << 31:
             raise BadAdapter(f"{where}: rank {rank!r} for {module}, expected a positive integer")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-            raise BadAdapter(f"{where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a finite number")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
+            raise BadAdapter(
+                f"{where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a number that float32 can hold"
+            )
         return rank, alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _check_config(self) -> None:
@@ -226,11 +230,11 @@ class Adapter:
         parts = module.split(".")
         return any(".".join(parts[start:]) in self._listed(key) for start in range(len(parts)))
 
-    def _listed(self, key: str) -> frozenset[str]:
-        """The names of a list, which may be long, for looking up."""
+    def _listed(self, key: str) -> frozenset[Any]:
+        """The names or numbers of a list, which may be long, for looking up; a number is a list of one."""
         if key not in self._lists:
             value = self.config.get(key)
-            self._lists[key] = frozenset(value) if isinstance(value, list) else frozenset()
+            self._lists[key] = frozenset(_as_list(value) if isinstance(value, list | int) else ())
         return self._lists[key]
 
     def _by_pattern(self, key: str, module: str, default: object) -> object:

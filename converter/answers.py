@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -44,15 +45,13 @@ def describe(
     names = Names(model, shapes)
     names.check(shapes)
     roles = {name: names.role(name, shape) for name, shape in shapes.items()}
-    tied = {
-        target: names.tensor_of[source]
-        for target, source in model.all_tied_weights_keys.items()
-        if target not in names.tensor_of and source in names.tensor_of
-    }
+    ties = {t: names.tensor_of[s] for t, s in model.all_tied_weights_keys.items() if s in names.tensor_of}
+    tied = {target: source for target, source in ties.items() if target not in names.tensor_of}
+    doubled = {names.tensor_of[target]: source for target, source in ties.items() if target in names.tensor_of}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     parameters = [f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)]
     embeddings = frozenset(names.tensor_of.get(name, name) for name in parameters)
-    architecture = Architecture(type(model).__name__, roles, None, tied, embeddings=embeddings)
+    architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
     if not quantize:
         return architecture
     by_default = quantized_modules(model, None)
@@ -66,9 +65,7 @@ def describe(
     }
     for name in _kept(wanted, architecture, keep):
         del wanted[name]
-    roles = {
-        name: Role(role.parameter, role.kind, name in wanted, role.float32) for name, role in architecture.roles.items()
-    }
+    roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
     skip = skip_modules(model, names, roles, set(wanted.values()))
     return replace(architecture, roles=roles, skip_modules=skip)
 
@@ -106,8 +103,12 @@ def answer(request: dict[str, Any]) -> Any:
     return check_output(request["config"], tensors, request["quantized"])
 
 
-def serve() -> None:
-    """Answer the questions that standard input has, one a line; an error is an answer, too."""
+def serve(memory: int) -> None:
+    """Answer the questions that standard input has, one a line; an error is an answer, too. `memory`: bytes to take at
+    the most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY or soft > memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     sys.stdout = sys.stderr  # whatever the libraries print is no answer
     for line in sys.stdin:
@@ -152,11 +153,12 @@ def _described_by_names(
         linear = matrix and not _NOT_LINEAR.search(module)
         embedding = matrix and re.search(r"embed|wte|wpe", module)
         kind: Kind = "embedding" if embedding else "linear" if matrix else "other"
-        roles[name] = Role(name, kind, quantize=quantize and linear)
-    architecture = Architecture(str(listed[0]) if listed else "unknown", roles, None, known=False)
+        roles[name] = Role(name, kind, quantize=quantize and linear, integer=kind == "other")
+    class_name = str(listed[0]) if isinstance(listed, list) and listed else "unknown"
+    architecture = Architecture(class_name, roles, None, known=False)
     quantized = {name: name for name, role in roles.items() if role.quantize}
     kept = _kept(quantized, architecture, keep)
-    roles = {n: Role(r.parameter, r.kind, r.quantize and n not in kept) for n, r in roles.items()}
+    roles = {name: replace(role, quantize=role.quantize and name not in kept) for name, role in roles.items()}
     skip = {
         name.removesuffix(".weight")
         for name, role in roles.items()

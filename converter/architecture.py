@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -26,6 +26,8 @@ class Role:
     quantize: bool
     float32: bool = False
     """Kept in float32 whatever the model's dtype (`_keep_in_fp32_modules_strict`)."""
+    integer: bool = False
+    """No floating-point numbers in the model: positions, masks."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Architecture:
     """For the config's `llm_int8_skip_modules`. None: every loader's default gives the same set."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Parameter that has no tensor of its own → the checkpoint tensor that it shares."""
+    doubled: Mapping[str, str] = field(default_factory=dict)
+    """Tensor that the config ties to another although the checkpoint has both → the other. transformers 5 ties the two
+    if they are equal, earlier versions and vLLM in any case."""
     known: bool = True
     """Whether transformers has the class; without it, names and shapes alone were asked."""
     embeddings: frozenset[str] = frozenset()
@@ -45,12 +50,13 @@ class Architecture:
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal one."""
-        roles = {name: [role.parameter, role.kind, role.quantize, role.float32] for name, role in self.roles.items()}
+        roles = {name: list(astuple(role)) for name, role in self.roles.items()}
         return {
             "class_name": self.class_name,
             "roles": roles,
             "skip_modules": None if self.skip_modules is None else list(self.skip_modules),
             "tied": dict(self.tied),
+            "doubled": dict(self.doubled),
             "known": self.known,
             "embeddings": sorted(self.embeddings),
         }
@@ -63,6 +69,7 @@ class Architecture:
             roles={name: Role(*role) for name, role in value["roles"].items()},
             skip_modules=None if skip is None else tuple(skip),
             tied=value["tied"],
+            doubled=value.get("doubled", {}),
             known=value["known"],
             embeddings=frozenset(value["embeddings"]),
         )

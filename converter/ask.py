@@ -29,8 +29,11 @@ SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
 _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 """Signals that no config is at fault for, but a user, or a system without memory."""
+MEMORY = 4_000_000_000
+"""Bytes that the process may take which answers: a config can name lists and modules without end. As many tensors as a
+checkpoint may have take about one billion."""
 _KEPT_ANSWERS = 64
-_CHILD = "from converter.answers import serve; serve()"
+_CHILD = "from converter.answers import serve; serve({memory})"
 
 _known: dict[str, Any] = {}
 
@@ -74,11 +77,12 @@ class _Child:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
+            [sys.executable, "-c", _CHILD.format(memory=MEMORY)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"},
+            # It computes nothing, and the stacks of threads would count as its memory.
+            env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             text=True,
         )
         self._took_too_long = False

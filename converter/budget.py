@@ -27,6 +27,10 @@ DEFAULT = 512_000_000
 """Bytes, if nothing else is asked for."""
 FIXED = 64_000_000
 """What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
+IN_FIXED = 2_000
+"""Tensors of a base whose objects are in that; those of more are counted."""
+PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
+"""Bytes of Python's objects for one of these, and for one that is made of it. Measured with 27,000 and 190,000."""
 MOST_ELEMENTS = 2 << 20
 """Weights of one tile: larger ones were no faster."""
 FEWEST_ELEMENTS = 1 << 16
@@ -51,7 +55,8 @@ class Resources:
     """What a conversion may use. None of it changes a byte of the output."""
 
     memory: int | None = None
-    """Bytes above the imports; None: `DEFAULT`, or what one indivisible tensor needs, if that is more."""
+    """Bytes above the imports; None: `DEFAULT`, or what an indivisible tensor or very many tensors need, if that is
+    more."""
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Threads that convert tiles; 1: no other thread computes."""
     kernels: bool = field(default_factory=lambda: find_spec("numba") is not None)
@@ -79,9 +84,11 @@ def cut_into_tiles(
     What can't be cut may need more than the default budget, which then gives way. Raises `BadRecipe` where it needs
     more than a budget that was asked for, naming it.
     """
+    objects = 0
     if reserved is None:
-        reserved = FIXED + in_flight(tensors, recipe, resources)
-    room = ((resources.memory or DEFAULT) - reserved) / resources.slots
+        objects = _objects(tensors)
+        reserved = FIXED + objects + in_flight(tensors, recipe, resources)
+    room = ((resources.memory or DEFAULT + objects) - reserved) / resources.slots
     cut: list[TensorPlan] = []
     largest, name = 0.0, ""
     for tensor in tensors:
@@ -100,10 +107,12 @@ def cut_into_tiles(
     if resources.memory is not None and memory > resources.memory:
         raise BadRecipe(
             f"--memory {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
-            f"{resources.threads} threads"
+            f"{resources.threads} threads" + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
         )
     notes = []
-    if resources.memory is None and memory > DEFAULT:
+    if resources.memory is None and memory > DEFAULT >= memory - objects:
+        notes.append(f"memory: {memory:,} bytes instead of {DEFAULT:,}: the base has {len(tensors):,} tensors")
+    elif resources.memory is None and memory > DEFAULT:
         notes.append(
             f"memory: {memory:,} bytes instead of {DEFAULT:,}: {name} is needed whole, by {resources.slots} tiles"
         )
@@ -183,6 +192,12 @@ def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resource
     factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
     # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
     return sum(statistics[:2]) + sum(factors[: resources.slots + 1])
+
+
+def _objects(tensors: Sequence[TensorPlan]) -> int:
+    """Bytes of Python's objects for tensors that are more than a usual base has."""
+    whole = sum(PER_TENSOR_OF_BASE + PER_OUTPUT * len(tensor.outputs) for tensor in tensors)
+    return int(whole * max(0, len(tensors) - IN_FIXED) / max(1, len(tensors)))
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:

@@ -16,7 +16,7 @@ from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.layout import outputs_of
 from converter.match import Match, match
 from converter.plan import Plan, TensorPlan, in_shards, packed
-from converter.read import Checkpoint, TensorHeader, read_bytes
+from converter.read import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
 from converter.recipe import Recipe
 from converter.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.tiles import torch_device
@@ -62,10 +62,12 @@ def make_plan(
         raise Unsupported(
             f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
         )
+    _check_names(tensors)
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
-    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=bool(found.untied))
+    untied = bool(found.untied) or found.parted
+    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     if architecture.known:
@@ -99,8 +101,11 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
     source = replacement if replacement is not None else header
     if header.dtype.startswith("F8"):
         raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
-    if (pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16"):
+    computed_with = role.parameter is not None and not role.integer and source.dtype not in _FLOATING
+    if computed_with or ((pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16")):
         raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
+    if role.quantize and 0 in source.shape:
+        raise BadCheckpoint(f"{name}: shape {list(source.shape)}, a weight without elements")
     transpose = role.kind == "conv1d" and (role.quantize or pair is not None)
     turned_on_disk = role.kind == "conv1d" and role.quantize
     shape = source.shape[::-1] if turned_on_disk else source.shape
@@ -131,6 +136,24 @@ def _weights_dtype(base: Checkpoint) -> str:
     for tensor in base:
         counter[tensor.dtype] += tensor.nbytes
     return max(sorted(counter), key=lambda dtype: counter[dtype])
+
+
+def _check_names(tensors: list[TensorPlan]) -> None:
+    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state; and
+    all names together must not be more than is read of a checkpoint."""
+    made = Counter(output.name for tensor in tensors for output in tensor.outputs)
+    if len(made) > MAX_TENSORS or sum(tensor.header_bytes for tensor in tensors) > MAX_JSON_BYTES:
+        raise Unsupported(
+            f"the output would have {len(made):,} tensors, expected at most {MAX_TENSORS:,}, whose names and shapes "
+            f"take at most {MAX_JSON_BYTES:,} bytes"
+        )
+    quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
+    for name in (tensor.name for tensor in tensors if tensor.action == "keep"):
+        around = name.rpartition(".")[0]
+        while around and around not in quantized:
+            around = around.rpartition(".")[0]
+        if around or made[name] > 1:
+            raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
 
 
 def _check_statically(config: Mapping[str, Any], tensors: list[TensorPlan]) -> None:

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from converter.read import DTYPE_BYTES
+from converter.read import DTYPE_BYTES, MAX_HEADER_BYTES
 from converter.recipe import Recipe
 
 NESTED_BLOCK = 256
 """Absmax values that share one nested absmax; fixed in `bitsandbytes.functional.quantize_4bit`."""
 LONGEST_FLOAT = -2.2250738585072014e-308
 """A float with the longest `repr` there is, 24 characters."""
+MAX_SHARD_HEADER = MAX_HEADER_BYTES - 1_000
+"""Bytes of all tensors' entries in one header."""
 MIN_MERGE_ROWS = 64
 """Rows of a product B·A that BLAS computes to the same bits as the whole product; short tiles were seen to differ."""
 
@@ -38,6 +40,11 @@ class Output:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def header_bytes(self) -> int:
+        """What it takes of a shard's header, at the most."""
+        return len(json.dumps(self.name)) + 100 + 20 * len(self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,16 +109,20 @@ def quant_state_json(recipe: Recipe, shape: tuple[int, ...], offset: float | Non
     return json.dumps(state).encode()
 
 
-def pack_shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of consecutive units in shards of at most `limit` bytes; a larger unit has one for itself."""
+def pack_shards(sizes: Sequence[int], limit: int, headers: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices of consecutive units in shards of at most `limit` bytes; a larger unit has one for itself.
+
+    `headers` are the bytes that each takes of a header, which has a limit, too.
+    """
     shards: list[list[int]] = [[]]
-    room = limit
-    for index, size in enumerate(sizes):
-        if shards[-1] and size > room:
+    room, header_room = limit, MAX_SHARD_HEADER
+    for index, (size, header) in enumerate(zip(sizes, headers or [0] * len(sizes), strict=True)):
+        if shards[-1] and (size > room or header > header_room):
             shards.append([])
-            room = limit
+            room, header_room = limit, MAX_SHARD_HEADER
         shards[-1].append(index)
         room -= size
+        header_room -= header
     return shards
 
 

@@ -26,6 +26,8 @@ class Match:
     """Tensors of the adapter's file that take the place of the base's."""
     untied: dict[str, str] = field(default_factory=dict)
     """New tensor, which the base shares with another → the tensor of the base that it starts from."""
+    parted: bool = False
+    """Whether two tensors of the base, which its config ties, are to differ."""
     vocabulary: int | None = None
     """Rows of the embeddings, where the adapter resized them."""
     notes: list[str] = field(default_factory=list)
@@ -110,6 +112,15 @@ def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
             # The two part where one of them was trained: the other stays what the base has.
             found.untied[target] = source
             found.notes.append(f"{target} gets a tensor of its own: the base shares {source}, the adapter differs")
+    changed = found.deltas.keys() | found.replacements.keys()
+    for target, source in architecture.doubled.items():
+        own, shared = found.replacements.get(target), found.replacements.get(source)
+        equal = own is not None and shared is not None and adapter.same_bytes(own, shared)
+        if {target, source} & (found.deltas.keys() if equal else changed):
+            found.parted = True
+            found.notes.append(
+                f"{target} and {source}, which the base's config ties, are not tied any more: they differ"
+            )
 
 
 def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str, Shape]) -> None:

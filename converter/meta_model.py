@@ -100,6 +100,7 @@ class Names:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         prefix, state = model.base_model_prefix, model.state_dict()
+        self._integers = {name for name, value in state.items() if not value.is_floating_point()}
         self.parameter_of: dict[str, str] = {}
         self.converted: set[str] = set()
         """Tensors that loading cuts, stacks or otherwise reshapes on their way to a parameter."""
@@ -148,6 +149,13 @@ class Names:
             raise BadCheckpoint(
                 f"{first}: {type(self.model).__name__} needs it and the base lacks it ({len(self.missing)} missing)"
             )
+        for name, parameter in self.parameter_of.items():
+            other = self.tensor_of.get(parameter, name)
+            if other != name:
+                raise BadCheckpoint(
+                    f"{name}: {other} is the same parameter of {type(self.model).__name__}: which of the two a loader "
+                    "takes, nobody knows"
+                )
         for name, expected in self.mismatched(shapes):
             raise BadCheckpoint(f"{name}: shape {list(shapes[name])}, but the config makes it {list(expected)}")
 
@@ -174,7 +182,7 @@ class Names:
         else:
             kind = self.kind(parameter)
         float32 = self._float32 is not None and self._float32.search(parameter) is not None
-        return Role(parameter, kind, quantize=False, float32=float32)
+        return Role(parameter, kind, quantize=False, float32=float32, integer=parameter in self._integers)
 
 
 def default_skips(model: PreTrainedModel, skip: list[str] | None) -> list[str]:

@@ -95,6 +95,7 @@ def convert(
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
+        before = inputs.identities()
         plan = make_plan(
             inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
         )
@@ -105,7 +106,7 @@ def convert(
         destination.refuse_if_taken()
         destination.refuse_if_too_full(plan.output_bytes)
         inputs.bring(lambda *how_far: progress(Progress(*how_far)), stop)
-        before = inputs.identities()
+        before = inputs.identities() | before  # what was fetched, and what the plan is of
 
         staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
         plan = replace(plan, notes=plan.notes + staging.notes)

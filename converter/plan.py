@@ -79,6 +79,11 @@ class TensorPlan:
         return sum(output.nbytes for output in self.outputs)
 
     @property
+    def header_bytes(self) -> int:
+        """What its outputs take of a shard's header, at the most."""
+        return sum(output.header_bytes for output in self.outputs)
+
+    @property
     def largest_tile(self) -> int:
         """Weights of its largest tile."""
         return max(end - start for start, end in self.spans()) * self.columns
@@ -205,7 +210,8 @@ class Plan:
 
 def packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
     """Tensors, in their order, in groups that fit a shard; none for none."""
-    groups = pack_shards([tensor.nbytes for tensor in tensors], recipe.max_shard_size) if tensors else []
+    sizes, headers = [tensor.nbytes for tensor in tensors], [tensor.header_bytes for tensor in tensors]
+    groups = pack_shards(sizes, recipe.max_shard_size, headers) if tensors else []
     return [[tensors[index] for index in group] for group in groups]
 
 

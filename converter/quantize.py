@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -63,7 +64,7 @@ class Quantizer:
         used up.
 
         `shape` is (out_features, in_features). The mean that double quant subtracts is taken as torch takes it on one
-        thread; the caller sees to that.
+        thread; the caller sees to that. `NotFinite` where a loader would restore an infinity.
         """
         import torch
 
@@ -71,11 +72,17 @@ class Quantizer:
         if not recipe.four_bit:
             module = name.removesuffix(".weight")
             return {f"{module}.SCB": absmax, f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        # A loader computes with the recipe's dtype. Double quant may make an absmax larger by a hundredth.
+        largest = float(absmax.max()) * (1.01 if recipe.double_quant else 1.0)
+        if largest > torch.finfo(torch.float16 if recipe.dtype == "float16" else torch.bfloat16).max:
+            raise NotFinite(f"{name}: holds {largest:.4g}, a value too large for {recipe.dtype}")
         state = {"absmax": absmax, "quant_map": four_bit_map(recipe.quant_type)}
         offset = None
         if recipe.double_quant:
             mean = absmax.mean()
             offset = mean.item()
+            if not math.isfinite(offset):
+                raise NotFinite(f"{name}: its values are too large for double quantization")
             state["absmax"], state["nested_absmax"] = self._quantize_absmax(absmax.sub_(mean))
             state["nested_quant_map"] = dynamic_map()
         raw = bytearray(quant_state_json(recipe, shape, offset))

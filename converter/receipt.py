@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -96,7 +97,8 @@ def write_receipt(
         if tensor.pair is not None:
             entry["lora"] = {"rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
         if tensor.name in fidelity:
-            entry["error"] = fidelity[tensor.name].error
+            error = fidelity[tensor.name].error
+            entry["error"] = error if math.isfinite(error) else "Infinity"  # which JSON has not, but for Python
             if tensor.pair is not None:
                 entry["survival"] = fidelity[tensor.name].survival
         tensors[tensor.name] = entry
@@ -118,7 +120,7 @@ def write_receipt(
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "tensors": tensors,
     }
-    return (json.dumps(receipt, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:

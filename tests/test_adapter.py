@@ -153,14 +153,19 @@ def test_other_kinds_of_adapter_are_refused(kind: object, tmp_path: Path) -> Non
         ({"r": True}, f"rank True for {MODULE}, expected a positive integer"),
         ({"r": 10**400}, f"rank {10**400} for {MODULE}, expected a positive integer"),
         ({"rank_pattern": {"q_proj": "4"}}, f"rank '4' for {MODULE}, expected a positive integer"),
-        ({"lora_alpha": None}, f"lora_alpha 'None' for {MODULE}, expected a finite number"),
+        ({"lora_alpha": None}, f"lora_alpha 'None' for {MODULE}, expected a number that float32 can hold"),
         ({"lora_alpha": math.nan}, "not valid JSON: NaN is not a value"),
-        ({"lora_alpha": math.inf}, f"lora_alpha 'inf' for {MODULE}, expected a finite number"),
-        ({"lora_alpha": -math.inf}, f"lora_alpha '-inf' for {MODULE}, expected a finite number"),
-        ({"lora_alpha": 10**400}, f"lora_alpha '1{'0' * 59}' for {MODULE}, expected a finite number"),
-        ({"lora_alpha": "16"}, f"lora_alpha '16' for {MODULE}, expected a finite number"),
-        ({"lora_alpha": True}, f"lora_alpha 'True' for {MODULE}, expected a finite number"),
-        ({"alpha_pattern": {"q_proj": None}}, f"lora_alpha 'None' for {MODULE}, expected a finite number"),
+        ({"lora_alpha": math.inf}, f"lora_alpha 'inf' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": -math.inf}, f"lora_alpha '-inf' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": 10**400}, f"lora_alpha '1{'0' * 59}' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": 1e300}, f"lora_alpha '1e+300' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": -(2**128)}, f"lora_alpha '-{2**128}' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": "16"}, f"lora_alpha '16' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": True}, f"lora_alpha 'True' for {MODULE}, expected a number that float32 can hold"),
+        (
+            {"alpha_pattern": {"q_proj": None}},
+            f"lora_alpha 'None' for {MODULE}, expected a number that float32 can hold",
+        ),
         ({"use_rslora": "false"}, "use_rslora 'false', expected true or false"),
         ({"bias": "some"}, "bias 'some', expected none, all or lora_only"),
         ({"bias": None}, "bias None, expected none, all or lora_only"),
@@ -600,6 +605,14 @@ def test_all_linear_names_every_module_but_the_excluded_ones(spelling: str, tmp_
     assert not adapter.targets("any.k_proj")
 
 
+def test_a_list_of_a_million_layers_is_looked_up_and_not_gone_through(tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", layers_to_transform=list(range(10_000, 1_000_000))))
+
+    with cpu_below(5):
+        assert not any(adapter.targets(f"model.layers.{number}.self_attn.q_proj") for number in range(5_000))
+    assert adapter.targets("model.layers.10000.self_attn.q_proj")
+
+
 # Other people's expressions
 
 
@@ -689,3 +702,73 @@ def test_an_expression_beyond_measure_is_refused(tmp_path: Path) -> None:
     assert refusal(folder, BadAdapter) == (
         f"{CONFIG}: target_modules has a pattern of 30,000 characters, expected at most 20,000"
     )
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a{2000000000}",
+        "(?:(?:(?:a{1000}){1000}){1000}){1000}",
+        "(?:a|(?=b{900,})(c{3000}+))*?|[ab]{999999}",
+        "(?>x{1,3}y{9999999,})",
+    ],
+)
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "modules_to_save"])
+def test_an_expression_whose_repetitions_would_take_all_memory_is_refused_before_it_is_compiled(
+    option: str, expression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"target_modules": expression, "rank_pattern": {expression: 4}, "modules_to_save": [expression]}
+    folder = save(tmp_path / "adapter", **{option: options[option]})
+    monkeypatch.setattr(converter.patterns, "_compiled", lambda _: pytest.fail("it is compiled"))
+
+    assert refusal(folder, BadAdapter) == (
+        f"{CONFIG}: {option} {expression[:60]!r} repeats too much, or all patterns are too long"
+    )
+
+
+def test_a_repetition_that_may_be_long_but_need_not_is_accepted(tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=r".{0,2000000000}q_proj{1,999999999}"))
+
+    assert adapter.targets(MODULE)
+
+
+def test_expressions_that_are_too_long_together_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", rank_pattern={f"{number:06}" * 3_000: 4 for number in range(60)})
+
+    assert "all patterns are too long" in refusal(folder, BadAdapter)
+
+
+def test_the_time_for_expressions_is_that_for_compiling_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.patterns, "SECONDS", 0.2)
+    slow = "[\x00-\U0010ffff]"
+    folder = save(tmp_path / "adapter", rank_pattern={f"(?i:{slow * 200}{number})": 4 for number in range(300)})
+
+    with cpu_below(20):
+        assert refusal(folder, BadAdapter) == f"{CONFIG}: its patterns take longer than 0.2 s to compile"
+
+
+@pytest.mark.parametrize(
+    "expression", ["q_proj{e}", "(q_proj){1<=e<=3}", "q_proj{2i+1d<=4}", "[[:alpha:]]+", "[q[:^punct:]]"]
+)
+@pytest.mark.parametrize("option", ["target_modules", "alpha_pattern"])
+def test_an_expression_that_means_one_thing_to_peft_and_another_here_is_refused(
+    option: str, expression: str, tmp_path: Path
+) -> None:
+    value = expression if option == "target_modules" else {expression: 4}
+
+    assert refusal(save(tmp_path / "adapter", **{option: value}), Unsupported) == (
+        f"{CONFIG}: {option} {expression!r} has braces or brackets that this tool reads otherwise than PEFT: "
+        "write a backslash before them"
+    )
+
+
+@pytest.mark.parametrize(
+    "expression", [r".*q_proj\{0}", r".*\[:alpha:]", r".*q_proj{1}", r"\\{0}.*q_proj{1,2}", r".*j{,2}"]
+)
+def test_braces_and_brackets_that_mean_the_same_to_all_are_accepted(expression: str, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=expression))
+
+    for module in (MODULE, f"{MODULE}{{0}}", "x:", ""):
+        assert adapter.targets(module) == (re.fullmatch(expression, module) is not None)

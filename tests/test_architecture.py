@@ -329,6 +329,25 @@ def test_a_missing_tensor_is_named(bases: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama", "model.norm.weight", "norm.weight"),
+        ("llama", "model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w2.weight", "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_two_tensors_for_one_parameter_are_named(bases: Any, name: str, first: str, second: str) -> None:
+    base = bases(name)
+    shapes = base.shapes | {second: base.shapes[first]}
+
+    said = refusal(base, BadCheckpoint, shapes)
+
+    assert " is the same parameter of " in said
+    assert {first, second} <= set(said.replace(":", "").split())
+
+
 def test_a_layer_whose_experts_are_missing_is_named(bases: Any) -> None:
     base = bases("mixtral")
     shapes = {name: shape for name, shape in base.shapes.items() if "layers.1.block_sparse_moe.experts" not in name}
@@ -811,3 +830,14 @@ def test_a_base_that_names_code_of_its_own_is_refused_unless_allowed() -> None:
 @pytest.mark.parametrize("text", ["strange", 7, ["x"]])
 def test_a_text_config_that_is_no_mapping_is_not_looked_into(text: object) -> None:
     refuse_unconvertible({"text_config": text}, "BASE", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"), [(["A", 5], "A"), ([5], "5"), ([], "unknown"), (5, "unknown"), ({"0": "A"}, "unknown")]
+)
+def test_a_class_that_is_not_ours_has_whatever_name_the_config_gives_it(listed: Any, name: str) -> None:
+    config = {"model_type": "nobody's", "architectures": listed}
+
+    found = describe(config, {"layer.weight": (64, 64)}, quantize=True, dtype="bfloat16", remote_code=True)
+
+    assert found.class_name == name

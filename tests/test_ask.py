@@ -11,6 +11,7 @@ import pytest
 from converter import ask, errors
 from converter.ask import _Child
 from converter.read import Checkpoint, LocalFolder
+from tests.limits import no_hang
 
 
 @pytest.fixture
@@ -91,6 +92,18 @@ def test_a_process_that_died_of_one_question_is_not_asked_the_next(
     assert ask._ask_child(raw) == first
 
     ask.dismiss()
+
+
+def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "MEMORY", 600_000_000)
+    settings = {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", "attention_types": [[["x"], 10**11]]}
+    child = _Child()
+
+    with no_hang(), pytest.raises(errors.BadCheckpoint, match=r"config\.json: transformers .*MemoryError"):
+        child.ask(json.dumps(question(base) | {"config": settings}))
+
+    assert child.ask(json.dumps(question(base)))
+    child.end()
 
 
 def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import converter.budget
 from converter import Inputs, Recipe, Resources, convert, make_plan
 from converter.budget import DEFAULT
 from converter.errors import BadRecipe
@@ -65,3 +66,18 @@ def test_the_default_gives_way_to_a_tensor_that_can_not_be_cut_and_says_so(tmp_p
 
     assert plan.memory > DEFAULT
     assert any("memory: " in note and "is needed whole" in note for note in plan.notes)
+
+
+def test_the_objects_of_very_many_tensors_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    with Inputs(base, None) as inputs:
+        before = make_plan(inputs.base)
+        monkeypatch.setattr(converter.budget, "IN_FIXED", 0)
+        monkeypatch.setattr(converter.budget, "PER_OUTPUT", 10_000_000)
+        counted = make_plan(inputs.base)
+        with pytest.raises(BadRecipe, match=r"because of .* threads, and 910,084,000 for 21 tensors$"):
+            make_plan(inputs.base, resources=Resources(memory=512_000_000))
+
+    assert counted.memory - before.memory == 21 * 4_000 + 91 * 10_000_000
+    assert counted.notes == (f"memory: {counted.memory:,} bytes instead of 512,000,000: the base has 21 tensors",)
+    assert [tensor.tiles for tensor in counted.tensors()] == [tensor.tiles for tensor in before.tensors()]

@@ -30,7 +30,7 @@ from converter.errors import BadOutput, ConverterError, InputChanged, WriteFaile
 from converter.pipeline import Progress
 from converter.seal import Destination
 from tests.conftest import REPOSITORY
-from tests.folders import change_json, contents, copy
+from tests.folders import change_json, contents, copy, flip_bit, write_sums
 from tests.limits import HANG, cpu_below, no_hang
 from tests.models import save_originals
 
@@ -639,6 +639,23 @@ def test_a_base_with_a_value_that_is_not_finite_fails_with_1_and_leaves_nothing(
     assert name in said
 
 
+def test_a_base_that_its_adapter_cancels_but_for_rounding_gets_a_receipt_that_is_json(place: Path) -> None:
+    factors, tensors = load_file(place / "adapter" / WEIGHTS), load_file(place / "base" / SHARD)
+    factors[A].zero_()[0, 0] = 1 / 3
+    factors[B].zero_()[0, 0] = 1 / 7
+    tensors = {name: value.float() for name, value in tensors.items()}
+    tensors[Q_PROJ].zero_()[0, 0] = (factors[B] @ factors[A])[0, 0] * -2
+    save_file(factors, place / "adapter" / WEIGHTS)
+    save_file(tensors, place / "base" / SHARD)
+
+    out = converter.convert(
+        place / "base", place / "adapter", place / "out", converter.Recipe(merge_precision="reference")
+    ).out
+
+    receipt = json.loads((out / "conversion.json").read_text(), parse_constant=pytest.fail)
+    assert receipt["tensors"][Q_PROJ]["error"] == "Infinity"
+
+
 class Change(Exception):
     """What a test does to an input while it is read went wrong."""
 
@@ -659,6 +676,32 @@ def test_a_file_that_shrinks_while_it_is_read_fails_with_1_and_leaves_nothing(by
 
     assert failed.value.exit_code == 1
     assert path.name in str(failed.value)
+    assert set(os.listdir(place)) == before
+
+
+@pytest.mark.parametrize("file", ["a shard", "the adapter"])
+@pytest.mark.parametrize("how", ["in place", "by another"])
+def test_a_file_that_changes_after_it_was_planned_with_fails_with_1_and_leaves_nothing(
+    file: str, how: str, place: Path
+) -> None:
+    path = a_shard(place) if file == "a shard" else place / "adapter" / WEIGHTS
+    write_sums(place / "sharded")
+    other = place / "other"
+    shutil.copyfile(path, other)
+    flip_bit(other)
+    before = set(os.listdir(place))
+
+    def change(progress: Progress) -> None:
+        # The first of the shards is hashed by then, and the adapter was checked when it was opened.
+        if progress.stage == "checking" and progress.done == progress.total:
+            if how == "in place":
+                path.write_bytes(other.read_bytes())
+            else:
+                shutil.copyfile(other, place / "new").rename(path)
+
+    with pytest.raises(InputChanged, match=f"{path.name}: changed while it was being read"):
+        converter.convert(place / "sharded", place / "adapter", place / "out", progress=change)
+
     assert set(os.listdir(place)) == before
 
 

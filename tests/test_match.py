@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import converter
 from converter.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from converter.answers import describe
 from converter.errors import AdapterMismatch, BadAdapter, ConversionRefused, Unsupported
@@ -319,6 +320,48 @@ def test_two_different_copies_of_a_tied_embedding_are_untied(folders: Any, tmp_p
 
     assert found.untied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert set(found.replacements) == set(both)
+
+
+@pytest.fixture
+def doubled(folders: Any, tmp_path: Path) -> Path:
+    """A base whose config ties the head to the embedding, and which has both."""
+    base = copied(folders("qwen3")[0], tmp_path / "doubled")
+    tensors = load_file(base / WEIGHTS_OF_BASE)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / WEIGHTS_OF_BASE)
+    return base
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_a_head_that_the_base_has_beside_the_embedding_is_not_tied_where_the_adapter_makes_the_two_differ(
+    settings: Any, doubled: Path, folders: Any, tmp_path: Path
+) -> None:
+    _, adapter = folders("qwen3", **settings)
+
+    report = converter.convert(doubled, adapter, tmp_path / "out")
+
+    assert json.loads((report.out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert report.plan.notes[0] == (
+        "lm_head.weight and model.embed_tokens.weight, which the base's config ties, are not tied any more: they differ"
+    )
+
+
+def test_a_head_that_the_base_has_beside_the_embedding_stays_tied_where_the_adapter_leaves_them_equal(
+    doubled: Path, folders: Any, tmp_path: Path
+) -> None:
+    _, plain = folders("qwen3")
+    both = {"model.embed_tokens.weight": torch.ones(256, 64), "lm_head.weight": torch.ones(256, 64)}
+
+    assert not matched(doubled, plain).parted
+    assert not matched(doubled, edit(plain, tmp_path / "adapter", lambda tensors: tensors.update(both))).parted
 
 
 def test_a_tied_head_alone_that_was_resized_is_refused(folders: Any, tmp_path: Path) -> None:

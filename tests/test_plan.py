@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import converter.decide
+import converter.layout
 from converter import (
     Adapter,
     Checkpoint,
@@ -22,11 +24,11 @@ from converter import (
     convert,
     make_plan,
 )
-from converter.errors import BadRecipe, Unsupported
+from converter.errors import BadCheckpoint, BadRecipe, Unsupported
 from converter.plan import TensorPlan
 from tests.folders import change_json, contents, copy
 from tests.models import ARCHITECTURES, save_adapter, save_base
-from tests.reference import tensors_of
+from tests.reference import differences, tensors_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -303,6 +305,91 @@ def test_a_weight_of_a_dtype_that_is_not_understood_is_refused_by_name(
 
     with pytest.raises(ConversionRefused, match=rf"^{name}: dtype "):
         plan_of(base, None)
+
+
+def with_tensors(base: Path, folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """A base of other tensors, in one file."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    change_json(folder / "config.json", **config)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+def test_integers_in_the_place_of_a_weight_that_is_kept_are_refused_by_name(
+    base: Path, tmp_path: Path, name: str, dtype: torch.dtype, quant_type: Any
+) -> None:
+    tensors = tensors_of(base)
+    changed = with_tensors(base, tmp_path / "base", tensors | {name: tensors[name].to(dtype)})
+
+    with pytest.raises(BadCheckpoint, match=rf"^{name}: dtype \w+, expected F32, F16 or BF16$"):
+        plan_of(changed, None, Recipe(quant_type))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "recipe"),
+    [
+        (".weight.absmax", Recipe()),
+        (".weight.quant_map", Recipe("fp4")),
+        (".weight.nested_absmax", Recipe(double_quant=False)),  # a loader would take it for a part of the quant state
+        (".weight.quant_state.bitsandbytes__fp4", Recipe()),
+        (".SCB", Recipe("int8")),
+        (".weight_format", Recipe("int8")),
+    ],
+)
+def test_a_tensor_that_is_named_like_a_part_of_a_quantized_weight_is_refused_by_name(
+    base: Path, tmp_path: Path, leaf: str, recipe: Recipe
+) -> None:
+    name = f"model.layers.1.self_attn.v_proj{leaf}"
+    changed = with_tensors(base, tmp_path / "base", tensors_of(base) | {name: torch.ones(32, dtype=torch.uint8)})
+
+    with pytest.raises(BadCheckpoint, match=f"^{name}: in the base, but in the output it would be a part of"):
+        plan_of(changed, None, recipe)
+    assert plan_of(changed, None, Recipe("none")).counts()["keep"] == 22
+
+
+def test_weights_without_elements_are_refused_by_name(base: Path, tmp_path: Path) -> None:
+    cut = {"gate_proj": slice(0), "up_proj": slice(0), "down_proj": (slice(None), slice(0))}
+    tensors = {name: value[cut.get(name.split(".")[-2], ...)].contiguous() for name, value in tensors_of(base).items()}
+    changed = with_tensors(base, tmp_path / "base", tensors, intermediate_size=0)
+
+    with pytest.raises(BadCheckpoint, match=r"mlp\.\w+\.weight: shape \[\d+, \d+\], a weight without elements$"):
+        plan_of(changed, None)
+
+
+def test_more_tensors_than_a_checkpoint_may_have_are_refused_before_they_are_made(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.decide, "MAX_TENSORS", 90)
+
+    with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, expected at most 90, whose names"):
+        plan_of(base, None)
+    assert plan_of(base, None, Recipe("none"))
+
+
+def test_names_that_no_index_can_hold_are_refused_before_anything_is_made(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.decide, "MAX_JSON_BYTES", 10_000)
+
+    with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, .* take at most 10,000 bytes$"):
+        plan_of(base, None)
+
+
+def test_a_header_that_would_be_longer_than_one_may_be_is_divided_among_shards(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = convert(base, adapter, tmp_path / "whole").out
+    monkeypatch.setattr(converter.layout, "MAX_SHARD_HEADER", 5_000)
+
+    divided = convert(base, adapter, tmp_path / "divided")
+
+    assert len(divided.plan.shards) > 2
+    assert all(shard.layout.header_bytes <= 5_100 for shard in divided.plan.shards)
+    assert differences(whole, divided.out) == []
 
 
 def test_a_memory_that_is_too_small_is_refused_with_what_is_needed(base: Path) -> None:

@@ -229,6 +229,26 @@ def test_a_value_too_large_for_float16_is_refused_for_int8_only() -> None:
     assert bool(Quantizer(Recipe()).tile("w", values).restored.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "value", "words"),
+    [
+        (Recipe(dtype="float16"), 70_000.0, "a value too large for float16"),
+        (Recipe("fp4", double_quant=False, dtype="float16"), 65_505.0, "a value too large for float16"),
+        (Recipe(double_quant=False, dtype="bfloat16"), 3.4e38, "a value too large for bfloat16"),
+        (Recipe(dtype="bfloat16"), 1e38, "its values are too large for double quantization"),
+    ],
+)
+def test_what_a_loader_would_make_an_infinity_of_is_refused(recipe: Recipe, value: float, words: str) -> None:
+    with pytest.raises(NotFinite, match=f"^w: .*{words}$"):
+        Quantizer(recipe).statistics("w", torch.full((64,), value), (64, 64))
+
+
+def test_the_largest_values_that_a_dtype_has_are_quantized() -> None:
+    recipe = Recipe(double_quant=False, dtype="float16")
+
+    assert Quantizer(recipe).statistics("w", torch.full((64,), 65_504.0), (64, 64))
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 def test_zeros_stay_zeros(quant_type: Any) -> None:
     values = torch.zeros(5, 50, dtype=torch.bfloat16)
