@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from converter import budget
+from converter.destination import first_that_exists, room
 from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted, OutputLocked
 from converter.forecast import Forecast, forecast
 from converter.inputs import Base, Inputs
@@ -20,7 +21,6 @@ from converter.passes import Pass
 from converter.pipeline import Progress
 from converter.place import Place, place_of, tidy
 from converter.production import UNFINISHED_BUSINESS
-from converter.seal import first_that_exists, room
 from converter.sharing import Given, given_by, left_by
 from converter.tiles import torch_device
 

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-_PATIENCE = 5
-"""Seconds that a process has to put things in order at the second signal: it takes one, a cluster of its own a few."""
 
 
 class _Size(click.ParamType[int]):
@@ -72,45 +67,6 @@ class _Part(click.ParamType[tuple[int, int]]):
         if found is None:
             self.fail(f"{value!r} is not a part such as 1/4", param, ctx)
         return int(found[1]), int(found[2])
-
-
-class _Signalled(BaseException):
-    """A signal that ends the process at once; unwinds as an interrupt from the keyboard does."""
-
-    def __init__(self, signum: int) -> None:
-        self.exit_code = 128 + signum
-        super().__init__(f"{signal.Signals(signum).name}: nothing was written to OUT")
-
-    def now(self) -> NoReturn:
-        """End the process, whatever is under way; the next run takes what is durable."""
-        os.write(sys.stderr.fileno(), f"error: {self}\n".encode())
-        os._exit(self.exit_code)
-
-
-class _Signals:
-    """The first signal ends a conversion between two tiles, where someone asks for it; any other ends it at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._received: int | None = None
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            # A shell starts what it puts in the background so that Ctrl-C, meant for others, doesn't end it.
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, self._receive)
-
-    def __call__(self) -> int | None:
-        """The signal that was received, if any."""
-        self._asked = True
-        return self._received
-
-    def _receive(self, signum: int, _frame: FrameType | None) -> None:
-        if not self._asked or self._received is not None:
-            end = _Signalled(signum)
-            # Threads are waited for on the way out, and a disk may take its time, or never answer.
-            signal.signal(signal.SIGALRM, lambda *_: end.now())
-            signal.alarm(_PATIENCE)
-            raise end
-        self._received = signum
 
 
 def _all_of(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -322,11 +278,12 @@ def _run_batch(
     from converter.heap import keep_small
     from converter.members import Terms
     from converter.show import batch_json, batch_text, json_text, progress_bar
+    from converter.signals import Signals
 
     dry_run = options.pop("dry_run")
     terms = Terms(_resources(options), **of_batches, **options)
     keep_small()
-    stop = _Signals()
+    stop = Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
 
         def tell(outcome: Outcome) -> None:
@@ -358,10 +315,11 @@ def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
     from converter.heap import keep_small
     from converter.pipeline import convert
     from converter.show import json_text, progress_bar, summary, summary_json
+    from converter.signals import Signals
 
     recipe, resources = _recipe(options), _resources(options)
     keep_small()
-    stop = _Signals()
+    stop = Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
         report = convert(recipe=recipe, resources=resources, progress=progress, stop=stop, **options)
     if as_json:
@@ -427,6 +385,8 @@ def console() -> NoReturn:
 
 def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
     """Run a command; its exit code. Errors become one line on stderr, and with --json an object on stdout."""
+    from converter.signals import Signalled
+
     # Read when the libraries are imported: nobody here compiles models, and no version check is wanted.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -439,7 +399,7 @@ def _run(command: Callable[[], object], *, verbose: bool, as_json: bool) -> int:
         return _say(f"{exc.format_message()} (convert --help says more)", exc.exit_code, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
         return _say("interrupted: nothing was written to OUT", 130, as_json=as_json)
-    except _Signalled as exc:
+    except Signalled as exc:
         signal.alarm(0)
         return _say(str(exc), exc.exit_code, as_json=as_json)
     except Exception as exc:

@@ -10,6 +10,7 @@ from typing import Literal
 from converter import budget
 from converter.budget import Resources
 from converter.decide import make_plan
+from converter.destination import Destination
 from converter.estimate import computed
 from converter.inputs import Base, Inputs
 from converter.jobs import Job
@@ -17,7 +18,6 @@ from converter.link import How
 from converter.measure import Fidelity
 from converter.origin import already_made
 from converter.plan import Plan, TensorPlan
-from converter.seal import Destination
 from converter.sharing import in_common, untouched
 from converter.tiles import torch_device
 

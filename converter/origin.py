@@ -14,9 +14,9 @@ from converter.receipt import Origin, fingerprint_of
 from converter.side_files import read_side_files
 
 if TYPE_CHECKING:
+    from converter.destination import Destination
     from converter.inputs import Inputs
     from converter.plan import Plan
-    from converter.seal import Destination
 
 
 def origin_of(plan: Plan, inputs: Inputs, device: str, digests: Mapping[str, str]) -> Origin:

@@ -20,6 +20,7 @@ from converter.budget import Resources
 from converter.compute import Conversion, convert_tile, load_kernels
 from converter.crew import Crew
 from converter.decide import make_plan
+from converter.destination import Destination
 from converter.digests import remember
 from converter.errors import ConverterError, Interrupted
 from converter.estimate import estimate
@@ -33,7 +34,7 @@ from converter.quantize import Quantizer
 from converter.read import Folder
 from converter.receipt import fingerprint
 from converter.recipe import Recipe
-from converter.seal import Destination, Staging
+from converter.seal import Staging
 from converter.side_files import read_side_files
 from converter.tiles import read_tile, torch_device
 

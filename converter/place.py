@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from converter.destination import Destination
 from converter.errors import BadOutput, ConverterError, WriteFailed
 from converter.inputs import Inputs
 from converter.jobs import group_key
@@ -19,7 +20,7 @@ from converter.link import GivenShard
 from converter.plan import recut
 from converter.production import UNFINISHED_BUSINESS, Made, Production
 from converter.read import LocalFolder, read_json
-from converter.seal import Destination, Staging
+from converter.seal import Staging
 from converter.sharing import Given, laid_out, shards_of
 from converter.write import write_file
 

@@ -701,12 +701,16 @@ def test_an_output_that_fails_in_a_first_pass_leaves_the_common_shards_to_the_se
 
 DRIVER = """
 import os, signal, sys
-import converter.journal, converter.seal
+import converter.destination, converter.journal, converter.seal
 from converter.cli import console
 
 converter.journal.SECONDS = 0.0
 where, count = sys.argv.pop(1).split(":")
-owner = {"accept": converter.seal.Destination, "note": converter.production.Production, "spend": converter.seal.Staging}
+owner = {
+    "accept": converter.destination.Destination,
+    "note": converter.production.Production,
+    "spend": converter.seal.Staging,
+}
 act, left = getattr(owner[where], where), [int(count)]
 
 def dying(self, *arguments):

@@ -242,7 +242,7 @@ def test_a_disk_that_others_fill_meanwhile_ends_with_1_and_leaves_no_out(
     run: Run, large_base: Path, out: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = shutil.disk_usage(small_disk)._replace(free=10**9)
-    monkeypatch.setattr("converter.seal.shutil.disk_usage", lambda _: others)
+    monkeypatch.setattr("converter.destination.shutil.disk_usage", lambda _: others)
 
     ran = run("--base", large_base, "--out", out, "--max-shard-size", "1MB")
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 
 import converter
 from converter.cli import main
+from converter.destination import Destination
 from converter.errors import BadOutput, ConverterError, InputChanged, WriteFailed
 from converter.pipeline import Progress
-from converter.seal import Destination
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, contents, copy, flip_bit, write_sums
 from tests.limits import HANG, cpu_below, no_hang

@@ -498,13 +498,13 @@ def test_no_line_is_written_of_data_whose_sync_failed(
         fdatasync(descriptor)
 
     kept: dict[str, bytes] = {}
-    remove = converter.seal._remove
+    remove = converter.seal.remove
 
     def watched(folder: Path) -> None:
         kept.update(contents(folder))
         remove(folder)
 
-    monkeypatch.setattr("converter.seal._remove", watched)
+    monkeypatch.setattr("converter.seal.remove", watched)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", sync)
         with pytest.raises(WriteFailed, match=r"model\.safetensors\.unfinished: Input/output error$"):

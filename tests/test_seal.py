@@ -19,14 +19,16 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+import converter.destination
 import converter.renaming
 import converter.seal
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
+from converter.destination import Destination
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.pipeline import Progress
 from converter.quantize import Quantizer
 from converter.read import LocalFolder
-from converter.seal import Destination, Staging
+from converter.seal import Staging
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.limits import no_hang
 from tests.models import load, save_adapter, save_base
@@ -133,7 +135,7 @@ def trouble(place: Path, number: int, *, killed: bool) -> Iterator[Trouble]:
         for name in ("mkdir", "rename", "link", "unlink", "rmdir", "fsync"):
             monkeypatch.setattr(os, name, trouble.around(getattr(os, name)))
         monkeypatch.setattr(os, "open", trouble.open)
-        monkeypatch.setattr(converter.seal, "exchange", trouble.around(converter.seal.exchange))
+        monkeypatch.setattr(converter.destination, "exchange", trouble.around(converter.destination.exchange))
         with contextlib.suppress(Killed, WriteFailed):
             yield trouble
     trouble.bury()
@@ -257,7 +259,7 @@ def test_a_folder_that_turns_out_to_keep_its_name_is_never_a_mixture_whatever_fa
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     earlier = convert(*inputs, tmp_path / "earlier", OTHER, ONE_THREAD).out
-    monkeypatch.setattr(converter.seal, "exchange", no_swap)
+    monkeypatch.setattr(converter.destination, "exchange", no_swap)
 
     def an_earlier_conversion(place: Path) -> Path:
         place.mkdir()
@@ -426,6 +428,25 @@ def test_where_names_cannot_be_swapped_the_earlier_conversion_is_put_aside_first
 def message(refused: pytest.ExceptionInfo[ConverterError]) -> str:
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_not_of_the_earlier_conversion_is_not_removed_with_it(
+    kind: str, base: Path, adapter: Path, out: Path
+) -> None:
+    convert(base, adapter, out, OTHER)
+    other = out / "notes"
+    other.mkdir() if kind == "folder" else other.write_text("mine")
+    before = contents(out)
+
+    with pytest.raises(BadOutput, match="also holds 'notes', which is not of that conversion") as refused:
+        convert(base, adapter, out, overwrite=True)
+
+    assert message(refused).endswith("which --overwrite would remove with it; move it away")
+    assert contents(out) == before
+    assert other.exists()
+    other.rmdir() if kind == "folder" else other.unlink()
+    convert(base, adapter, out, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

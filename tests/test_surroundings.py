@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from converter.cli import _Signals
+from converter.signals import Signals
 from tests.conftest import REPOSITORY
 from tests.limits import HANG
 
@@ -168,7 +168,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
-    stop = _Signals()
+    stop = Signals()
 
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -12,10 +12,11 @@ import pytest
 
 import converter.worker
 from converter import Job, Outcome, Terms
+from converter.destination import Destination
 from converter.errors import Interrupted
 from converter.pipeline import Progress
 from converter.receipt import versions
-from converter.seal import Destination, Staging
+from converter.seal import Staging
 from converter.worker import convert_part
 from tests.models import save_adapter, save_base
 
