@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import threading
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import converter.journal
 from converter import Resources, convert
+from converter.crew import Crew
 from converter.errors import Interrupted, WriteFailed
 from converter.journal import Entry, Journal
 from converter.write import ShardWriter
@@ -106,6 +110,12 @@ def test_what_a_sync_behind_meets_with_hides_no_signal_and_leaves_no_lock(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, begun, asked = tmp_path / "out", threading.Event(), threading.Event()
+    submit = Crew.submit
+
+    def at_once(*arguments: Any) -> Future[Any]:
+        done = submit(*arguments)
+        wait([done])
+        return done
 
     def sync(_writer: ShardWriter) -> None:
         begun.set()
@@ -113,12 +123,14 @@ def test_what_a_sync_behind_meets_with_hides_no_signal_and_leaves_no_lock(
         raise MemoryError
 
     def stop() -> int | None:
-        if not begun.is_set():
+        if next(tiles) == 0 or not begun.wait(LONG):
             return None
         asked.set()
         return signal.SIGTERM
 
+    tiles = itertools.count()
     with monkeypatch.context() as patch:
+        patch.setattr(Crew, "submit", at_once)  # so that the first tensor is noted before the second is begun
         patch.setattr(ShardWriter, "sync", sync)
         with pytest.raises(Interrupted):
             convert(*inputs, out, resources=TWO_THREADS, stop=stop)
