@@ -7,7 +7,8 @@ has to its end. So each answer is looked at before the library sees it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from converter.errors import HubFailed
@@ -16,6 +17,10 @@ MAX_LISTING_BYTES = 20_000_000
 """Of a repository's list of files; one of 100,000 files has about as many."""
 MAX_ERROR_BYTES = 100_000
 """Of what a server says of a failure; 200 characters of it are shown."""
+
+SLOWEST = 1_000
+"""Bytes a second that a server must send, by the minute: one that drips is never done."""
+_MINUTE = 60.0
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _sent: set[str] = set()
@@ -51,10 +56,35 @@ def _remember_token(request: Any) -> None:
 def _check(response: Any) -> None:
     """`HubFailed` for an answer that leads out of the cache, or a listing too long; a long error is cut."""
     _refuse_paths(response)
+    response.stream = _in_time(response)
     if response.status_code >= 400:
         _read(response, MAX_ERROR_BYTES)
     elif "/api/models/" in response.request.url.path and not _read(response, MAX_LISTING_BYTES):
         raise HubFailed(f"{response.request.url.host}: the list of files has more than {MAX_LISTING_BYTES:,} bytes")
+
+
+def _in_time(response: Any) -> Any:
+    """The answer's stream of bytes, which ends with `HubFailed` after a minute that has brought too little."""
+    # The HTTP client's own class, which is httpx's or httpx2's depending on the library's version.
+    (kind,) = (base for base in type(response.stream).__mro__ if base.__name__ == "SyncByteStream")
+    stream, host = response.stream, response.request.url.host
+
+    class InTime(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[bytes]:
+            since, done = time.monotonic(), 0
+            for chunk in stream:
+                yield chunk
+                done += len(chunk)
+                if (now := time.monotonic()) - since < _MINUTE:
+                    continue
+                if done < SLOWEST * (now - since):
+                    raise HubFailed(f"{host}: sends less than {SLOWEST:,} bytes a second; try again later")
+                since, done = now, 0
+
+        def close(self) -> None:
+            stream.close()
+
+    return InTime()
 
 
 def _refuse_paths(response: Any) -> None:

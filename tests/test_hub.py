@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -10,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 
 import converter.hub
+import converter.hub_answers
 import converter.hub_errors
 from converter.errors import (
     BadCheckpoint,
@@ -539,6 +542,20 @@ def test_a_file_without_end_is_not_downloaded_to_its_end(name: str, hub: StandIn
         folder.fetch([name])
     assert hub.sent < MOST // 2
     assert not [path for path in cache.rglob("*") if path.suffix == ".incomplete"]
+
+
+@pytest.mark.parametrize("what", ["listing", "files", "failures"])
+def test_an_answer_that_comes_by_drips_is_not_waited_for(
+    what: str, hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = HubFolder(REPO)
+    # By this clock each piece, of 64 kB at the most, takes a day.
+    monkeypatch.setattr(converter.hub_answers, "time", SimpleNamespace(monotonic=itertools.count(0, 86_400).__next__))
+    hub.endless = what
+    hub.failures = 99 if what == "failures" else 0
+    with pytest.raises(HubFailed, match="sends less than 1,000 bytes a second"):
+        HubFolder(REPO) if what != "files" else folder.fetch([SHARDS[0]])
+    assert hub.sent < MOST // 2
 
 
 def test_a_failure_without_end_of_a_download_is_not_read_to_its_end(hub: StandInHub) -> None:
