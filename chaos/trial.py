@@ -97,8 +97,11 @@ class Lab:
     def start(self, command: Sequence[str], *, held: bool = False) -> int:
         """Run a command line in a fork; its pid. `held`: stopped before it does anything."""
         self.note_made(0)
+        # A signal in the midst of Python's own forking would be no signal to the command.
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             if held:
                 os.waitpid(pid, os.WUNTRACED)
             return pid
@@ -108,6 +111,7 @@ class Lab:
             os.dup2(null, 1)
             os.dup2(os.open(self.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line begins, as in a new process
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
             self._count_tensors()
             if held:
                 os.kill(os.getpid(), signal.SIGSTOP)
