@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from chaos.trial import HUNG, Lab, Row, fresh, kill_after, visible
+from converter.surroundings import LEAST_DATA
 
 CHANGES = (
     "pwrite64 write fsync fdatasync rename renameat renameat2 ftruncate fallocate mkdir unlink unlinkat rmdir link"
@@ -124,10 +125,10 @@ def instants(
 
 
 def memory(lab: Lab, every: int) -> Iterator[Row]:
-    """Less memory than it takes, in new processes: from too little for the libraries to enough."""
+    """Less memory than it takes, in new processes: too little for the libraries, then ever more, to enough."""
     row = Row("RLIMIT_DATA below what is needed", "python -m chaos memory")
     hung = 0
-    for limit in range(200_000_000, 2_000_000_000, 2_000_000 * every):
+    for limit in (200_000_000, *range(LEAST_DATA, 2_000_000_000, 400_000 * every)):
         out = new(lab, lab.place / "place")
         command = [sys.executable, "-m", "converter", *lab.command(out)]
         limited = partial(resource.setrlimit, resource.RLIMIT_DATA, (limit, -1))

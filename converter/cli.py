@@ -198,8 +198,10 @@ def cli(context: click.Context, /, **options: Any) -> None:
 def verify(out: Path, *, quiet: bool, as_json: bool, **options: Any) -> None:
     """Look at a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
     from converter.show import json_text, progress_bar, verification_json, verification_text
+    from converter.surroundings import refuse_without_memory
     from converter.verify import verify as look
 
+    refuse_without_memory()
     del options["verbose"]  # read from the command line itself
     with progress_bar(shown=not quiet and not as_json) as (progress, _):
         found = look(out, progress=progress, **options)
@@ -353,7 +355,9 @@ def _recipe(options: dict[str, Any]) -> Recipe:
 def _resources(options: dict[str, Any]) -> Resources:
     """Take what the conversion may use out of the options."""
     from converter.budget import Resources
+    from converter.surroundings import refuse_without_memory
 
+    refuse_without_memory()
     memory, threads = options.pop("memory"), options.pop("threads")
     return Resources(memory=memory) if threads is None else Resources(memory=memory, threads=threads)
 

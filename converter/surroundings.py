@@ -10,6 +10,11 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
+from converter.errors import ConversionRefused
+
+LEAST_DATA = 270_000_000
+"""Bytes that Python and the libraries take by themselves, at the least."""
+
 
 def settle() -> None:
     """Make the best of them, before anything else is opened."""
@@ -26,6 +31,16 @@ def settle() -> None:
         # What was asked for is for programs that use select(); a base and a batch may have hundreds of files open.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def refuse_without_memory() -> None:
+    """`ConversionRefused` where a limit of memory is too low for the libraries alone: CPython 3.11 may be busy for ever
+    with its own MemoryError where one is raised while they are imported."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if limit != resource.RLIM_INFINITY and limit < LEAST_DATA:
+        raise ConversionRefused(
+            f"the limit of memory (ulimit -d) is {limit:,} bytes; Python and the libraries alone take {LEAST_DATA:,}"
+        )
 
 
 def leave(code: int) -> NoReturn:

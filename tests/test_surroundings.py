@@ -154,6 +154,18 @@ def test_more_files_are_opened_than_the_limit_that_programs_are_started_with(
     assert (ran.code, ran.err) == (0, "")
 
 
+def test_with_less_memory_than_the_libraries_take_it_is_refused_before_they_are_loaded(
+    run: Run, tiny_base: Path, tmp_path: Path
+) -> None:
+    for command in (("--base", tiny_base, "--out", tmp_path / "out"), ("verify", tiny_base)):
+        ran = run(*command, before="ulimit -d 100000;")
+
+        said = "the limit of memory (ulimit -d) is 102,400,000 bytes; Python and the libraries alone take 270,000,000"
+        assert (ran.code, ran.err) == (2, f"error: {said}\n")
+    assert run("--help", before="ulimit -d 100000;").code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 # Signals
 
 
