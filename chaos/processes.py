@@ -146,7 +146,7 @@ def memory(lab: Lab, every: int) -> Iterator[Row]:
         (lab.place / "said").write_bytes(b"".join(said.splitlines()[-1:]))
         lab.judge(row, out, f"{limit:,} bytes")
     if hung:
-        row.fault += f" ({hung} hung and were killed)"
+        row.fault += f" ({hung} hung and had to be killed)"
     yield row
 
 
