@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
-from converter.hub_answers import checking
+from converter.hub_answers import COMMIT, checking
 from converter.hub_errors import Subject, brief, endpoint, not_a_hub, retrying
 from converter.hub_record import digest_in_cache, prefixed
 from converter.read import INDEX, LocalFolder, read_json
@@ -32,7 +32,6 @@ DEFAULT_REVISION = "main"
 MAX_REPO_ID = 96
 
 _REPO_ID = re.compile(r"(\w|\w[\w.-]*\w)(/(\w|\w[\w.-]*\w))?", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_hub_id(reference: str) -> bool:
@@ -194,13 +193,13 @@ class HubFolder:
             files = {file.rfilename: _hub_file(file) for file in found.siblings or () if _at_root(file)}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise not_a_hub(self.repo_id) from None
-        asked = self.revision if _COMMIT.fullmatch(self.revision) else commit
-        if not _COMMIT.fullmatch(commit) or commit != asked:
+        asked = self.revision if COMMIT.fullmatch(self.revision) else commit
+        if not COMMIT.fullmatch(commit) or commit != asked:
             raise not_a_hub(self.repo_id)
         return commit, files
 
     def _cached_commit(self) -> str:
-        commit = self.revision if _COMMIT.fullmatch(self.revision) else self._read_reference()
+        commit = self.revision if COMMIT.fullmatch(self.revision) else self._read_reference()
         if commit and (self._storage / "snapshots" / commit).is_dir():
             return commit
         raise HubOffline(
@@ -214,7 +213,7 @@ class HubFolder:
             text = self._reference.read_text("ascii", errors="replace").strip()
         except OSError:
             return ""
-        return text if _COMMIT.fullmatch(text) else ""
+        return text if COMMIT.fullmatch(text) else ""
 
     def _remember_revision(self) -> None:
         # A download by commit leaves no trace of the branch's name, by which it is looked for offline.

@@ -22,7 +22,7 @@ SLOWEST = 1_000
 """Bytes a second that a server must send, by the minute: one that drips is never done."""
 _MINUTE = 60.0
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _sent: set[str] = set()
 """Tokens that servers were given, and might repeat."""
 
@@ -93,7 +93,7 @@ def _refuse_paths(response: Any) -> None:
         return  # not about a file of the Hub; storage may name its digests as it likes
     # As huggingface_hub.file_download takes it, for which the blob is called.
     etag = (response.headers.get("X-Linked-ETag") or response.headers.get("ETag", "-")).lstrip("W/").strip('"')
-    if _COMMIT.fullmatch(commit) is None or etag in ("", ".", "..") or "/" in etag:
+    if COMMIT.fullmatch(commit) is None or etag in ("", ".", "..") or "/" in etag:
         raise HubFailed(
             f"{response.request.url.host} does not answer as a Hub does: it states the commit {commit[:80]!r} and "
             f"the digest {etag[:80]!r}"

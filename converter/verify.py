@@ -99,8 +99,9 @@ def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification)
     known = receipt["files"] if receipt is not None else {}
     stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
     # Names are looked up among what is there: a receipt may have any text for one.
-    there = {entry.name for entry in os.scandir(out)}
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(out) if entry.is_file(follow_symlinks=False)}
+    entries = list(os.scandir(out))
+    there = {entry.name for entry in entries}
+    sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False)}
     if receipt is not None or SUMS in there:
         for name, sha256 in _sums(out, there, found).items():
             _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))

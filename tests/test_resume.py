@@ -373,6 +373,17 @@ def wait_for_tiles(process: subprocess.Popen[str], count: int) -> None:
         assert process.stdout.readline() == "tile\n"
 
 
+def said_at_the_second(process: subprocess.Popen[str], signum: signal.Signals) -> str:
+    """Send a signal twice: the first is not heard, the second ends the process. What it says."""
+    process.send_signal(signum)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=HANG)
+    assert process.returncode == 128 + signum
+    return said
+
+
 def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
     inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -429,13 +440,8 @@ def test_a_second_signal_ends_it_at_once(
     process.communicate()
     process = start(inputs, out, seconds=1_000 * HANG)  # a tile takes longer than anybody waits
     wait_for_tiles(process, 1)
-    process.send_signal(signum)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signum)
-    _, said = process.communicate(timeout=HANG)
+    said = said_at_the_second(process, signum)
 
-    assert process.returncode == 128 + signum
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert not out.exists()
@@ -449,13 +455,8 @@ def test_a_second_signal_ends_it_at_once_though_the_disk_never_ends_a_sync(
 ) -> None:
     process = start(inputs, tmp_path / "out", HANGING, "--threads", "2")
     wait_for_tiles(process, 1)
-    process.send_signal(signum)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signum)
-    _, said = process.communicate(timeout=HANG)
+    said = said_at_the_second(process, signum)
 
-    assert process.returncode == 128 + signum
     assert said == f"error: {signum.name}: nothing was written to OUT\n"
     convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
     assert contents(tmp_path / "out") == whole
