@@ -763,7 +763,7 @@ def test_what_a_batch_left_goes_with_those_of_its_outputs_that_are_made_though_i
 ) -> None:
     monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
-    interrupt(jobs, tiles=12)
+    interrupt(jobs, tiles=20)
     assert names_in(tmp_path / "out") == [".shared", "a0.partial", "a1.partial", "a2.partial"]
 
     assert statuses(convert_batch(jobs[1:])) == ["made"] * 2
@@ -778,7 +778,7 @@ def test_what_a_batch_left_stays_while_another_of_its_outputs_is_unfinished(
 ) -> None:
     monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
-    interrupt(jobs, tiles=12)
+    interrupt(jobs, tiles=20)
 
     assert statuses(convert_batch(jobs[2:])) == ["made"]
 
