@@ -1,6 +1,6 @@
 """`python cli.py --base … --adapter … --out …`, from a checkout."""
 
-from converter.cli import console
+from converter.cli.main import console
 
 if __name__ == "__main__":
     console()

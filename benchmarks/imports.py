@@ -10,7 +10,9 @@ import os
 import numpy as np
 import torch
 
-from converter import cli, kernels, quantize, recipe, show  # noqa: F401
+from converter import recipe, show  # noqa: F401
+from converter.quantize import bnb as quantize
+from converter.quantize import kernels
 
 BLOCK = 64
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from converter import kernels
+from converter.quantize import kernels
 from converter.silence import quietly
 
 ROWS, COLUMNS, RANK, BLOCK = 2048, 4096, 16, 64

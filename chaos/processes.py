@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from chaos.trial import HUNG, Lab, Row, fresh, kill_after, visible
-from converter.surroundings import LEAST_DATA
+from converter.cli.surroundings import LEAST_DATA
 
 CHANGES = (
     "pwrite64 write fsync fdatasync rename renameat renameat2 ftruncate fallocate mkdir unlink unlinkat rmdir link"

@@ -115,7 +115,7 @@ class Lab:
             self._count_tensors()
             if held:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            from converter.cli import main
+            from converter.cli.main import main
 
             try:
                 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,17 +1,17 @@
 """Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed."""
 
-from converter.adapter import Adapter
-from converter.batch import convert_batch
-from converter.budget import Resources
-from converter.decide import make_plan
+from converter.batch.batch import convert_batch
+from converter.batch.jobs import Job, read_jobs
+from converter.batch.members import Outcome, Terms
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError
-from converter.inputs import Inputs
-from converter.jobs import Job, read_jobs
-from converter.measure import Fidelity
-from converter.members import Outcome, Terms
+from converter.merge.adapter import Adapter
 from converter.pipeline import Progress, Report, convert, plan_conversion
-from converter.plan import Plan
-from converter.read import Checkpoint, LocalFolder
+from converter.plan.budget import Resources
+from converter.plan.decide import make_plan
+from converter.plan.inputs import Inputs
+from converter.plan.plan import Plan
+from converter.quantize.measure import Fidelity
+from converter.read.checkpoint import Checkpoint, LocalFolder
 from converter.recipe import Recipe
 
 __all__ = [

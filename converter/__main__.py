@@ -1,5 +1,5 @@
 """`python -m converter`."""
 
-from converter.cli import console
+from converter.cli.main import console
 
 console()

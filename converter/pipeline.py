@@ -16,27 +16,27 @@ from typing import Any
 
 import xxhash
 
-from converter.budget import Resources
-from converter.compute import Conversion, convert_tile, load_kernels
 from converter.crew import Crew
-from converter.decide import make_plan
-from converter.destination import Destination
-from converter.digests import remember
 from converter.errors import ConverterError, Interrupted
-from converter.estimate import estimate
-from converter.inputs import Inputs, Reference
-from converter.journal import job_of
-from converter.measure import Fidelity
-from converter.origin import already_made, origin_of
-from converter.plan import Plan
-from converter.production import Made, Production, Target
-from converter.quantize import Quantizer
-from converter.read import Folder
-from converter.receipt import fingerprint
+from converter.plan.budget import Resources
+from converter.plan.decide import make_plan
+from converter.plan.estimate import estimate
+from converter.plan.inputs import Inputs, Reference
+from converter.plan.plan import Plan
+from converter.quantize.bnb import Quantizer
+from converter.quantize.measure import Fidelity
+from converter.read.checkpoint import Folder
+from converter.read.digests import remember
+from converter.read.side_files import read_side_files
 from converter.recipe import Recipe
-from converter.seal import Staging
-from converter.side_files import read_side_files
-from converter.tiles import read_tile, torch_device
+from converter.seal.destination import Destination
+from converter.seal.origin import already_made, origin_of
+from converter.seal.production import Made, Production, Target
+from converter.seal.receipt import fingerprint
+from converter.seal.staging import Staging
+from converter.tensors import read_tile, torch_device
+from converter.tile import Conversion, convert_tile, load_kernels
+from converter.write.journal import job_of
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.ask import check_output
-from converter.budget import Resources
-from converter.checksums import SUMS, read_sums
-from converter.decide import make_plan
 from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError, NotFinite
-from converter.inputs import Inputs, Reference
-from converter.layout import Output
+from converter.model.ask import check_output
 from converter.pipeline import Progress, convert_tensors, crew_of, one_thread
-from converter.plan import Plan, TensorPlan
-from converter.production import Target
-from converter.quantize import Quantizer
-from converter.read import Checkpoint, LocalFolder, TensorHeader, are_sizes, parse_json_object
-from converter.receipt import RECEIPT, read_receipt
+from converter.plan.budget import Resources
+from converter.plan.decide import make_plan
+from converter.plan.inputs import Inputs, Reference
+from converter.plan.layout import Output
+from converter.plan.plan import Plan, TensorPlan
+from converter.quantize.bnb import Quantizer
+from converter.read.checkpoint import Checkpoint, LocalFolder, TensorHeader, are_sizes, parse_json_object
+from converter.read.checksums import SUMS, read_sums
+from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
-from converter.seal import sha256_of
-from converter.side_files import is_loaded
-from converter.tiles import refuse_not_finite, torch_device, torch_dtype
+from converter.seal.production import Target
+from converter.seal.receipt import RECEIPT, read_receipt
+from converter.seal.staging import sha256_of
+from converter.tensors import refuse_not_finite, torch_device, torch_dtype
 
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 _STATE = ".quant_state.bitsandbytes__"

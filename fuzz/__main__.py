@@ -16,7 +16,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import converter.patterns
+import converter.merge.patterns
 from fuzz.targets import STRANGE, TARGETS, mutated
 
 SECONDS_OF_AN_INPUT = 10
@@ -68,7 +68,7 @@ def _unguided(name: str, corpus: Path, seconds: float) -> tuple[int, bool]:
     from hypothesis.errors import NoSuchExample
 
     target, end, count = TARGETS[name], time.monotonic() + seconds, 0
-    converter.patterns.SECONDS = SECONDS_OF_PATTERNS
+    converter.merge.patterns.SECONDS = SECONDS_OF_PATTERNS
     with tempfile.TemporaryDirectory() as scratch:
 
         def crashes(raw: bytes) -> bool:

@@ -13,18 +13,18 @@ from pathlib import Path
 import xxhash
 from hypothesis import strategies as st
 
-from converter import adapter as adapters
-from converter.adapter import Adapter
-from converter.checksums import SUMS, read_sums
+from converter.batch.jobs import read_jobs
 from converter.errors import ConverterError
-from converter.hub_record import digest_at_download
-from converter.jobs import read_jobs
-from converter.journal import FORMAT as JOURNAL_FORMAT
-from converter.journal import JOURNAL, Journal
-from converter.patterns import Patterns
-from converter.read import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
-from converter.receipt import FORMAT, RECEIPT, read_receipt
-from converter.side_files import largest_token
+from converter.merge import adapter as adapters
+from converter.merge.adapter import Adapter
+from converter.merge.patterns import Patterns
+from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
+from converter.read.checksums import SUMS, read_sums
+from converter.read.hub.record import digest_at_download
+from converter.read.side_files import largest_token
+from converter.seal.receipt import FORMAT, RECEIPT, read_receipt
+from converter.write.journal import FORMAT as JOURNAL_FORMAT
+from converter.write.journal import JOURNAL, Journal
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a" * 60)
 JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import converter.patterns
+import converter.merge.patterns
 from fuzz.__main__ import SECONDS_OF_PATTERNS
 from fuzz.targets import TARGETS, Target, mutated
 from tests.limits import cpu_below
@@ -30,7 +30,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def _little_time_for_patterns() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter.patterns, "SECONDS", SECONDS_OF_PATTERNS)
+        patch.setattr(converter.merge.patterns, "SECONDS", SECONDS_OF_PATTERNS)
         yield
 
 

@@ -25,10 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.cli import main
-from converter.destination import Destination
+from converter.cli.main import main
 from converter.errors import BadOutput, ConverterError, InputChanged, WriteFailed
 from converter.pipeline import Progress
+from converter.seal.destination import Destination
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, contents, copy, flip_bit, write_sums
 from tests.limits import HANG, cpu_below, no_hang
@@ -923,7 +923,7 @@ def test_a_receipt_with_paths_for_names_does_not_lead_out_of_a_folder_that_is_fi
 
 MEASURED = """
 import os, re, resource, sys
-from converter.cli import main
+from converter.cli.main import main
 try:
     main(sys.argv[1:])
 finally:

@@ -9,7 +9,7 @@ import click
 import pytest
 
 import converter
-from converter.cli import cli, main
+from converter.cli.main import cli, main
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-import converter.journal
 import converter.pipeline
+import converter.write.journal
 from converter import ConversionFailed, Recipe, Report, Resources, convert
 from converter.errors import BadOutput, Interrupted, NotFinite, ReadFailed
 from tests.folders import change_tensor, contents, copy
@@ -34,10 +34,10 @@ KILLS = 8
 
 DRIVER = """
 import sys, time
-import converter.journal, converter.pipeline
-from converter.cli import console
+import converter.write.journal, converter.pipeline
+from converter.cli.main import console
 
-converter.journal.SECONDS = 0.0
+converter.write.journal.SECONDS = 0.0
 read_tile = converter.pipeline.read_tile
 seconds = float(sys.argv.pop(1))
 
@@ -54,11 +54,11 @@ console()
 
 HANGING = """
 import os, threading
-import converter.journal
-from converter.cli import console
-from converter.production import Production
+import converter.write.journal
+from converter.cli.main import console
+from converter.seal.production import Production
 
-converter.journal.SECONDS = 0.0
+converter.write.journal.SECONDS = 0.0
 fdatasync, finish = os.fdatasync, Production._finish
 
 def hang(descriptor):
@@ -99,7 +99,7 @@ def whole(undisturbed: Report) -> dict[str, bytes]:
 
 @pytest.fixture
 def every_tensor_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.journal, "SECONDS", 0.0)
+    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def test_what_fails_while_it_is_sealed_costs_no_tensor(
     def fail(*_: object) -> None:
         raise MemoryError
 
-    module = "converter.pipeline" if stage == "read_side_files" else "converter.seal"
+    module = "converter.pipeline" if stage == "read_side_files" else "converter.seal.staging"
     with monkeypatch.context() as patch:
         patch.setattr(f"{module}.{stage}", fail)
         with pytest.raises(MemoryError):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import converter.verify
 from converter import ConversionFailed, Job, Recipe, convert, convert_batch
-from converter.cli import main
+from converter.cli.main import main
 from converter.verify import verify
 from tests.folders import change_json
 from tests.limits import cpu_below

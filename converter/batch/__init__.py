@@ -1,0 +1,1 @@
+"""Many adapters in one pass over the base."""

@@ -1,0 +1,1 @@
+"""What an adapter changes, and the formulas."""

@@ -1,0 +1,182 @@
+"""Which tensor of the base each tensor of the adapter belongs to; refuses by name what belongs nowhere.
+
+Names are looked up in the checkpoint first, then among transformers' own names for the same tensors: adapters are
+found in both spellings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from converter.errors import AdapterMismatch, BadAdapter, Unsupported
+from converter.merge.adapter import Adapter, LoraPair
+from converter.model.architecture import Architecture, Shape
+from converter.read.checkpoint import TensorHeader
+
+
+@dataclass
+class Match:
+    """What the adapter does to the base, by checkpoint tensor name."""
+
+    deltas: dict[str, LoraPair] = field(default_factory=dict)
+    replacements: dict[str, TensorHeader] = field(default_factory=dict)
+    """Tensors of the adapter's file that take the place of the base's."""
+    untied: dict[str, str] = field(default_factory=dict)
+    """New tensor, which the base shares with another → the tensor of the base that it starts from."""
+    parted: bool = False
+    """Whether two tensors of the base, which its config ties, are to differ."""
+    vocabulary: int | None = None
+    """Rows of the embeddings, where the adapter resized them."""
+    notes: list[str] = field(default_factory=list)
+
+
+def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Shape]) -> Match:
+    """Give every tensor of the adapter its place. `shapes` are those of the base's tensors.
+
+    Raises `AdapterMismatch` naming the first tensor without a place, or with one that it doesn't fit.
+    """
+    found = Match()
+    for name, tensor in adapter.replacements.items():
+        target = _target(architecture, name)
+        if target is None:
+            raise AdapterMismatch(f"{name}: in the adapter, but the base has no such tensor: is it another base's?")
+        if target in found.replacements:
+            raise BadAdapter(f"{name}: the adapter has two tensors for {target}")
+        _check_replacement(adapter, architecture, target, name)
+        found.replacements[target] = tensor
+    for module, pair in adapter.pairs.items():
+        target = _target(architecture, f"{module}.weight")
+        if target is None:
+            raise AdapterMismatch(
+                f"{module}: the adapter has a delta for it, but the base has no such module: is it another base's?"
+            )
+        if target in found.deltas:
+            raise BadAdapter(f"{module}: the adapter has two deltas for {target}")
+        _check_targeted(adapter, architecture, module, target)
+        found.deltas[target] = pair
+    _check_saved_whole(adapter, architecture, found)
+    _untie(adapter, architecture, found)
+    _check_shapes(architecture, found, shapes)
+    _check_nothing_lost(adapter, architecture, found)
+    if all(adapter.is_zero(pair.b) for pair in found.deltas.values()) and found.deltas:
+        found.notes.append("every lora_B of the adapter is zero: it was never trained, and changes nothing")
+    return found
+
+
+def _target(architecture: Architecture, name: str) -> str | None:
+    if name in architecture.tied:
+        return name
+    return architecture.tensor_of(name)
+
+
+def _check_replacement(adapter: Adapter, architecture: Architecture, target: str, name: str) -> None:
+    module, _, leaf = name.rpartition(".")
+    embedding = target in architecture.embeddings
+    if adapter.is_saved_whole(module) or embedding:
+        return
+    if leaf == "bias" and adapter.config.get("bias") in ("all", "lora_only"):
+        return
+    raise AdapterMismatch(
+        f"{name}: in the adapter's file, but neither modules_to_save nor bias says that it replaces the base's"
+    )
+
+
+def _check_targeted(adapter: Adapter, architecture: Architecture, module: str, target: str) -> None:
+    spellings = {module}
+    if target in architecture.roles:
+        spellings |= set(architecture.module_names(target))
+        kind = architecture.roles[target].kind
+        if kind not in ("linear", "conv1d"):
+            raise Unsupported(f"{module}: LoRA on a module of kind {kind!r}; this tool merges linear layers and Conv1D")
+    if adapter.config.get("target_modules") is not None and not any(adapter.targets(name) for name in spellings):
+        raise AdapterMismatch(f"{module}: the adapter has a delta for it, but its target_modules don't name it")
+    if len({adapter.scaling(name) for name in spellings}) > 1:
+        raise AdapterMismatch(f"{module}: rank_pattern or alpha_pattern differ between its names {sorted(spellings)}")
+
+
+def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+    """Give a tensor that the base shares one of its own, where the adapter makes the two differ."""
+    for target, source in architecture.tied.items():
+        own, shared = found.replacements.get(target), found.replacements.get(source)
+        if own is not None and shared is not None and target not in found.deltas and adapter.same_bytes(own, shared):
+            del found.replacements[target]
+            continue
+        # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
+        trained = shared is not None and any(
+            adapter.is_saved_whole(module) for module in architecture.module_names(source)
+        )
+        if target in found.deltas or own is not None or trained or source in found.deltas:
+            # The two part where one of them was trained: the other stays what the base has.
+            found.untied[target] = source
+            found.notes.append(f"{target} gets a tensor of its own: the base shares {source}, the adapter differs")
+    changed = found.deltas.keys() | found.replacements.keys()
+    for target, source in architecture.doubled.items():
+        own, shared = found.replacements.get(target), found.replacements.get(source)
+        equal = own is not None and shared is not None and adapter.same_bytes(own, shared)
+        if {target, source} & (found.deltas.keys() if equal else changed):
+            found.parted = True
+            found.notes.append(
+                f"{target} and {source}, which the base's config ties, are not tied any more: they differ"
+            )
+
+
+def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str, Shape]) -> None:
+    rows: dict[str, int] = {}
+    for name, tensor in found.replacements.items():
+        expected = shapes[found.untied.get(name, name)]
+        resized = name in architecture.embeddings and tensor.shape[1:] == expected[1:]
+        if tensor.shape != expected and not resized:
+            raise AdapterMismatch(f"{name}: {list(tensor.shape)} in the adapter, {list(expected)} in the base")
+        if name in architecture.embeddings:
+            rows[name] = tensor.shape[0]
+    for name in architecture.embeddings:
+        if name in shapes and name not in rows:
+            rows[name] = shapes[name][0]
+    for name, source in found.untied.items():
+        rows.setdefault(name, rows.get(source, shapes[source][0]))
+    if any(count != shapes[found.untied.get(name, name)][0] for name, count in rows.items()):
+        if len(set(rows.values())) > 1:
+            listed = ", ".join(f"{name} {count:,}" for name, count in sorted(rows.items()))
+            raise AdapterMismatch(f"the adapter resizes the vocabulary of one embedding only: rows are {listed}")
+        found.vocabulary = next(iter(rows.values()))
+    for name, pair in found.deltas.items():
+        base = found.untied.get(name, name)
+        shape = found.replacements[name].shape if name in found.replacements else shapes[base]
+        if name in architecture.roles and architecture.roles[name].kind == "conv1d":
+            shape = shape[::-1]
+        if pair.shape != shape:
+            raise AdapterMismatch(
+                f"{pair.module}: lora_B·lora_A is {list(pair.shape)}, the base's weight {list(shape)}: "
+                "was the adapter trained on another base?"
+            )
+
+
+def _check_saved_whole(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+    """Refuse an adapter that lacks a tensor of a module which its config saves whole."""
+    owners = {name: architecture.module_names(name) for name in architecture.roles}
+    owners |= {name: (name.rpartition(".")[0],) for name in architecture.tied}
+    for name, modules in owners.items():
+        if name not in found.replacements and any(adapter.is_saved_whole(module) for module in modules):
+            raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
+
+
+def _check_nothing_lost(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+    """Refuse an adapter that lost tensors: some layers of a kind have theirs and others don't."""
+    touched: dict[str, set[str]] = defaultdict(set)
+    expected: dict[str, set[str]] = defaultdict(set)
+    for name, role in architecture.roles.items():
+        modules = architecture.module_names(name)
+        kind = re.sub(r"\d+", "*", modules[0])
+        if name in found.deltas:
+            touched[kind].add(modules[0])
+        explicit = adapter.config.get("target_modules") is not None
+        if explicit and role.kind in ("linear", "conv1d") and any(adapter.targets(module) for module in modules):
+            expected[kind].add(modules[0])
+    for kind, modules_touched in touched.items():
+        # Names that match but have no tensors at all are normal: a vision tower that wasn't trained.
+        lost = sorted(expected[kind] - modules_touched)
+        if lost:
+            raise BadAdapter(f"{lost[0]}: target_modules names it, but the adapter's file has no tensors for it")

@@ -1,0 +1,168 @@
+"""Describing a checkpoint as transformers sees it, and checking an output as it would load it.
+
+Runs in a process of its own, as a rule: see `ask.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from converter.errors import BadRecipe, ConversionRefused
+from converter.model.architecture import Architecture, Kind, Role, Shape
+from converter.model.meta_model import Names, meta_model, modules_that_loading_quantizes, quantized_modules
+from converter.model.skip_list import skip_modules
+
+
+def describe(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    *,
+    quantize: bool,
+    dtype: str,
+    keep: Iterable[str] = (),
+    remote_code: bool = False,
+) -> Architecture:
+    """Ask transformers about a checkpoint.
+
+    `shapes` are those of the checkpoint's tensors, `dtype` is "bfloat16" or "float16", `keep` are patterns of modules
+    to leave in 16 bits: a glob on the full path, or its last parts (`down_proj`, `mlp.down_proj`).
+    With `remote_code`, a class that transformers doesn't have is described by the shapes and names alone.
+
+    Raises `Unsupported` for a class that transformers doesn't have, `BadCheckpoint` where config and tensors disagree,
+    `BadRecipe` for a pattern that matches nothing.
+    """
+    model = meta_model(config, shapes, dtype, remote_code=remote_code)
+    if model is None:
+        return _described_by_names(config, shapes, quantize=quantize, keep=tuple(keep))
+    names = Names(model, shapes)
+    names.check(shapes)
+    roles = {name: names.role(name, shape) for name, shape in shapes.items()}
+    ties = {t: names.tensor_of[s] for t, s in model.all_tied_weights_keys.items() if s in names.tensor_of}
+    tied = {target: source for target, source in ties.items() if target not in names.tensor_of}
+    doubled = {names.tensor_of[target]: source for target, source in ties.items() if target in names.tensor_of}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    parameters = [f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)]
+    embeddings = frozenset(names.tensor_of.get(name, name) for name in parameters)
+    architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
+    if not quantize:
+        return architecture
+    by_default = quantized_modules(model, None)
+    wanted = {
+        name: role.parameter.removesuffix(".weight")
+        for name, role in roles.items()
+        if role.parameter is not None
+        and name not in names.converted
+        and role.parameter.endswith(".weight")
+        and role.parameter.removesuffix(".weight") in by_default
+    }
+    for name in _kept(wanted, architecture, keep):
+        del wanted[name]
+    roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
+    skip = skip_modules(model, names, roles, set(wanted.values()))
+    return replace(architecture, roles=roles, skip_modules=skip)
+
+
+def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:
+    """The static verifier: what a loader would find wrong with a checkpoint of this config, these tensors (name →
+    shape; the quant states of a weight left out) and these quantized weights. Empty: nothing."""
+    quantization = config.get("quantization_config")
+    dtype = str(config.get("dtype", "bfloat16"))
+    model = meta_model({k: v for k, v in config.items() if k != "quantization_config"}, tensors, dtype)
+    assert model is not None  # noqa: S101  (without remote_code a missing class raises)
+    names = Names(model, tensors)
+    found = set(quantized)
+    wrong_shapes = list(names.mismatched(tensors, transposed=found))
+    built: set[str] = set()
+    if quantization is not None:
+        modules = modules_that_loading_quantizes(model, quantization)
+        built = {names.tensor_of.get(f"{module}.weight", f"{module}.weight") for module in modules}
+    problems = [f"{name}: quantized here, not by transformers" for name in sorted(found - built)]
+    problems += [f"{name}: not quantized here, but by transformers" for name in sorted(built - found)]
+    problems += [f"{name}: missing" for name in sorted(names.missing)]
+    problems += [
+        f"{name}: shape {list(tensors[name])}, transformers expects {list(expected)}" for name, expected in wrong_shapes
+    ]
+    return problems
+
+
+def answer(request: dict[str, Any]) -> Any:
+    """The answer, in JSON values, to a question in JSON values."""
+    question = request.pop("question")
+    if question == "describe":
+        shapes = {name: tuple(shape) for name, shape in request.pop("shapes").items()}
+        return describe(request.pop("config"), shapes, **request).as_json()
+    tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
+    return check_output(request["config"], tensors, request["quantized"])
+
+
+def serve(memory: int) -> None:
+    """Answer the questions that standard input has, one a line; an error is an answer, too. `memory`: bytes to take at
+    the most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == resource.RLIM_INFINITY or soft > memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, hard))
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    sys.stdout = sys.stderr  # whatever the libraries print is no answer
+    for line in sys.stdin:
+        try:
+            reply = {"answer": answer(json.loads(line))}
+        except ConversionRefused as exc:
+            reply = {"error": type(exc).__name__, "message": str(exc)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[str]) -> set[str]:
+    """Tensors that the user's patterns leave in 16 bits; `BadRecipe` for a pattern that matches no tensor."""
+    kept: set[str] = set()
+    for pattern in keep:
+        matching = {
+            name
+            for name in wanted
+            if any(
+                fnmatchcase(module, pattern) or module == pattern or module.endswith("." + pattern)
+                for module in architecture.module_names(name)
+            )
+        }
+        if not matching:
+            raise BadRecipe(f"--keep {pattern}: matches no module that would be quantized")
+        kept |= matching
+    return kept
+
+
+_NOT_LINEAR = re.compile(r"(?i)embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier")
+
+
+def _described_by_names(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], *, quantize: bool, keep: tuple[str, ...]
+) -> Architecture:
+    """A model whose code is not ours to run: two-dimensional weights that are not called like something else."""
+    listed = config.get("architectures")
+    roles = {}
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        matrix = leaf == "weight" and len(shape) == 2
+        linear = matrix and not _NOT_LINEAR.search(module)
+        embedding = matrix and re.search(r"embed|wte|wpe", module)
+        kind: Kind = "embedding" if embedding else "linear" if matrix else "other"
+        roles[name] = Role(name, kind, quantize=quantize and linear, integer=kind == "other")
+    class_name = str(listed[0]) if isinstance(listed, list) and listed else "unknown"
+    architecture = Architecture(class_name, roles, None, known=False)
+    quantized = {name: name for name, role in roles.items() if role.quantize}
+    kept = _kept(quantized, architecture, keep)
+    roles = {name: replace(role, quantize=role.quantize and name not in kept) for name, role in roles.items()}
+    skip = {
+        name.removesuffix(".weight")
+        for name, role in roles.items()
+        if role.kind == "linear" and not role.quantize and len(shapes[name]) == 2
+    }
+    skip = {re.sub(r"\.experts\..*", ".experts", module) for module in skip} | {"lm_head"}
+    return replace(architecture, roles=roles, skip_modules=tuple(sorted(skip)) if quantize else None)

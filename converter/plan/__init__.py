@@ -1,0 +1,1 @@
+"""Everything that will happen, decided before a byte is written."""

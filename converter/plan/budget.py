@@ -1,0 +1,212 @@
+"""Memory: how large tiles may be, so that everything in flight fits the budget.
+
+The budget covers what the process takes above its imports: buffers of the tiles in flight, what is made of them, the
+absmax of a whole tensor, the adapter's factors, headers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeVar
+
+from converter.errors import BadRecipe
+from converter.plan.layout import MIN_MERGE_ROWS, tile_bounds
+from converter.read.checkpoint import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from converter.plan.plan import TensorPlan
+    from converter.recipe import Recipe
+
+T = TypeVar("T")
+
+DEFAULT = 512_000_000
+"""Bytes, if nothing else is asked for."""
+FIXED = 64_000_000
+"""What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
+IN_FIXED = 2_000
+"""Tensors of a base whose objects are in that; those of more are counted."""
+PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
+"""Bytes of Python's objects for one of these, and for one that is made of it. Measured with 27,000 and 190,000."""
+MOST_ELEMENTS = 2 << 20
+"""Weights of one tile: larger ones were no faster."""
+FEWEST_ELEMENTS = 1 << 16
+MOST_TOGETHER = 200
+"""Outputs that are made together: each has a lock, a journal and a shard open."""
+PER_TENSOR = 8_000
+"""Bytes of Python's objects for a tensor that an adapter changes: its plan, its place, its line of the receipt."""
+
+STRIP_ELEMENTS = 1 << 18
+"""Weights of a tile whose delta the CPU kernels have at a time: one megabyte of it."""
+_STRIP_ROWS = 3 * MIN_MERGE_ROWS
+"""Rows of a strip at the most, where a row is so long that fewer would make up its elements."""
+_BY_KERNELS = {"BF16": 3.0, "F32": 5.0, "F16": 7.0}
+"""Bytes that a weight takes in a tile of the CPU kernels: as stored, as float32 if it was float16, packed."""
+_BY_TORCH = 44.0
+"""The same where torch and bitsandbytes compute: stored, base, delta and sum in float32, and what is made of them on
+the way."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a conversion may use. None of it changes a byte of the output."""
+
+    memory: int | None = None
+    """Bytes above the imports; None: `DEFAULT`, or what an indivisible tensor or very many tensors need, if that is
+    more."""
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Threads that convert tiles; 1: no other thread computes."""
+    kernels: bool = field(default_factory=lambda: find_spec("numba") is not None)
+    """Whether the CPU kernels quantize; not so on an accelerator, or without numba."""
+
+    @property
+    def slots(self) -> int:
+        """Tiles in memory at a time: one a thread, and one that is being read."""
+        return 1 if self.threads == 1 else self.threads + 1
+
+    def bytes_per_element(self, dtype: str, *, quantized: bool, copied: bool) -> float:
+        """Memory that one weight of a tile takes: by its dtype on disk, and whether it is quantized or copied."""
+        if copied:
+            return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
+        return _BY_KERNELS[dtype] if quantized and self.kernels else _BY_TORCH
+
+
+def cut_into_tiles(
+    tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources, reserved: int | None = None
+) -> tuple[list[TensorPlan], int, list[str]]:
+    """The tensors, cut so that everything in flight fits the budget; the predicted peak of memory in bytes; notes.
+
+    `reserved`: bytes that are not for tiles, where several outputs are made from the same ones.
+
+    What can't be cut may need more than the default budget, which then gives way. Raises `BadRecipe` where it needs
+    more than a budget that was asked for, naming it.
+    """
+    objects = 0
+    if reserved is None:
+        objects = _objects(tensors)
+        reserved = FIXED + objects + in_flight(tensors, recipe, resources)
+    room = ((resources.memory or DEFAULT + objects) - reserved) / resources.slots
+    cut: list[TensorPlan] = []
+    largest, name = 0.0, ""
+    for tensor in tensors:
+        each = resources.bytes_per_element(
+            tensor.source.dtype, quantized=tensor.action == "quantize" and recipe.four_bit, copied=tensor.is_copy
+        )
+        if not tensor.indivisible:
+            block = recipe.block_size if tensor.action == "quantize" and recipe.four_bit else 1
+            most = max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, int(room / each)))
+            tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
+        cut.append(tensor)
+        strip = 0 if tensor.pair is None else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+        if tensor.largest_tile * each + strip > largest:
+            largest, name = tensor.largest_tile * each + strip, tensor.name
+    memory = reserved + int(largest) * resources.slots
+    if resources.memory is not None and memory > resources.memory:
+        raise BadRecipe(
+            f"--memory {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
+            f"{resources.threads} threads" + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
+        )
+    notes = []
+    if resources.memory is None and memory > DEFAULT >= memory - objects:
+        notes.append(f"memory: {memory:,} bytes instead of {DEFAULT:,}: the base has {len(tensors):,} tensors")
+    elif resources.memory is None and memory > DEFAULT:
+        notes.append(
+            f"memory: {memory:,} bytes instead of {DEFAULT:,}: {name} is needed whole, by {resources.slots} tiles"
+        )
+    return cut, memory, notes
+
+
+def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
+    """Which outputs are made together, as indices: as many as leave a quarter of the budget to the tiles."""
+    room = (resources.memory or DEFAULT) * 3 // 4 - FIXED
+    groups: list[list[int]] = [[]]
+    left = room
+    for index, need in enumerate(needs):
+        if groups[-1] and (need.nbytes > left or len(groups[-1]) == MOST_TOGETHER):
+            groups.append([])
+            left = room
+        groups[-1].append(index)
+        left -= need.nbytes
+    return groups
+
+
+def in_passes(
+    needs: Sequence[Need], resources: Resources, fitting: Callable[[Sequence[int]], T | None]
+) -> Iterator[tuple[Sequence[int], T | BadRecipe]]:
+    """Outputs, by their indices, as many together as can be, and what `fitting` makes of them.
+
+    Where it makes nothing of several, or raises `BadRecipe`, what can't be cut leaves them too little memory: it is
+    asked for half of them, then for the other half. For one alone, the error is given.
+    """
+    left = deque(passes(needs, resources))
+    while left:
+        numbers = left.popleft()
+        found: T | BadRecipe | None
+        try:
+            found = fitting(numbers)
+        except BadRecipe as exc:
+            found = exc if len(numbers) == 1 else None
+        if found is not None:
+            yield numbers, found
+        else:
+            left.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
+
+
+def fits(memory: int, count: int, resources: Resources) -> bool:
+    """Whether so many outputs may take so much together: one alone may take more than the default."""
+    return count == 1 or resources.memory is not None or memory <= DEFAULT
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one output takes besides its tiles, in bytes."""
+
+    in_flight: int
+    objects: int
+    """Python's, of the tensors that its adapter changes."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.in_flight + self.objects
+
+
+def need_of(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> Need:
+    """What an output of these tensors takes besides its tiles."""
+    return Need(in_flight(tensors, recipe, resources), PER_TENSOR * sum(tensor.is_touched for tensor in tensors))
+
+
+def together(needs: Sequence[Need]) -> int:
+    """Bytes that are not for tiles where these outputs are made together: of one alone, as many as in a conversion."""
+    if not needs:
+        return FIXED
+    # `FIXED` has the objects of one output.
+    return FIXED + sum(need.nbytes for need in needs) - min(need.objects for need in needs)
+
+
+def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> int:
+    """Bytes that one output takes besides its tiles: of tensors that are not finished, and of the adapter's factors."""
+    statistics = sorted((_statistics(tensor, recipe) for tensor in tensors), reverse=True)
+    factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
+    # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
+    return sum(statistics[:2]) + sum(factors[: resources.slots + 1])
+
+
+def _objects(tensors: Sequence[TensorPlan]) -> int:
+    """Bytes of Python's objects for tensors that are more than a usual base has."""
+    whole = sum(PER_TENSOR_OF_BASE + PER_OUTPUT * len(tensor.outputs) for tensor in tensors)
+    return int(whole * max(0, len(tensors) - IN_FIXED) / max(1, len(tensors)))
+
+
+def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
+    """Bytes that the absmax of a whole tensor and the sums of its rows take until it is finished."""
+    blocks = 0
+    if tensor.action == "quantize":
+        blocks = tensor.rows * tensor.columns // recipe.block_size if recipe.four_bit else tensor.rows
+    return 8 * blocks + (0 if tensor.is_copy else 80 * tensor.rows)
+
+
+def _factors(tensor: TensorPlan) -> int:
+    return 0 if tensor.pair is None else 6 * tensor.pair.rank * sum(tensor.pair.shape)

@@ -1,0 +1,205 @@
+"""Deciding: a base, an adapter and a recipe become a plan, or are refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
+from converter.merge.adapter import Adapter
+from converter.merge.match import Match, match
+from converter.model.architecture import Architecture, Role
+from converter.model.ask import check_output, describe, dismiss
+from converter.plan.budget import Resources, cut_into_tiles
+from converter.plan.config import output_config, refuse_unconvertible
+from converter.plan.layout import outputs_of
+from converter.plan.plan import Plan, TensorPlan, in_shards, packed
+from converter.read.checkpoint import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
+from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
+from converter.recipe import Recipe
+from converter.tensors import torch_device
+
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16"}
+
+
+def make_plan(
+    base: Checkpoint,
+    adapter: Adapter | None = None,
+    recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Decide everything that will happen to an opened base and adapter, or refuse.
+
+    Reads the adapter's values once, to check them; of the base, headers only. Raises a `ConversionRefused`.
+    """
+    refuse_unconvertible(base.config, base.folder.label, trust_remote_code=trust_remote_code)
+    recipe = recipe.resolved(_weights_dtype(base))
+    shapes = {tensor.name: tensor.shape for tensor in base}
+    architecture = describe(
+        base.config,
+        shapes,
+        quantize=recipe.quant_type != "none",
+        dtype=recipe.dtype,
+        keep=recipe.keep,
+        remote_code=trust_remote_code,
+    )
+    found = match(adapter, architecture, shapes) if adapter is not None else Match()
+    tensors = [
+        _plan_tensor(header, architecture.roles[header.name], recipe, found)
+        for header in sorted(base, key=lambda header: (header.file, header.offset))
+    ]
+    tensors += [
+        _plan_tensor(replace(base.tensors[source], name=name), Role(name, "linear", quantize=False), recipe, found)
+        for name, source in found.untied.items()
+    ]
+    if recipe.quant_type != "none" and not any(tensor.action == "quantize" for tensor in tensors):
+        raise Unsupported(
+            f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
+        )
+    _check_names(tensors)
+    processor = torch_device(device)
+    resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
+    tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
+    untied = bool(found.untied) or found.parted
+    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
+    side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
+    _check_tokenizer(side_files, adapter, architecture, tensors)
+    if architecture.known:
+        _check_statically(config, tensors)
+    dismiss()
+    unknown = sum(role.parameter is None for role in architecture.roles.values())
+    if unknown:
+        found.notes.append(
+            f"{unknown} tensors of the base are not part of {architecture.class_name}: copied as they are"
+        )
+    return Plan(
+        recipe=recipe,
+        class_name=architecture.class_name,
+        shards=in_shards(packed(tensors, recipe)),
+        config=config,
+        side_files=side_files,
+        notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors)),
+        base_bytes=base.nbytes,
+        adapter_digest=adapter.check_finite() if adapter is not None else None,
+        device=str(processor),
+        resources=resources,
+        memory=memory,
+        verifiable=architecture.known,
+    )
+
+
+def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match) -> TensorPlan:
+    name = header.name
+    pair = found.deltas.get(name)
+    replacement = found.replacements.get(name)
+    source = replacement if replacement is not None else header
+    if header.dtype.startswith("F8"):
+        raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
+    computed_with = role.parameter is not None and not role.integer and source.dtype not in _FLOATING
+    if computed_with or ((pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16")):
+        raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
+    if role.quantize and 0 in source.shape:
+        raise BadCheckpoint(f"{name}: shape {list(source.shape)}, a weight without elements")
+    transpose = role.kind == "conv1d" and (role.quantize or pair is not None)
+    turned_on_disk = role.kind == "conv1d" and role.quantize
+    shape = source.shape[::-1] if turned_on_disk else source.shape
+    if role.parameter is None or source.dtype not in _FLOATING:
+        dtype = source.dtype
+    else:
+        dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
+    computed = source.shape[::-1] if transpose else source.shape
+    rows = computed[0] if computed else 1
+    return TensorPlan(
+        name=name,
+        origin="base" if replacement is None else "adapter",
+        source=source,
+        action="quantize" if role.quantize else "keep",
+        pair=pair,
+        transpose=transpose,
+        shape=shape,
+        dtype=dtype,
+        tiles=(0, rows),
+        outputs=outputs_of(name, shape, dtype, recipe, quantize=role.quantize),
+        checked=role.parameter is not None,
+    )
+
+
+def _weights_dtype(base: Checkpoint) -> str:
+    """The dtype that most of the base's bytes have."""
+    counter: Counter[str] = Counter()
+    for tensor in base:
+        counter[tensor.dtype] += tensor.nbytes
+    return max(sorted(counter), key=lambda dtype: counter[dtype])
+
+
+def _check_names(tensors: list[TensorPlan]) -> None:
+    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state; and
+    all names together must not be more than is read of a checkpoint."""
+    made = Counter(output.name for tensor in tensors for output in tensor.outputs)
+    if len(made) > MAX_TENSORS or sum(tensor.header_bytes for tensor in tensors) > MAX_JSON_BYTES:
+        raise Unsupported(
+            f"the output would have {len(made):,} tensors, expected at most {MAX_TENSORS:,}, whose names and shapes "
+            f"take at most {MAX_JSON_BYTES:,} bytes"
+        )
+    quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
+    for name in (tensor.name for tensor in tensors if tensor.action == "keep"):
+        around = name.rpartition(".")[0]
+        while around and around not in quantized:
+            around = around.rpartition(".")[0]
+        if around or made[name] > 1:
+            raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
+
+
+def _check_statically(config: Mapping[str, Any], tensors: list[TensorPlan]) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    problems = check_output(config, shapes, [tensor.name for tensor in tensors if tensor.action == "quantize"])
+    if problems:
+        raise Unsupported(f"the output would not load: {problems[0]} ({len(problems)} in all)")
+
+
+def _check_tokenizer(
+    side_files: tuple[SideFile, ...],
+    adapter: Adapter | None,
+    architecture: Architecture,
+    tensors: list[TensorPlan],
+) -> None:
+    """An adapter's tokenizer may have tokens that the embedding has no rows for."""
+    own = SideFile("tokenizer.json", "adapter")
+    rows = [tensor.shape[0] for tensor in tensors if tensor.name in architecture.embeddings and tensor.shape]
+    if adapter is None or own not in side_files or not rows:
+        return
+    largest = largest_token(read_bytes(adapter.folder, own.name, limit=MAX_SIDE_FILE_BYTES))
+    if largest >= min(rows):
+        raise AdapterMismatch(
+            f"{adapter.folder.label}: its tokenizer has a token {largest:,}, the embedding {min(rows):,} rows: "
+            "the adapter's file lacks the resized embedding"
+        )
+
+
+def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
+    """An adapter fits any base of its shapes; whether it was trained on this one, only the names can tell."""
+    trained_on = adapter.base_name if adapter is not None else None
+    if trained_on is None:
+        return []
+    names = (base.folder.label.partition("@")[0], str(base.config.get("_name_or_path", "")))
+    if any(name.rstrip("/").rpartition("/")[2] == trained_on.rstrip("/").rpartition("/")[2] for name in names):
+        return []
+    return [f"the adapter says that it was trained on {trained_on[:100]}: this base has another name"]
+
+
+def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:
+    """VLLM fuses some weights, which must then be quantized all or not at all."""
+    actions = {tensor.name: tensor.action for tensor in tensors}
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for name, action in actions.items():
+            head, dot, tail = name.partition(f".{parts[0]}.")
+            if dot and any(actions.get(f"{head}.{part}.{tail}", action) != action for part in parts):
+                listed = ", ".join(parts)
+                return [f"{head}: {listed} are quantized in part; vLLM fuses them and needs all or none"]
+    return []

@@ -1,0 +1,139 @@
+"""How long a conversion will take, from short samples of what it will do."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from converter.read.checkpoint import LocalFolder
+from converter.read.checksums import READERS, recall, stated
+from converter.tensors import torch_device
+
+if TYPE_CHECKING:
+    from converter.plan.plan import Plan, TensorPlan
+    from converter.read.checkpoint import Checkpoint
+
+WRITE_RATE = 400e6
+"""Bytes a second that a disk is taken to write durably: a dry run writes nothing, so this one is not sampled."""
+_SAMPLE_BYTES = 64 << 20
+_SAMPLE_VALUES = 4 << 20
+_START_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds that each stage would take alone. They overlap, so the longest of them rules."""
+
+    read: float
+    """At the rate at which the first bytes of the base were read just now; 0 for a base on the Hub."""
+    compute: float
+    """At the rate at which random weights were quantized just now, on as many threads."""
+    write: float
+    """At `WRITE_RATE`."""
+    check: float = 0.0
+    """Before all else: taking the sha256 of weights that are held against one for the first time, by a sample, too."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole: start, check, the longest stage, and a tenth of the others, which don't overlap entirely."""
+        stages = (self.read, self.compute, self.write)
+        return _START_SECONDS + self.check + max(stages) + 0.1 * (sum(stages) - max(stages))
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"seconds": self.seconds}
+
+
+def estimate(plan: Plan, base: Checkpoint) -> Estimate:
+    """Sample reading and quantizing, for some tenths of a second. `BadCheckpoint` if SHA256SUMS can't be understood."""
+    values, read_rate = computed(plan.tensors()), _read_rate(base)
+    unchecked = _unchecked(base)
+    return Estimate(
+        read=plan.base_bytes / read_rate,
+        compute=values / _compute_rate(plan) if values else 0.0,
+        write=plan.output_bytes / WRITE_RATE,
+        check=unchecked / min(read_rate, READERS * _hash_rate()) if unchecked else 0.0,
+    )
+
+
+def computed(tensors: Iterable[TensorPlan]) -> int:
+    """Weights that are merged or quantized, and not just copied."""
+    return sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
+
+
+def _unchecked(base: Checkpoint) -> int:
+    """Bytes that are read for their sha256 first; 0 of a base on the Hub, whose shards are hashed as they arrive."""
+    folder = base.folder
+    if not isinstance(folder, LocalFolder):
+        return 0
+    return sum(folder.size(name) for name in stated(folder, base.shards) if recall(folder, name) is None)
+
+
+def _hash_rate() -> float:
+    """Bytes a second, of one thread."""
+    sample = bytes(_SAMPLE_BYTES // 8)
+    started = time.perf_counter()
+    hashlib.sha256(sample)
+    return len(sample) / (time.perf_counter() - started)
+
+
+def _read_rate(base: Checkpoint) -> float:
+    if not isinstance(base.folder, LocalFolder):
+        return float("inf")
+    shard = base.shards[0]
+    size = min(_SAMPLE_BYTES, base.folder.size(shard))
+    buffer = memoryview(bytearray(size))
+    started = time.perf_counter()
+    base.folder.read_into(shard, 0, buffer)
+    return size / max(time.perf_counter() - started, 1e-6)
+
+
+def _compute_rate(plan: Plan) -> float:
+    """Weights a second."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from converter.merge.lora import MergedTile
+    from converter.quantize.bnb import Quantizer
+
+    recipe, resources = plan.recipe, plan.resources
+    if recipe.quant_type == "none":
+        return 500e6 * resources.threads  # a sum and a rounding: far from being what takes the time
+    quantizer = Quantizer(recipe, torch_device(plan.device), kernels=resources.kernels)
+    weight = torch.randn(_SAMPLE_VALUES // 4096, 4096).bfloat16()
+
+    def once() -> None:
+        if quantizer.kernels:
+            import numpy
+
+            from converter.quantize import kernels
+
+            kernels.quantize_rows(
+                weight.view(torch.uint16).numpy().ravel(),
+                numpy.zeros(weight.numel(), numpy.float32),
+                1.0,
+                4096,
+                quant_type=recipe.quant_type,
+                block=recipe.block_size,
+                rounding=kernels.EXACT,
+                packed=numpy.empty(weight.numel() // 2, numpy.uint8),
+                absmax=numpy.empty(weight.numel() // recipe.block_size, numpy.float32),
+                sums=numpy.empty((weight.shape[0], kernels.SUMS)),
+            )
+        else:
+            from converter.quantize.measure import row_sums
+
+            values = weight.to(quantizer.device)
+            tile = quantizer.tile("a sample", values)
+            row_sums(MergedTile(values, values.float(), values.float(), None), tile.restored)
+
+    once()  # loads what is compiled
+    started = time.perf_counter()
+    with ThreadPoolExecutor(resources.threads) as pool:
+        for done in [pool.submit(once) for _ in range(resources.threads)]:
+            done.result()
+    seconds = time.perf_counter() - started
+    return resources.threads * int(weight.numel()) / seconds

@@ -1,0 +1,259 @@
+"""Base and adapter as the user named them, opened: folders of this machine, or repositories on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
+from converter.merge.adapter import CONFIG as ADAPTER_CONFIG
+from converter.merge.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from converter.merge.adapter import Adapter
+from converter.read.checkpoint import Checkpoint, Folder, LocalFolder
+from converter.read.checksums import Hashing, stated
+from converter.read.hub.folder import HubFolder, is_hub_id
+from converter.read.side_files import wanted_from_base
+
+Reference = str | os.PathLike[str]
+"""A folder, or an id on the Hub."""
+
+
+Show = Callable[[str, int, int, str], None]
+"""Told a stage, how many bytes are done, of how many, and a file's name."""
+
+
+class Base:
+    """An opened base. Of one on the Hub, config, index and headers are read by range; `fetch` brings the shards."""
+
+    def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
+        self._opened = _open(reference, revision, offline=offline)
+        self.checkpoint = Checkpoint(self._opened)
+        self.commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
+        self.id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+        self.checked: dict[str, str] = {}
+        """Shard → who stated the sha256 that it was found to have; empty before `bring`."""
+
+    def fetch(
+        self,
+        progress: Callable[[str, int], None] | None = None,
+        arrived: Callable[[LocalFolder, str], None] = lambda *_: None,
+    ) -> None:
+        """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder. `arrived` hears of shards."""
+        if isinstance(self._opened, HubFolder):
+            code = [name for name in self._opened.names() if name.endswith(".py")]
+            rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
+            folder = self._opened.fetch([*rest, *wanted_from_base(self._opened.names()), *code], progress)
+            for shard in self.checkpoint.shards:
+                arrived(self._opened.fetch([shard], progress), shard)
+            self.checkpoint = Checkpoint(folder)
+
+    def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
+        """`fetch`, and hold the shards against what is known of their sha256.
+
+        `BadCheckpoint` names one that is another; `Interrupted` once `stop` gives the number of a signal.
+        """
+        total, hub = self.checkpoint.nbytes, self.hub_digests()
+        with Hashing() as hashing:
+            # What has arrived is hashed while the next shard does: it is in memory still.
+            self.fetch(
+                lambda name, done: show("fetching", done, total, name),
+                lambda folder, shard: hashing.begin(folder, shard) if shard in hub else None,
+            )
+            folder = self.checkpoint.folder
+            assert isinstance(folder, LocalFolder)  # noqa: S101  (`fetch` saw to it)
+            known = stated(folder, self.checkpoint.shards, hub)
+            hashing.check(folder, known, lambda *how_far: show("checking", *how_far), stop)
+        self.checked = {shard: of.by for shard, of in known.items()}
+
+    def hub_digests(self) -> dict[str, str]:
+        """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
+        if not isinstance(self._opened, HubFolder):
+            return {}
+        digests = {shard: self._opened.digest(shard) for shard in self.checkpoint.shards}
+        return {shard: digest for shard, digest in digests.items() if digest is not None}
+
+
+class Inputs:
+    """An opened base and, if there is one, an adapter.
+
+    `opened` is a base that several adapters share; it stays open when these inputs are closed.
+    """
+
+    def __init__(
+        self,
+        base: Reference | None,
+        adapter: Reference | None,
+        base_revision: str | None = None,
+        adapter_revision: str | None = None,
+        *,
+        offline: bool = False,
+        opened: Base | None = None,
+    ) -> None:
+        if base is None and adapter is None and opened is None:
+            raise ConversionRefused("no base: give --base, or an --adapter that names its base")
+        self._adapter: OpenedAdapter | None = None
+        if adapter is not None:
+            self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
+        self._owns_base = opened is None
+        if opened is None:
+            if base is None:
+                assert self.adapter is not None  # noqa: S101  (checked above)
+                base, base_revision = base_of_adapter(self.adapter, base_revision)
+            opened = Base(base, base_revision, offline=offline)
+        self.opened = opened
+
+    @property
+    def base(self) -> Checkpoint:
+        return self.opened.checkpoint
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return self._adapter.adapter if self._adapter else None
+
+    @property
+    def adapter_commit(self) -> str | None:
+        return self._adapter.commit if self._adapter else None
+
+    @property
+    def adapter_id(self) -> str | None:
+        return self._adapter.id if self._adapter else None
+
+    @property
+    def checked(self) -> dict[str, dict[str, str]]:
+        """base, adapter → weights file → who stated the sha256 that it was found to have."""
+        return {"base": self.opened.checked, "adapter": self._adapter.checked if self._adapter else {}}
+
+    @property
+    def base_commit(self) -> str | None:
+        return self.opened.commit
+
+    @property
+    def base_id(self) -> str | None:
+        return self.opened.id
+
+    def fetch(self) -> None:
+        """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder."""
+        self.opened.fetch()
+
+    def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
+        """`Base.bring`."""
+        self.opened.bring(show, stop)
+
+    def hub_digests(self) -> dict[str, str]:
+        """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
+        return self.opened.hub_digests()
+
+    def folder_of(self, origin: str) -> Folder:
+        """The folder of the base, or of the adapter."""
+        if origin == "adapter" and self.adapter is not None:
+            return self.adapter.folder
+        return self.base.folder
+
+    @contextmanager
+    def unchanged(self, before: Mapping[Path, list[int] | None] | None = None) -> Iterator[None]:
+        """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime, or since
+        `identities` gave `before`."""
+        before = self.identities() if before is None else before
+        yield
+        self.refuse_if_changed(before)
+
+    def refuse_if_changed(self, before: Mapping[Path, list[int] | None]) -> None:
+        """`InputChanged` if a weights file was written to, or replaced, since `identities` gave `before`."""
+        after = self.identities()
+        for path, identity in before.items():
+            if after[path] != identity:
+                raise InputChanged(f"{path}: changed while it was being read")
+
+    def identities(self) -> dict[Path, list[int] | None]:
+        """By which the weights files would be told from others in their place."""
+        files = [(self.base.folder, shard) for shard in self.base.shards]
+        if self.adapter is not None:
+            files.append((self.adapter.folder, ADAPTER_WEIGHTS))
+        local = [(folder, name) for folder, name in files if isinstance(folder, LocalFolder)]
+        return {folder.path / name: _identity(folder, name) for folder, name in local}
+
+    @property
+    def folders(self) -> list[Path]:
+        """The local folders that are read."""
+        folders = [self.base.folder, self.adapter.folder if self.adapter else None]
+        return [folder.path for folder in folders if isinstance(folder, LocalFolder)]
+
+    def close(self) -> None:
+        if self._owns_base:
+            self.base.close()
+        if self.adapter is not None:
+            self.adapter.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class OpenedAdapter(NamedTuple):
+    """An adapter; of one on the Hub, its commit and its id there."""
+
+    adapter: Adapter
+    commit: str | None
+    id: str | None
+    checked: dict[str, str]
+    """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
+
+
+def open_adapter(reference: Reference, revision: str | None = None, *, offline: bool = False) -> OpenedAdapter:
+    """An adapter, fetched if it is on the Hub; `BadAdapter` if its sha256 is known and it has another.
+
+    That costs little, for planning reads its values, too.
+    """
+    folder = _open(reference, revision, offline=offline)
+    commit = name = digest = None
+    if isinstance(folder, HubFolder):
+        wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
+        commit, name = folder.commit, folder.repo_id
+        digest = folder.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
+        folder = folder.fetch([*wanted, *wanted_from_base(folder.names())])
+    assert isinstance(folder, LocalFolder)  # noqa: S101  (there is no third kind)
+    adapter = Adapter(folder)
+    try:
+        known = stated(folder, [ADAPTER_WEIGHTS], {} if digest is None else {ADAPTER_WEIGHTS: digest})
+        with Hashing() as hashing:
+            hashing.check(folder, known)
+    except BadCheckpoint as exc:
+        folder.close()
+        raise BadAdapter(str(exc)) from exc
+    return OpenedAdapter(adapter, commit, name, {file: of.by for file, of in known.items()})
+
+
+def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Reference, str | None]:
+    """The base that an adapter names, and its revision; `ConversionRefused` if it names none."""
+    name = adapter.base_name
+    if name is None:
+        raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
+    return name, revision or adapter.base_revision
+
+
+def _identity(folder: LocalFolder, name: str) -> list[int] | None:
+    try:
+        return folder.identity(name)
+    except FileNotFoundError:
+        return None
+
+
+def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
+    text = os.fspath(reference)
+    if isinstance(reference, str) and is_hub_id(text):
+        try:
+            return HubFolder(text, revision, offline=offline)
+        except (HubRefused, HubFailed) as exc:
+            raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
+    try:
+        return LocalFolder(Path(text).expanduser())
+    except RuntimeError as exc:  # a home folder of nobody
+        raise ConversionRefused(f"{text}: {exc}") from exc

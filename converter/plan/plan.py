@@ -1,0 +1,259 @@
+"""The plan: everything decided from headers, as frozen values. Nothing has been written when it is made.
+
+What happens to each tensor, every output name, dtype, shape and offset, the output's config, the predicted memory and
+disk. It can be printed, compared and hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from converter.merge.adapter import LoraPair
+from converter.plan.budget import Resources, cut_into_tiles
+from converter.plan.estimate import Estimate
+from converter.plan.layout import Output, ShardLayout, lay_out, pack_shards, shard_names
+from converter.read.checkpoint import TensorHeader
+from converter.read.side_files import SideFile
+from converter.recipe import Recipe
+
+LAYOUT_VERSION = 1
+"""Part of the fingerprint: raise it when equal plans would give other bytes."""
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor."""
+
+    name: str
+    """Its name in the output, which is the base's."""
+    origin: Literal["base", "adapter"]
+    source: TensorHeader
+    """Where its values come from."""
+    action: Literal["quantize", "keep"]
+    pair: LoraPair | None
+    """The adapter's factors for it."""
+    transpose: bool
+    """Stored as (in_features, out_features), quantized the other way round: GPT-2's Conv1D."""
+    shape: tuple[int, ...]
+    """In the output, before packing."""
+    dtype: str
+    """In the output, of a tensor that is kept; of its quant state, else."""
+    tiles: tuple[int, ...]
+    """Row numbers at which it is cut, (0, …, rows), in the orientation of the product B·A."""
+    outputs: tuple[Output, ...]
+    checked: bool
+    """Whether a NaN or an infinity in it is an error; not so in a tensor that the model doesn't have."""
+
+    @property
+    def rows(self) -> int:
+        return self.tiles[-1]
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.shape) // self.rows if self.rows else 0
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes go into the output as they are."""
+        return self.action == "keep" and self.pair is None and self.dtype == self.source.dtype
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether the adapter has a part in it."""
+        return self.pair is not None or self.origin == "adapter"
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """First row and the row after the last, of each tile."""
+        yield from zip(self.tiles, self.tiles[1:], strict=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its outputs; an upper bound, by a few bytes, for a quant state."""
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def header_bytes(self) -> int:
+        """What its outputs take of a shard's header, at the most."""
+        return sum(output.header_bytes for output in self.outputs)
+
+    @property
+    def largest_tile(self) -> int:
+        """Weights of its largest tile."""
+        return max(end - start for start, end in self.spans()) * self.columns
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether it must be in memory whole, because its rows are not together on disk."""
+        return self.transpose
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file."""
+
+    file: str
+    tensors: tuple[TensorPlan, ...]
+    """In the order in which they are made, which is the order of the base's bytes."""
+    layout: ShardLayout
+
+    @property
+    def is_of_the_base_alone(self) -> bool:
+        """Whether no tensor in it has anything of the adapter: then other conversions may have the same file."""
+        return not any(tensor.is_touched for tensor in self.tensors)
+
+    def as_json(self) -> dict[str, Any]:
+        """The shard as JSON values."""
+        return {
+            "file": self.file,
+            "bytes": self.layout.size,
+            "tensors": [_tensor_json(tensor, self.layout) for tensor in self.tensors],
+        }
+
+    def essence(self) -> dict[str, Any]:
+        """The same without how its tensors are cut, for the same bytes come out however that is."""
+        whole = self.as_json()
+        for tensor in whole["tensors"]:
+            del tensor["tiles"]
+        return whole
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will happen."""
+
+    recipe: Recipe
+    """With its dtype decided."""
+    class_name: str
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any]
+    """The output's config.json."""
+    side_files: tuple[SideFile, ...]
+    notes: tuple[str, ...]
+    """What a user should know and nothing refuses."""
+    base_bytes: int
+    adapter_digest: str | None
+    device: str
+    """Where it computes: cpu, cuda, cuda:0, …"""
+    resources: Resources
+    """What it may use; no byte of the output depends on it."""
+    memory: int
+    """Predicted peak of memory above what Python and its libraries take, in bytes."""
+    estimate: Estimate | None = None
+    """How long it will take; known to a dry run, which samples it."""
+    verifiable: bool = True
+    """Whether transformers can be asked what it makes of the output; not so where the base's own code defines it."""
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        for shard in self.shards:
+            yield from shard.tensors
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the shards; an upper bound by a few bytes a quantized weight."""
+        return sum(shard.layout.size for shard in self.shards)
+
+    def counts(self) -> dict[str, int]:
+        """Tensors by what happens to them: merged, quantized, kept, replaced."""
+        counter: Counter[str] = Counter()
+        for tensor in self.tensors():
+            counter[tensor.action] += 1
+            counter["merged"] += tensor.pair is not None
+            counter["replaced"] += tensor.origin == "adapter"
+        return dict(counter)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what will happen to each tensor, of the layout and of the recipe."""
+        whole = self.as_json()
+        for prediction in ("memory_bytes", "notes", "counts", "estimate"):
+            del whole[prediction]
+        whole["shards"] = [shard.essence() for shard in self.shards]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def content(self) -> str:
+        """sha256 of what will happen to each tensor, in whatever shard it will lie: of what a loader gets."""
+        whole = self.as_json()
+        tensors = [tensor for shard in self.shards for tensor in shard.essence()["tensors"]]
+        for tensor in tensors:
+            for output in tensor["outputs"]:
+                del output["offset"]
+        del whole["recipe"]["max_shard_size"]
+        kept = {key: whole[key] for key in ("layout_version", "architecture", "recipe", "config", "side_files")}
+        kept["tensors"] = sorted(tensors, key=lambda tensor: str(tensor["name"]))
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON values. Places and times are not part of it."""
+        return {
+            "layout_version": LAYOUT_VERSION,
+            "architecture": self.class_name,
+            "recipe": self.recipe.as_json(),
+            "base_bytes": self.base_bytes,
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.memory,
+            "estimate": None if self.estimate is None else self.estimate.as_json(),
+            "counts": self.counts(),
+            "notes": list(self.notes),
+            "config": dict(self.config),
+            "side_files": {side.name: side.origin for side in self.side_files},
+            "shards": [shard.as_json() for shard in self.shards],
+        }
+
+
+def packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
+    """Tensors, in their order, in groups that fit a shard; none for none."""
+    sizes, headers = [tensor.nbytes for tensor in tensors], [tensor.header_bytes for tensor in tensors]
+    groups = pack_shards(sizes, recipe.max_shard_size, headers) if tensors else []
+    return [[tensors[index] for index in group] for group in groups]
+
+
+def in_shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:
+    """Shards of groups of tensors, named and laid out."""
+    files = shard_names(len(groups))
+    return tuple(
+        ShardPlan(file, tuple(group), lay_out(output for tensor in group for output in tensor.outputs))
+        for file, group in zip(files, groups, strict=True)
+    )
+
+
+def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
+    """The plan with some of its tensors, by name and rows, cut otherwise, which changes no byte."""
+    shards = tuple(
+        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
+        for s in plan.shards
+    )
+    return replace(plan, shards=shards)
+
+
+def recut(plan: Plan, reserved: int) -> Plan:
+    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
+    cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
+    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
+
+
+def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": tensor.name,
+        "action": tensor.action,
+        "origin": tensor.origin,
+        "source": {"dtype": tensor.source.dtype, "shape": list(tensor.source.shape)},
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "transpose": tensor.transpose,
+        "tiles": len(tensor.tiles) - 1,
+        "outputs": [
+            {"name": o.name, "dtype": o.dtype, "shape": list(o.shape), "offset": layout.offsets.get(o.name)}
+            for o in tensor.outputs
+        ],
+    }
+    if tensor.pair is not None:
+        entry["lora"] = {"module": tensor.pair.module, "rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
+    return entry

@@ -1,0 +1,1 @@
+"""Output formats: values become codes and scales."""

@@ -1,0 +1,1 @@
+"""A repository on the Hugging Face Hub as a folder that can be read."""

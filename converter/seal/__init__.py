@@ -1,0 +1,1 @@
+"""What makes a folder a checkpoint named OUT."""

@@ -1,0 +1,65 @@
+"""The model card: what the output is, what it was made of, how to load it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.plan.plan import Plan
+    from converter.seal.receipt import Origin
+
+CARD = "README.md"
+
+_KINDS = {
+    "nf4": "4-bit NF4 weights of bitsandbytes",
+    "fp4": "4-bit FP4 weights of bitsandbytes",
+    "int8": "8-bit weights of bitsandbytes (LLM.int8)",
+    "none": "16-bit weights",
+}
+
+
+def model_card(plan: Plan, origin: Origin) -> bytes:
+    """README.md, with the metadata that the Hub reads."""
+    recipe = plan.recipe
+    tags = ["bitsandbytes", f"{4 if recipe.four_bit else 8}-bit"] if recipe.quant_type != "none" else []
+    tags += ["lora-merged"] if origin.adapter is not None else []
+    front = ["library_name: transformers"]
+    if origin.base_name is not None and _is_hub_id(origin.base_name):
+        front.insert(0, f"base_model: {origin.base_name}")
+        front.insert(1, f"base_model_relation: {'quantized' if recipe.quant_type != 'none' else 'finetune'}")
+    if tags:
+        front += ["tags:", *(f"- {tag}" for tag in tags)]
+    base = origin.base_name or "a local base"
+    made_of = f"{base}" + (f" at {origin.base_commit}" if origin.base_commit else "")
+    if origin.adapter is not None:
+        adapter = origin.adapter_name or "a local adapter"
+        made_of += (
+            f", with {adapter}" + (f" at {origin.adapter_commit}" if origin.adapter_commit else "") + " merged in"
+        )
+    lines = ["---", *front, "---", "", "# Model card", "", f"{_KINDS[recipe.quant_type]}: {made_of}.", ""]
+    settings: dict[str, str] = {
+        "quant type": recipe.quant_type,
+        "dtype": recipe.dtype,
+        "merge precision": recipe.merge_precision,
+    }
+    if recipe.four_bit:
+        settings |= {"double quant": str(recipe.double_quant).lower(), "block size": str(recipe.block_size)}
+    if recipe.keep:
+        settings["kept in 16 bits"] = ", ".join(recipe.keep)
+    lines += ["| recipe | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in settings.items()), ""]
+    lines += [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+        "`conversion.json` says what went in, by digests, and how far each tensor is from the exact sum.",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None

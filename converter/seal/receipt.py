@@ -1,0 +1,139 @@
+"""The receipt: what an output was made of, and how to tell whether it would be made the same way again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import ConverterError
+from converter.read.checkpoint import LocalFolder, read_json
+
+if TYPE_CHECKING:
+    from converter.plan.plan import Plan, ShardPlan
+    from converter.quantize.measure import Fidelity
+    from converter.recipe import Recipe
+
+RECEIPT = "conversion.json"
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What went in, by contents: places and times are no part of it."""
+
+    base_config: str
+    """sha256 of config.json."""
+    base: Mapping[str, str]
+    """xxh3-128 of the bytes of the base that were read for each tensor; of a base on the Hub, its shards' digests."""
+    adapter: str | None
+    """sha256 of the adapter's config and tensors."""
+    side_files: Mapping[str, str]
+    """sha256 of what is copied."""
+    device: str
+    """The kind of device: cpu, cuda, …"""
+    base_commit: str | None = None
+    """Of a base on the Hub."""
+    base_name: str | None = None
+    """Its id on the Hub; of a folder, the id by which the adapter calls its base."""
+    adapter_commit: str | None = None
+    adapter_name: str | None = None
+    """Its id on the Hub."""
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what shapes the bytes."""
+    return {name: version(name) for name in ("nf4-converter", "torch", "bitsandbytes")}
+
+
+def fingerprint(plan: Plan, origin: Origin) -> str:
+    """sha256 of contents, recipe, layout, device and versions: equal fingerprints, equal bytes."""
+    return fingerprint_of(plan.digest, origin)
+
+
+def fingerprint_of(plan: str, origin: Origin) -> str:
+    """The same, from the digest of a plan."""
+    whole = {"plan": plan, "origin": asdict(origin), "versions": versions(), "format": FORMAT}
+    return _sha256_of(whole)
+
+
+def identity(shard: ShardPlan, recipe: Recipe, base: Mapping[str, str], device: str) -> str:
+    """sha256 of all that shapes the bytes of a shard that has nothing of an adapter: equal identities, equal files.
+
+    `base` is what `Origin.base` is.
+    """
+    whole = shard.essence()
+    del whole["file"]
+    # Of a base on the Hub its files' digests are known, not those of its tensors.
+    names = [tensor.name for tensor in shard.tensors]
+    read = {name: base[name] for name in names} if all(name in base for name in names) else dict(base)
+    choices = {key: value for key, value in recipe.as_json().items() if key not in ("keep", "max_shard_size")}
+    return _sha256_of({"shard": whole, "base": read, "recipe": choices, "device": device, **versions()})
+
+
+def _sha256_of(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_receipt(
+    plan: Plan,
+    origin: Origin,
+    files: Mapping[str, tuple[int, str]],
+    fidelity: Mapping[str, Fidelity],
+    links: Mapping[str, str],
+) -> bytes:
+    """The receipt's bytes. `files`: name → (bytes, sha256) of every file but the receipt itself; `links`: shard → how
+    it came from elsewhere: hard, reflink or copy."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for tensor in plan.tensors():
+        entry: dict[str, Any] = {"action": tensor.action, "origin": tensor.origin}
+        if tensor.pair is not None:
+            entry["lora"] = {"rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
+        if tensor.name in fidelity:
+            error = fidelity[tensor.name].error
+            entry["error"] = error if math.isfinite(error) else "Infinity"  # which JSON has not, but for Python
+            if tensor.pair is not None:
+                entry["survival"] = fidelity[tensor.name].survival
+        tensors[tensor.name] = entry
+    receipt = {
+        "format": FORMAT,
+        "fingerprint": fingerprint(plan, origin),
+        "versions": versions(),
+        "architecture": plan.class_name,
+        "recipe": plan.recipe.as_json(),
+        "plan": plan.digest,
+        "content": plan.content,
+        "of_the_base_alone": {
+            shard.file: {"identity": identity(shard, plan.recipe, origin.base, origin.device)}
+            | ({"link": links[shard.file]} if shard.file in links else {})
+            for shard in plan.shards
+            if shard.is_of_the_base_alone
+        },
+        "origin": asdict(origin),
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
+        "tensors": tensors,
+    }
+    return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a finished conversion; None where there is none, or none that can be understood."""
+    local = LocalFolder(folder)
+    try:
+        receipt = read_json(local, RECEIPT)
+    except ConverterError:
+        return None
+    finally:
+        local.close()
+    files = receipt.get("files")
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+        return None
+    understood = receipt.get("format") == FORMAT and isinstance(receipt.get("fingerprint"), str)
+    return receipt if understood else None

@@ -1,0 +1,1 @@
+"""A shard's bytes, durably; and the journal of what is written."""

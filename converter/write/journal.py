@@ -1,0 +1,211 @@
+"""The journal of a staging folder: which tensors are durably written, so that a run that died can be continued.
+
+A line is a digest and a JSON object. The first says which job it is; each other one names a tensor, the bytes that
+stand for it and their digests, and what was learnt while it was made. A line is written when what it speaks of is
+durable, and is durable itself before anything relies on it. A line that doesn't fit its digest is no line, nor is what
+follows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from converter.errors import BadOutput
+from converter.read.checkpoint import LocalFolder
+from converter.read.digests import sample
+from converter.seal.receipt import versions
+from converter.write.shard import Piece, Written, write_file, writing
+
+if TYPE_CHECKING:
+    from converter.plan.inputs import Inputs
+    from converter.plan.plan import Plan
+
+JOURNAL = ".journal"
+SECONDS = 3.0
+"""How much of a run may be lost."""
+FORMAT = 2
+"""A journal of another one is another job's."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is written."""
+
+    tensor: str
+    shard: str
+    pieces: tuple[Piece, ...]
+    states: Mapping[str, str]
+    """Quant state → its JSON; its place is known only when the shard is finished."""
+    error: float
+    survival: float | None
+    digest: str
+    """xxh3-128 of the bytes that were read."""
+
+
+def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other's work.
+
+    The layout says in which shards, and changes with what a batch shares; the rest, what will be made of what. Of a
+    local base: headers, sizes, modification times and some bytes. Its contents are known only when they have been read.
+    """
+    base = inputs.base
+    headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
+    identity: Any = inputs.hub_digests()
+    if isinstance(base.folder, LocalFolder) and not identity:
+        identity = {shard: base.folder.identity(shard)[:2] for shard in base.shards}
+        identity |= {"sample": sample(base)}
+    return {
+        "plan": plan.content,
+        "layout": plan.digest,
+        "base": hashlib.sha256(json.dumps([headers, identity], sort_keys=True).encode()).hexdigest(),
+        "adapter": plan.adapter_digest,
+        "device": plan.device,
+        "versions": versions(),
+    }
+
+
+class Journal:
+    """The journal in a staging folder that is locked. What an earlier run of the same job left is in `entries`.
+
+    Work of the same job in another layout is of no use: none of it is in `entries`, and `is_begun_anew` says so.
+    Raises `BadOutput`, saying what differs, if the folder holds the work of another job.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
+        self._path = folder / JOURNAL
+        self.entries: dict[str, Entry] = {}
+        """By tensor."""
+        self.is_begun_anew = False
+        self._new: list[Entry] = []
+        self._failure: OSError | None = None
+        self._committed = time.monotonic()
+        self._read(job)
+        # A new file: in the old one something torn may stand at the end, or a sync may have failed.
+        write_file(
+            self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, self.entries.values())])
+        )
+        with writing(self._path):
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def add(self, entry: Entry) -> None:
+        """Note a tensor; `commit` makes it count."""
+        self._new.append(entry)
+
+    def is_due(self) -> bool:
+        """Whether what was noted is worth the disk's time."""
+        return time.monotonic() - self._committed >= SECONDS
+
+    def take(self) -> list[Entry]:
+        """What was noted and not yet committed, for `commit`."""
+        taken, self._new = self._new, []
+        return taken
+
+    def commit(self, entries: Sequence[Entry]) -> None:
+        """Make entries durable. Their tensors must be so already."""
+        with writing(self._path):
+            if self._failure is not None:
+                raise self._failure
+            try:
+                self._append(b"".join(map(_line_of, entries)))
+            except OSError as exc:
+                # Half a line may be there; or the disk hasn't got it, and asking again would say that all is well.
+                self._failure = exc
+                raise
+        # Another dict: `written` may be going through this one, in another thread.
+        self.entries = self.entries | {entry.tensor: entry for entry in entries}
+        self._committed = time.monotonic()
+
+    def written(self, shard: str) -> Written:
+        """What was written of a shard."""
+        return {e.tensor: (e.pieces, e.states) for e in self.entries.values() if e.shard == shard}
+
+    def forget(self, shard: str) -> None:
+        """Rely no more on what was written of a shard."""
+        self.entries = {tensor: entry for tensor, entry in self.entries.items() if entry.shard != shard}
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+
+    def _append(self, raw: bytes) -> None:
+        while raw:
+            raw = raw[os.write(self._descriptor, raw) :]
+        os.fdatasync(self._descriptor)
+
+    def _read(self, job: Mapping[str, Any]) -> None:
+        """Take in what is there, up to the first line that isn't as it was written."""
+        try:
+            raw = _read_plain(self._path)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise BadOutput(f"{self._path}: {exc.strerror}") from exc
+        for number, line in enumerate(raw.splitlines(keepends=True)):
+            digest, _, text = line.partition(b" ")
+            if not text.endswith(b"\n") or digest.decode("latin-1") != xxhash.xxh3_64_hexdigest(text):
+                return
+            try:
+                value = json.loads(text)
+                if number == 0:
+                    self._check_job(dict(value["job"]) if value["journal"] == FORMAT else {}, job)
+                    if self.is_begun_anew:
+                        return
+                else:
+                    entry = _entry(value)
+                    self.entries[entry.tensor] = entry
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # an error of 400 digits, too
+                return
+
+    def _check_job(self, found: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+        differing = [key for key in job if found.get(key) != json.loads(json.dumps(job[key]))]
+        self.is_begun_anew = differing == ["layout"]
+        if differing and not self.is_begun_anew:
+            raise BadOutput(
+                f"{self._path.parent}: holds the unfinished work of another conversion, of which "
+                f"{', '.join(key for key in differing if key != 'layout')} differ; --no-resume discards it"
+            )
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    raw = (json.dumps(value) + "\n").encode()
+    return f"{xxhash.xxh3_64_hexdigest(raw)} ".encode() + raw
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    """What a line says; `TypeError` or `KeyError` where it is none of ours, whatever its digest."""
+    pieces = tuple(
+        Piece(str(p["output"]), _size(p["start"]), _size(p["length"]), str(p["digest"])) for p in value["pieces"]
+    )
+    states = {str(name): str(state) for name, state in dict(value["states"]).items()}
+    survival = None if value["survival"] is None else float(value["survival"])
+    tensor, shard, digest = (str(value[key]) for key in ("tensor", "shard", "digest"))
+    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest)
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError
+    return value
+
+
+def _line_of(entry: Entry) -> bytes:
+    return _line(asdict(entry))
+
+
+def _read_plain(path: Path) -> bytes:
+    """A plain file; no link is followed, and no pipe waited for."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise BadOutput(f"{path}: not a plain file")
+        return file.read()

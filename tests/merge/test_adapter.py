@@ -1,0 +1,774 @@
+"""An adapter's files: what is refused and in which words, and that scaling and targeting are PEFT's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import converter.merge.patterns
+from converter.errors import BadAdapter, ConversionRefused, Unsupported
+from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from converter.read.checkpoint import LocalFolder
+from tests.limits import cpu_below
+
+MODULE = "model.layers.0.self_attn.q_proj"
+A, B = f"{PREFIX}{MODULE}.lora_A.weight", f"{PREFIX}{MODULE}.lora_B.weight"
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention).*?(?:q_proj|v_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn)\.(?:(?:q_proj|k_proj)))"
+)
+REAL_EXPRESSIONS = [
+    r".*\.(q_proj|v_proj)",
+    r"model\.layers\.(\d+)\.self_attn\.(q|k|v|o)_proj",
+    r"^(?!.*vision).*(?:q_proj|k_proj).*$",
+    r"(?:.*\.)?(?:model\.)?layers\.\d+\.(?:\w+\.)*(?:q_proj|up_proj)",
+    r"(.*\.)?layers\.(\d+|1[0-9]+)\.(\w+\.)*(q_proj)",
+    UNSLOTH,
+]
+ENDLESS_EXPRESSIONS = [r"(\w|\w\w)+[!?]{2}", r"((\w|\w\w)+)+[!?]{2}", r"(?=(\w|\w\w)+[!?]{2}).*"]
+MODULES = [
+    f"{prefix}layers.{layer}.{leaf}"
+    for prefix in ("", "model.", "model.language_model.", "vision_tower.encoder.")
+    for layer in (0, 1, 11)
+    for leaf in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.experts.1.w1", "input_layernorm")
+] + ["lm_head", "score", "model.embed_tokens", "model.norm", "transformer.h.1.attn.c_attn", "q_proj"]
+
+
+def factors(rank: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {A: torch.ones(rank, 16, dtype=dtype), B: torch.ones(8, rank, dtype=dtype)}
+
+
+def save(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """An adapter for one module; `config` changes a plain LoRA's."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({**PLAIN, **config}))
+    save_file(factors() if tensors is None else tensors, folder / WEIGHTS)
+    return folder
+
+
+def opened(folder: Path) -> Adapter:
+    return Adapter(LocalFolder(folder))
+
+
+def refusal(folder: Path, kind: type[ConversionRefused]) -> str:
+    """The message with which an adapter is refused, less the folder's name."""
+    with pytest.raises(kind) as caught:
+        opened(folder)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: ")
+    assert message.isprintable()
+    return message.removeprefix(f"{folder}: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1, 2]),
+        ("layer_replication", [[0, 4], [2, 5]]),
+        ("alora_invocation_tokens", [3]),
+        ("use_qalora", True),
+        ("use_bdlora", {"match_strict": True}),
+        ("arrow_config", {"top_k": 2}),
+        ("kasa_config", {"beta": 0.1}),
+        ("ensure_weight_tying", True),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("megatron_config", {"size": 2}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("velora_config", {"rank": 1}),
+        ("monteclora_config", {"samples": 1}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("an_option_of_next_year", 0.5),
+    ],
+)
+def test_an_option_that_is_not_understood_is_refused_by_name(option: str, value: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", **{option: value})
+
+    message = refusal(folder, Unsupported)
+
+    shown = repr(str(value)[:60])
+    assert message == f"{CONFIG}: {option} = {shown} is not an option that this tool understands"
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
+def test_an_unknown_option_that_says_nothing_is_accepted(value: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", an_option_of_next_year=value, use_dora=value)
+
+    adapter = opened(folder)
+
+    assert list(adapter.pairs) == [MODULE]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "lora_ga", "corda", "loftq", "mica", "PiSSA", 7])
+def test_an_initialisation_that_may_change_the_base_is_refused_with_the_way_out(init: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", init_lora_weights=init)
+
+    message = refusal(folder, Unsupported)
+
+    assert message == (
+        f"{CONFIG}: init_lora_weights {init!r} may change the base that the adapter was trained on; convert the "
+        "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+    )
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_an_initialisation_that_leaves_the_base_alone_is_accepted(init: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", init_lora_weights=init)
+
+    assert list(opened(folder).pairs) == [MODULE]
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "ADALORA", "PROMPT_TUNING", "lora", None, 3])
+def test_other_kinds_of_adapter_are_refused(kind: object, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", peft_type=kind)
+
+    assert refusal(folder, Unsupported) == f"{CONFIG}: peft_type {kind!r}; this tool merges LORA"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"r": 0}, f"rank 0 for {MODULE}, expected a positive integer"),
+        ({"r": -4}, f"rank -4 for {MODULE}, expected a positive integer"),
+        ({"r": None}, f"rank None for {MODULE}, expected a positive integer"),
+        ({"r": 4.0}, f"rank 4.0 for {MODULE}, expected a positive integer"),
+        ({"r": True}, f"rank True for {MODULE}, expected a positive integer"),
+        ({"r": 10**400}, f"rank {10**400} for {MODULE}, expected a positive integer"),
+        ({"rank_pattern": {"q_proj": "4"}}, f"rank '4' for {MODULE}, expected a positive integer"),
+        ({"lora_alpha": None}, f"lora_alpha 'None' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": math.nan}, "not valid JSON: NaN is not a value"),
+        ({"lora_alpha": math.inf}, f"lora_alpha 'inf' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": -math.inf}, f"lora_alpha '-inf' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": 10**400}, f"lora_alpha '1{'0' * 59}' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": 1e300}, f"lora_alpha '1e+300' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": -(2**128)}, f"lora_alpha '-{2**128}' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": "16"}, f"lora_alpha '16' for {MODULE}, expected a number that float32 can hold"),
+        ({"lora_alpha": True}, f"lora_alpha 'True' for {MODULE}, expected a number that float32 can hold"),
+        (
+            {"alpha_pattern": {"q_proj": None}},
+            f"lora_alpha 'None' for {MODULE}, expected a number that float32 can hold",
+        ),
+        ({"use_rslora": "false"}, "use_rslora 'false', expected true or false"),
+        ({"bias": "some"}, "bias 'some', expected none, all or lora_only"),
+        ({"bias": None}, "bias None, expected none, all or lora_only"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is not a mapping"),
+        ({"alpha_pattern": "q_proj"}, "alpha_pattern is not a mapping"),
+        ({"target_modules": 7}, "target_modules is not a list of names"),
+        ({"target_modules": ["q_proj", 7]}, "target_modules is not a list of names"),
+        ({"exclude_modules": {"q_proj": 1}}, "exclude_modules is not a list of names"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is not a list of names"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform is not a list of numbers"),
+        ({"layers_to_transform": {"1": 2}}, "layers_to_transform is not a list of numbers"),
+        ({"layers_pattern": [7]}, "layers_pattern is not a list of names"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_a_nonsensical_option_is_refused_with_what_was_expected(
+    changes: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "adapter", **changes)
+
+    assert refusal(folder, BadAdapter) == f"{CONFIG}: {expected}"
+
+
+def test_a_config_that_is_not_json_is_refused_as_the_adapters_fault(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter")
+    (folder / CONFIG).write_text('{"r": ')
+
+    assert CONFIG in refusal(folder, BadAdapter)
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter")
+    (folder / missing).unlink()
+
+    assert refusal(folder, BadAdapter) == f"no {missing}"
+
+
+def test_pickled_weights_are_refused_unopened(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter")
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+    assert refusal(folder, BadAdapter) == "only pickled weights (.bin), which this tool does not unpickle"
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {})
+
+    assert refusal(folder, BadAdapter) == f"{WEIGHTS} holds no tensors"
+
+
+def test_a_truncated_file_is_refused_as_the_adapters_fault(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter")
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-5])
+
+    assert WEIGHTS in refusal(folder, BadAdapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (f"{MODULE}.lora_A.weight", f"expected a name that begins with {PREFIX}"),
+        (
+            f"base_model.{MODULE}.lora_A.weight".replace("model.layers", "layers"),
+            f"expected a name that begins with {PREFIX}",
+        ),
+        (f"module.{A}", f"expected a name that begins with {PREFIX}"),
+        (f"_orig_mod.{A}", f"expected a name that begins with {PREFIX}"),
+    ],
+)
+def test_a_name_without_pefts_prefix_is_refused(key: str, expected: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {key: torch.ones(4, 16)})
+
+    assert refusal(folder, BadAdapter) == f"{key!r}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        (f"{PREFIX}{MODULE}.lora_embedding_A", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (f"{PREFIX}{MODULE}.lora_embedding_B", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (f"{PREFIX}{MODULE}.lora_magnitude_vector", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (f"{PREFIX}{MODULE}.lora_B.bias", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (f"{PREFIX}{MODULE}.lora_A.weight.extra", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (f"{PREFIX}{MODULE}.lora_A.other.weight", "this kind of tensor is not merged; LoRA on linear layers is"),
+        (
+            f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "this kind of tensor is not merged; LoRA on linear layers is",
+        ),
+        (f"{PREFIX}lm_head.modules_to_save.weight", "not a name that this tool understands"),
+        (f"{PREFIX}lm_head.modules_to_save.default.weight", "not a name that this tool understands"),
+        (f"{PREFIX}{MODULE}.ia3_l", "not a name that this tool understands"),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused_by_name(key: str, expected: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {**factors(), key: torch.ones(4, 16)})
+
+    assert refusal(folder, Unsupported) == f"{key!r}: {expected}"
+
+
+@pytest.mark.parametrize(("present", "missing"), [(A, "B"), (B, "A")])
+def test_half_a_pair_is_refused(present: str, missing: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {present: factors()[present]})
+
+    assert refusal(folder, BadAdapter) == f"{MODULE}: has no lora_{missing}.weight"
+
+
+def test_a_factor_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    double = A.replace("lora_A.weight", "lora_A.default.weight")
+    folder = save(tmp_path / "adapter", {**factors(), double: torch.ones(4, 16)})
+
+    message = refusal(folder, BadAdapter)
+
+    assert message in {f"{key!r}: the module has this factor twice" for key in (A, double)}
+
+
+def test_a_replacement_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    keys = [f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight"]
+    folder = save(tmp_path / "adapter", {key: torch.ones(4, 4) for key in keys})
+
+    message = refusal(folder, BadAdapter)
+
+    assert message in {f"{key!r}: the adapter has 'model.embed_tokens.weight' twice" for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        (factors(rank=8), f"{MODULE}: rank 8 in the file, 4 in {CONFIG}"),
+        (
+            {A: torch.ones(4, 16), B: torch.ones(8, 2)},
+            f"{MODULE}: lora_A is [4, 16] and lora_B [8, 2]: their ranks differ",
+        ),
+        (
+            {A: torch.ones(0, 16), B: torch.ones(8, 4)},
+            f"{A!r}: empty, as a ZeRO-3 run saves it when its parameters were not gathered",
+        ),
+        (
+            {A: torch.ones(0), B: torch.ones(8, 4)},
+            f"{A!r}: empty, as a ZeRO-3 run saves it when its parameters were not gathered",
+        ),
+    ],
+    ids=["not the config's rank", "two ranks", "no rows", "no elements"],
+)
+def test_factors_that_do_not_fit_together_are_refused(
+    tensors: dict[str, Tensor], expected: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "adapter", tensors)
+
+    assert refusal(folder, BadAdapter) == expected
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 4, 4), (1, 4, 4, 4)], ids=str)
+def test_factors_that_are_not_matrices_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {**factors(), A: torch.ones(shape)})
+
+    assert refusal(folder, Unsupported) == f"{A!r}: {len(shape)} dimensions; LoRA on linear layers has 2"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spelled"), [(torch.int8, "I8"), (torch.int64, "I64"), (torch.float64, "F64"), (torch.bool, "BOOL")]
+)
+def test_a_dtype_that_no_adapter_is_trained_in_is_refused(dtype: torch.dtype, spelled: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", {**factors(), A: torch.ones(4, 16, dtype=dtype)})
+
+    assert refusal(folder, BadAdapter) == f"{A!r}: dtype {spelled}, expected F32, F16, BF16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [A, B])
+def test_a_value_that_is_not_finite_is_found_and_its_tensor_named(
+    name: str, value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = factors(dtype=dtype)
+    tensors[name][-1, -1] = value
+    adapter = opened(save(tmp_path / "adapter", tensors))
+
+    with pytest.raises(BadAdapter) as caught:
+        adapter.check_finite()
+
+    assert str(caught.value) == f"{tmp_path / 'adapter'}: {name!r} holds a NaN or an infinity"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_largest_and_the_smallest_finite_values_are_accepted(dtype: torch.dtype, tmp_path: Path) -> None:
+    limits = torch.finfo(dtype)
+    tensors = factors(dtype=dtype)
+    tensors[A][0, :4] = torch.tensor([limits.max, limits.min, limits.smallest_normal, -0.0], dtype=dtype)
+    adapter = opened(save(tmp_path / "adapter", tensors))
+
+    assert len(adapter.check_finite()) == 64
+
+
+def test_the_digest_tells_adapters_apart_by_a_single_value_or_option(tmp_path: Path) -> None:
+    changed = factors()
+    changed[B][3, 3] += 1
+    folders = [
+        save(tmp_path / "one"),
+        save(tmp_path / "value", changed),
+        save(tmp_path / "option", lora_alpha=9),
+        save(tmp_path / "dtype", factors(dtype=torch.bfloat16)),
+    ]
+
+    digests = {opened(folder).check_finite() for folder in folders}
+
+    assert len(digests) == len(folders)
+
+
+def test_the_digest_is_the_same_wherever_the_adapter_lies(tmp_path: Path) -> None:
+    one, other = save(tmp_path / "one"), save(tmp_path / "other")
+
+    assert opened(one).check_finite() == opened(other).check_finite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("infix", ["", ".default"])
+def test_factors_are_accepted_in_every_dtype_and_with_the_adapters_name_in_the_key(
+    infix: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    tensors = {key.replace(".weight", f"{infix}.weight"): value for key, value in factors(dtype=dtype).items()}
+
+    adapter = opened(save(tmp_path / "adapter", tensors))
+
+    pair = adapter.pairs[MODULE]
+    assert (pair.rank, pair.shape, pair.scaling) == (4, (8, 16), 2.0)
+
+
+def test_a_saved_layer_inside_a_wrapper_loses_the_wrappers_name(tmp_path: Path) -> None:
+    tensors = {**factors(), f"{PREFIX}{MODULE}.base_layer.bias": torch.ones(8)}
+
+    adapter = opened(save(tmp_path / "adapter", tensors, bias="lora_only"))
+
+    assert list(adapter.replacements) == [f"{MODULE}.bias"]
+
+
+def test_what_does_not_touch_the_merge_may_say_anything(tmp_path: Path) -> None:
+    harmless = {
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": {"base_model_class": "X"},
+        "peft_version": "99.0",
+        "base_model_name_or_path": "some/base",
+        "revision": "main",
+        "inference_mode": False,
+        "lora_dropout": 0.5,
+        "megatron_core": "megatron.core",
+        "runtime_config": {"ephemeral_gpu_offload": True},
+        "eva_config": {"rho": 2.0},
+        "qalora_group_size": 32,
+        "fan_in_fan_out": True,
+    }
+
+    adapter = opened(save(tmp_path / "adapter", **harmless))
+
+    assert (adapter.base_name, adapter.base_revision) == ("some/base", "main")
+
+
+@pytest.mark.parametrize("value", [None, "", 7, ["x"]])
+def test_a_base_that_is_not_named_is_none(value: object, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", base_model_name_or_path=value, revision=value))
+
+    assert (adapter.base_name, adapter.base_revision) == (None, None)
+
+
+def test_an_adapter_that_peft_saved_with_every_default_is_accepted(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("q_proj", nn.Linear(16, 8))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+
+    adapter = opened(tmp_path / "adapter")
+
+    assert list(adapter.pairs) == ["q_proj"]
+
+
+def test_zeros_are_told_from_values(tmp_path: Path) -> None:
+    tensors = factors()
+    tensors[B].zero_()
+    adapter = opened(save(tmp_path / "adapter", tensors))
+
+    zero = {name: adapter.is_zero(tensor) for name, tensor in adapter.tensors.items()}
+
+    assert zero == {A: False, B: True}
+
+
+def test_equal_tensors_are_told_from_different_ones(tmp_path: Path) -> None:
+    one = torch.arange(16.0).reshape(4, 4)
+    changed = one.clone()
+    changed[3, 3] = 0
+    variants = {"same": one.clone(), "changed": changed, "turned": one.reshape(2, 8).clone(), "cast": one.bfloat16()}
+    tensors = {f"{PREFIX}{name}.weight": value for name, value in {"one": one, **variants}.items()}
+    adapter = opened(save(tmp_path / "adapter", tensors))
+
+    equal = {
+        name: adapter.same_bytes(adapter.replacements["one.weight"], adapter.replacements[f"{name}.weight"])
+        for name in variants
+    }
+
+    assert equal == {"same": True, "changed": False, "turned": False, "cast": False}
+
+
+# Scaling
+
+
+@pytest.mark.parametrize("use_rslora", [True, False])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"rank_pattern": {"model.layers.1.q_proj": 2}, "alpha_pattern": {"layers.0.q_proj": 5.5}},
+        {"rank_pattern": {"^model.layers.1.q_proj": 2, r"layers\.\d+\.q_proj": 3}},
+        {"alpha_pattern": {r"layers.[01].(q|v)_proj": 1, "v_proj": 7}},
+        {"alpha_pattern": {"v_proj": 7, r"layers.[01].(q|v)_proj": 1}},
+        {"alpha_pattern": {"(q|v)_proj": 7, "xq_proj": 6, "layers.0.q_proj": 5}},
+    ],
+    ids=str,
+)
+def test_the_scaling_is_that_of_a_peft_model(patterns: dict[str, Any], use_rslora: bool, tmp_path: Path) -> None:
+    layers = nn.ModuleList(
+        nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8), "xq_proj": nn.Linear(8, 8)})
+        for _ in range(3)
+    )
+    model = nn.Module()
+    model.add_module("model", nn.ModuleDict({"layers": layers}))
+    config = LoraConfig(
+        r=6, lora_alpha=7, use_rslora=use_rslora, target_modules=["q_proj", "v_proj", "xq_proj"], **patterns
+    )
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "adapter")
+    # Saving sorts the patterns, so that another one may come first than in training: what counts is the saved order.
+    tuned: Any = PeftModel.from_pretrained(model, tmp_path / "adapter")
+
+    adapter = opened(tmp_path / "adapter")
+
+    expected = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in tuned.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert {name: adapter.scaling(name) for name in expected} == expected
+    assert {name: (pair.rank, pair.scaling) for name, pair in adapter.pairs.items()} == expected
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_first_pattern_that_matches_counts_as_in_peft(module: str, tmp_path: Path) -> None:
+    patterns = [
+        r"layers\.1\.mlp\.experts\.\d+\.w1",
+        "^model.layers.1.*",
+        "self_attn.q_proj",
+        "q_proj",
+        r"(k|v)_proj|up_proj",
+        "lm.head",
+        ".*norm$",
+        r"vision_tower\..*",
+    ]
+    numbers = {pattern: float(number) for number, pattern in enumerate(patterns, start=1)}
+    adapter = opened(save(tmp_path / "adapter", {f"{PREFIX}x.bias": torch.ones(4)}, r=1, alpha_pattern=numbers))
+
+    _, scaling = adapter.scaling(module)
+
+    assert scaling == numbers.get(get_pattern_key(patterns, module), 8)
+
+
+# Targeting
+
+
+TARGETS: list[dict[str, Any]] = [
+    {"target_modules": ["q_proj"]},
+    {"target_modules": ["self_attn.q_proj", "lm_head"]},
+    {"target_modules": ["model.layers.1.self_attn.q_proj", "up_proj"], "layers_to_transform": [0]},
+    {"target_modules": []},
+    {"target_modules": ["roj"]},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": 1},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": [1, 11]},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": []},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": [1], "layers_pattern": ["experts"]},
+    {"target_modules": ["w1", "c_attn"], "layers_to_transform": [1], "layers_pattern": r"encoder.layers|h"},
+    {"target_modules": ["w1", "q_proj"], "layers_to_transform": [1], "layers_pattern": []},
+    {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj", "k_proj"]},
+    {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r"vision_tower\..*"},
+    {"target_modules": ["q_proj"], "exclude_modules": "q_proj"},
+    {"target_modules": ["q_proj"], "exclude_modules": "all-linear"},
+    {"target_modules": ["q_proj", "lm_head"], "exclude_modules": []},
+    {"target_modules": ["lm_head", "q_proj", "score"], "modules_to_save": ["lm_head", "score"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["self_attn", "norm"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["layers.1"]},
+    {"target_modules": "q_proj"},
+    {"target_modules": r".*q_proj"},
+    *({"target_modules": expression} for expression in REAL_EXPRESSIONS),
+    {"target_modules": r".*_proj", "exclude_modules": r".*mlp.*", "modules_to_save": ["embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("options", TARGETS, ids=str)
+def test_targeting_agrees_with_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    config = LoraConfig(**options)
+    adapter = opened(save(tmp_path / "adapter", {f"{PREFIX}x.bias": torch.ones(4)}, **options))
+
+    ours = {module: adapter.targets(module) for module in MODULES}
+
+    assert ours == {module: bool(check_target_module_exists(config, module)) for module in MODULES}
+
+
+parts = st.sampled_from(["model", "layers", "h", "0", "1", "12", "experts", "mlp", "q_proj", "xq_proj", "lm_head"])
+paths = st.lists(parts, min_size=1, max_size=7).map(".".join)
+names = st.lists(paths, min_size=1, max_size=3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    module=paths,
+    target_modules=names,
+    exclude_modules=st.none() | names,
+    modules_to_save=st.none() | names,
+    layers_to_transform=st.none() | st.integers(0, 1) | st.lists(st.integers(0, 12), max_size=2),
+    layers_pattern=st.none() | st.just("layers") | st.lists(parts, max_size=2),
+)
+def test_targeting_agrees_with_peft_for_any_lists_of_names(
+    tmp_path_factory: pytest.TempPathFactory, module: str, layers_pattern: Any, **options: Any
+) -> None:
+    if options["layers_to_transform"] not in (None, []):
+        options["layers_pattern"] = layers_pattern
+    config = LoraConfig(**options)
+    folder = tmp_path_factory.getbasetemp() / "targeting"
+    adapter = opened(save(folder, {f"{PREFIX}x.bias": torch.ones(4)}, **options))
+
+    assert adapter.targets(module) == bool(check_target_module_exists(config, module))
+
+
+@pytest.mark.parametrize("spelling", ["all-linear", "ALL-LINEAR"])
+def test_all_linear_names_every_module_but_the_excluded_ones(spelling: str, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=spelling, exclude_modules=["k_proj"]))
+
+    assert adapter.targets("any.q_proj")
+    assert not adapter.targets("any.k_proj")
+
+
+def test_a_list_of_a_million_layers_is_looked_up_and_not_gone_through(tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", layers_to_transform=list(range(10_000, 1_000_000))))
+
+    with cpu_below(5):
+        assert not any(adapter.targets(f"model.layers.{number}.self_attn.q_proj") for number in range(5_000))
+    assert adapter.targets("model.layers.10000.self_attn.q_proj")
+
+
+# Other people's expressions
+
+
+@pytest.mark.parametrize("expression", REAL_EXPRESSIONS)
+def test_expressions_that_trainers_write_are_accepted(expression: str, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=expression))
+
+    assert adapter.targets(MODULE) == (re.fullmatch(expression, MODULE) is not None)
+
+
+def test_an_expression_that_lists_every_module_of_a_large_model_is_accepted(tmp_path: Path) -> None:
+    every = "|".join(rf"model\.layers\.{layer}\.self_attn\.q_proj" for layer in range(400))
+
+    adapter = opened(save(tmp_path / "adapter", target_modules=every))
+
+    assert adapter.targets("model.layers.399.self_attn.q_proj")
+
+
+@pytest.mark.parametrize("expression", ENDLESS_EXPRESSIONS)
+def test_an_endless_expression_for_targets_is_refused_in_time(
+    expression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.merge.patterns, "SECONDS", 0.2)
+    adapter = opened(save(tmp_path / "adapter", target_modules=expression))
+
+    with cpu_below(5), pytest.raises(BadAdapter, match=r"the pattern .* takes longer than 0\.2 s to match$"):
+        adapter.targets("a" * 300 + "!")
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_an_endless_expression_for_scaling_is_refused_in_time(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.merge.patterns, "SECONDS", 0.2)
+    name = f"{PREFIX}{'a' * 300}!"
+    tensors = {f"{name}.lora_A.weight": torch.ones(4, 16), f"{name}.lora_B.weight": torch.ones(8, 4)}
+    folder = save(tmp_path / "adapter", tensors, **{option: {ENDLESS_EXPRESSIONS[0]: 4}})
+
+    assert refusal(folder, BadAdapter).endswith("takes longer than 0.2 s to match")
+
+
+@pytest.mark.parametrize("expression", [r"(a+)+$", r"(a|a)*b", r"(.*)*x", r".*" * 30 + "x", r"(a|aa)+$"])
+def test_an_expression_that_python_would_run_for_years_ends(expression: str, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=expression))
+
+    with cpu_below(5):
+        assert not adapter.targets("a" * 30 + "!")
+
+
+def test_the_time_for_expressions_is_shared_by_all_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter.merge.patterns, "SECONDS", 0.3)
+    adapter = opened(save(tmp_path / "adapter", target_modules=ENDLESS_EXPRESSIONS[0]))
+
+    def ask_many() -> None:
+        for number in range(10_000):
+            adapter.targets("a" * 22 + f".{number}!")
+
+    with pytest.raises(BadAdapter, match="takes longer"):
+        ask_many()
+
+
+@pytest.mark.parametrize("expression", ["(", "[a", "(?P<x>a)(?P<x>b)", "x{99999999999999}", "(?:" * 600 + ")" * 600])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda text: {"target_modules": text},
+        lambda text: {"exclude_modules": text},
+        lambda text: {"rank_pattern": {text: 4}},
+        lambda text: {"alpha_pattern": {text: 4}},
+        lambda text: {"modules_to_save": [text]},
+        lambda text: {"layers_pattern": text},
+    ],
+    ids=["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_pattern"],
+)
+def test_what_is_not_an_expression_is_refused(changes: Any, expression: str, tmp_path: Path) -> None:
+    options = changes(expression)
+    folder = save(tmp_path / "adapter", **options)
+
+    message = refusal(folder, BadAdapter)
+
+    assert message.startswith(f"{CONFIG}: {next(iter(options))} {expression[:60]!r} is not a regular expression: ")
+
+
+def test_an_expression_beyond_measure_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", target_modules="a" * 30_000)
+
+    assert refusal(folder, BadAdapter) == (
+        f"{CONFIG}: target_modules has a pattern of 30,000 characters, expected at most 20,000"
+    )
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "a{2000000000}",
+        "(?:(?:(?:a{1000}){1000}){1000}){1000}",
+        "(?:a|(?=b{900,})(c{3000}+))*?|[ab]{999999}",
+        "(?>x{1,3}y{9999999,})",
+    ],
+)
+@pytest.mark.parametrize("option", ["target_modules", "rank_pattern", "modules_to_save"])
+def test_an_expression_whose_repetitions_would_take_all_memory_is_refused_before_it_is_compiled(
+    option: str, expression: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"target_modules": expression, "rank_pattern": {expression: 4}, "modules_to_save": [expression]}
+    folder = save(tmp_path / "adapter", **{option: options[option]})
+    monkeypatch.setattr(converter.merge.patterns, "_compiled", lambda _: pytest.fail("it is compiled"))
+
+    assert refusal(folder, BadAdapter) == (
+        f"{CONFIG}: {option} {expression[:60]!r} repeats too much, or all patterns are too long"
+    )
+
+
+def test_a_repetition_that_may_be_long_but_need_not_is_accepted(tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=r".{0,2000000000}q_proj{1,999999999}"))
+
+    assert adapter.targets(MODULE)
+
+
+def test_expressions_that_are_too_long_together_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path / "adapter", rank_pattern={f"{number:06}" * 3_000: 4 for number in range(60)})
+
+    assert "all patterns are too long" in refusal(folder, BadAdapter)
+
+
+def test_the_time_for_expressions_is_that_for_compiling_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converter.merge.patterns, "SECONDS", 0.2)
+    slow = "[\x00-\U0010ffff]"
+    folder = save(tmp_path / "adapter", rank_pattern={f"(?i:{slow * 200}{number})": 4 for number in range(300)})
+
+    with cpu_below(20):
+        assert refusal(folder, BadAdapter) == f"{CONFIG}: its patterns take longer than 0.2 s to compile"
+
+
+@pytest.mark.parametrize(
+    "expression", ["q_proj{e}", "(q_proj){1<=e<=3}", "q_proj{2i+1d<=4}", "[[:alpha:]]+", "[q[:^punct:]]"]
+)
+@pytest.mark.parametrize("option", ["target_modules", "alpha_pattern"])
+def test_an_expression_that_means_one_thing_to_peft_and_another_here_is_refused(
+    option: str, expression: str, tmp_path: Path
+) -> None:
+    value = expression if option == "target_modules" else {expression: 4}
+
+    assert refusal(save(tmp_path / "adapter", **{option: value}), Unsupported) == (
+        f"{CONFIG}: {option} {expression!r} has braces or brackets that this tool reads otherwise than PEFT: "
+        "write a backslash before them"
+    )
+
+
+@pytest.mark.parametrize(
+    "expression", [r".*q_proj\{0}", r".*\[:alpha:]", r".*q_proj{1}", r"\\{0}.*q_proj{1,2}", r".*j{,2}"]
+)
+def test_braces_and_brackets_that_mean_the_same_to_all_are_accepted(expression: str, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", target_modules=expression))
+
+    for module in (MODULE, f"{MODULE}{{0}}", "x:", ""):
+        assert adapter.targets(module) == (re.fullmatch(expression, module) is not None)

@@ -1,0 +1,843 @@
+"""What transformers makes of a checkpoint, asked of a model without weights, against what it really does."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig
+
+from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, Unsupported
+from converter.model.answers import check_output, describe
+from converter.model.architecture import Architecture
+from converter.plan.config import output_config, quantization_config, refuse_unconvertible
+from converter.recipe import Recipe
+from tests.models import ARCHITECTURES, make_model
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+}
+MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "falcon": ("falcon", "FalconForCausalLM", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "bloom": ("bloom", "BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}),
+    "bert classifier": ("bert", "BertForSequenceClassification", SMALL),
+    "llama classifier": ("llama", "LlamaForSequenceClassification", {**SMALL, "pad_token_id": 0}),
+    "t5": (
+        "t5",
+        "T5ForConditionalGeneration",
+        {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 256},
+    ),
+    "gpt_oss": ("gpt_oss", "GptOssForCausalLM", {**SMALL, "num_local_experts": 4, "head_dim": 16}),
+}
+EVERY = [*ARCHITECTURES, *MORE]
+
+
+@dataclass(frozen=True)
+class Base:
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    def describe(self, **changes: Any) -> Architecture:
+        settings: dict[str, Any] = {"quantize": True, "dtype": "bfloat16", **changes}
+        return describe(self.config, self.shapes, **settings)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
+    """Saved models by name, each made once."""
+    made: dict[str, Base] = {}
+
+    def give(name: str) -> Base:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("architecture") / "base"
+            saved(name).to(torch.bfloat16).save_pretrained(folder)
+            made[name] = Base(folder, json.loads((folder / "config.json").read_text()), shapes_of(folder))
+        return made[name]
+
+    return give
+
+
+def saved(name: str) -> Any:
+    if name in ARCHITECTURES:
+        return make_model(name)
+    model_type, class_name, settings = MORE[name]
+    config = CONFIG_MAPPING[model_type](**settings)
+    config.architectures = [class_name]
+    return getattr(transformers, class_name)(config)
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def loaded(base: Base, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    model_class = getattr(transformers, base.config["architectures"][0])
+    return model_class.from_pretrained(base.folder, dtype=dtype, **settings)
+
+
+def modules_loaded_as_four_bits(base: Base, skip: list[str] | None) -> set[str]:
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
+    model = loaded(base, quantization_config=quantization)
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+
+
+def quantized(architecture: Architecture) -> set[str]:
+    """Checkpoint names of the weights that are quantized."""
+    return {name for name, role in architecture.roles.items() if role.quantize}
+
+
+def modules_of(architecture: Architecture) -> set[str]:
+    """The same as modules, by transformers' names."""
+    return {str(architecture.roles[name].parameter).removesuffix(".weight") for name in quantized(architecture)}
+
+
+def written(base: Base, architecture: Architecture) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]:
+    """Config, shapes and quantized weights of an output, as `check_output` takes them."""
+    config = output_config(base.config, Recipe(dtype="bfloat16"), architecture, vocabulary=None, untied=False)
+    turned = {name for name in quantized(architecture) if architecture.roles[name].kind == "conv1d"}
+    shapes = {name: shape[::-1] if name in turned else shape for name, shape in base.shapes.items()}
+    return config, shapes, quantized(architecture)
+
+
+# What is quantized
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_weights_to_quantize_are_those_that_transformers_quantizes(name: str, bases: Any) -> None:
+    base = bases(name)
+
+    architecture = base.describe()
+
+    assert modules_of(architecture) == modules_loaded_as_four_bits(base, None)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_list_of_kept_modules_makes_transformers_quantize_the_same_weights(name: str, bases: Any) -> None:
+    base = bases(name)
+    architecture = base.describe()
+    skip = None if architecture.skip_modules is None else list(architecture.skip_modules)
+
+    assert modules_of(architecture) == modules_loaded_as_four_bits(base, skip)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "mixtral"])
+def test_modules_that_are_kept_on_request_are_kept_by_transformers_too(name: str, bases: Any) -> None:
+    base = bases(name)
+    every = base.describe()
+    one = min(quantized(every)).removesuffix(".weight")
+
+    architecture = base.describe(keep=[one])
+
+    assert quantized(every) - quantized(architecture) == {f"{one}.weight"}
+    assert modules_loaded_as_four_bits(base, list(architecture.skip_modules)) == modules_of(architecture)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_output_as_planned_has_nothing_that_a_loader_would_object_to(name: str, bases: Any) -> None:
+    base = bases(name)
+
+    assert check_output(*written(base, base.describe())) == []
+
+
+def test_nothing_is_quantized_where_nothing_is_wanted(bases: Any) -> None:
+    architecture = bases("llama").describe(quantize=False)
+
+    assert (quantized(architecture), architecture.skip_modules) == (set(), None)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama", "bert classifier"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_weights_that_stay_in_float32_are_those_that_transformers_leaves_in_float32(
+    dtype: str, name: str, bases: Any
+) -> None:
+    base = bases(name)
+    state = loaded(base, getattr(torch, dtype)).state_dict()
+
+    architecture = base.describe(dtype=dtype)
+
+    ours = {role.parameter for role in architecture.roles.values() if role.float32}
+    assert ours == {name for name in ours | set(state) if state[name].dtype == torch.float32}
+
+
+def test_t5_has_weights_that_stay_in_float32(bases: Any) -> None:
+    architecture = bases("t5").describe(dtype="float16")
+
+    assert any(role.float32 for role in architecture.roles.values())
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("llama", {}),
+        ("qwen3", {"lm_head.weight": "model.embed_tokens.weight"}),
+        ("gpt2", {"lm_head.weight": "transformer.wte.weight"}),
+        ("opt", {"lm_head.weight": "model.decoder.embed_tokens.weight"}),
+    ],
+)
+def test_tensors_that_the_checkpoint_shares_are_known(name: str, tied: dict[str, str], bases: Any) -> None:
+    assert bases(name).describe().tied == tied
+
+
+@pytest.mark.parametrize(
+    ("name", "embeddings"),
+    [
+        ("llama", {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("qwen3", {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("gpt_neox", {"gpt_neox.embed_in.weight", "embed_out.weight"}),
+        ("bert classifier", {"bert.embeddings.word_embeddings.weight"}),
+    ],
+)
+def test_embedding_and_head_are_known_by_the_checkpoints_names(name: str, embeddings: set[str], bases: Any) -> None:
+    assert bases(name).describe().embeddings == embeddings
+
+
+def test_a_tensor_is_found_by_either_name(bases: Any) -> None:
+    architecture = bases("gpt_neox").describe()
+
+    found = [architecture.tensor_of(name) for name in ("embed_out.weight", "lm_head.weight", "nothing.weight")]
+
+    assert found == ["embed_out.weight", "embed_out.weight", None]
+    assert architecture.module_names("embed_out.weight") == ("embed_out", "lm_head")
+
+
+def test_an_expert_that_loading_stacks_has_its_own_name_only(bases: Any) -> None:
+    architecture = bases("mixtral").describe()
+    expert = "model.layers.0.block_sparse_moe.experts.1.w1"
+
+    assert architecture.module_names(f"{expert}.weight") == (expert,)
+    assert architecture.tensor_of("model.layers.0.mlp.experts.gate_up_proj") is None
+    assert architecture.roles[f"{expert}.weight"].kind == "linear"
+
+
+def test_a_base_model_saved_without_its_prefix_is_understood(bases: Any) -> None:
+    base = bases("gpt2")
+    shapes = {name.removeprefix("transformer."): shape for name, shape in base.shapes.items()}
+
+    architecture = describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+    assert architecture.roles["h.0.attn.c_attn.weight"].parameter == "transformer.h.0.attn.c_attn.weight"
+    assert len(quantized(architecture)) == len(quantized(base.describe()))
+
+
+def test_a_tensor_that_the_model_does_not_have_is_described_as_such(bases: Any) -> None:
+    base = bases("llama")
+    shapes = {**base.shapes, "model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}
+
+    architecture = describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+    role = architecture.roles["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert (role.parameter, role.kind, role.quantize) == (None, "other", False)
+
+
+def test_without_a_class_in_the_config_the_model_types_own_is_taken(bases: Any) -> None:
+    base = bases("llama")
+    config = {key: value for key, value in base.config.items() if key != "architectures"}
+
+    architecture = describe(config, base.shapes, quantize=True, dtype="bfloat16")
+
+    assert architecture.class_name == "LlamaForCausalLM"
+
+
+def test_describing_changes_neither_config_nor_shapes(bases: Any) -> None:
+    base = bases("llama")
+    before = copy.deepcopy((base.config, base.shapes))
+
+    base.describe(keep=["down_proj"])
+
+    assert (base.config, base.shapes) == before
+
+
+# Keeping
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("down_proj", 2),
+        ("mlp.down_proj", 2),
+        ("model.layers.1.mlp.down_proj", 1),
+        ("*.mlp.*", 6),
+        ("model.layers.0.*", 7),
+        ("*layers.[1].self_attn.?_proj", 4),
+    ],
+)
+def test_a_pattern_keeps_modules_by_glob_by_path_or_by_its_last_parts(pattern: str, count: int, bases: Any) -> None:
+    base = bases("llama")
+
+    architecture = base.describe(keep=[pattern])
+
+    assert len(quantized(base.describe())) - len(quantized(architecture)) == count
+
+
+def test_patterns_add_up(bases: Any) -> None:
+    architecture = bases("llama").describe(keep=["down_proj", "model.layers.0.*"])
+
+    assert len(quantized(architecture)) == 14 - 8
+
+
+@pytest.mark.parametrize(
+    "pattern", ["lm_head", "nothing", "own_proj", "layers.0", "model.layers.9.*", "", "down_proj.weight"]
+)
+@pytest.mark.parametrize("remote_code", [False, True])
+def test_a_pattern_that_keeps_nothing_is_refused(pattern: str, remote_code: bool, bases: Any) -> None:
+    base = bases("llama")
+    config = {**base.config, "model_type": "nobody_has_it"} if remote_code else base.config
+
+    with pytest.raises(BadRecipe) as caught:
+        describe(config, base.shapes, quantize=True, dtype="bfloat16", keep=[pattern], remote_code=remote_code)
+
+    assert str(caught.value) == f"--keep {pattern}: matches no module that would be quantized"
+
+
+# What is refused
+
+
+def refusal(base: Base, kind: type[ConversionRefused], shapes: Any = None, **config: Any) -> str:
+    with pytest.raises(kind) as caught:
+        describe({**base.config, **config}, base.shapes if shapes is None else shapes, quantize=True, dtype="bfloat16")
+    message = str(caught.value)
+    assert type(caught.value) is kind
+    assert message.isprintable()
+    assert len(message) < 300
+    return message
+
+
+def test_a_missing_tensor_is_named(bases: Any) -> None:
+    base = bases("llama")
+    shapes = {name: shape for name, shape in base.shapes.items() if "layers.1.mlp" not in name}
+
+    assert refusal(base, BadCheckpoint, shapes) == (
+        "model.layers.1.mlp.down_proj.weight: LlamaForCausalLM needs it and the base lacks it (3 missing)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("llama", "model.norm.weight", "norm.weight"),
+        ("llama", "model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w2.weight", "model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_two_tensors_for_one_parameter_are_named(bases: Any, name: str, first: str, second: str) -> None:
+    base = bases(name)
+    shapes = base.shapes | {second: base.shapes[first]}
+
+    said = refusal(base, BadCheckpoint, shapes)
+
+    assert " is the same parameter of " in said
+    assert {first, second} <= set(said.replace(":", "").split())
+
+
+def test_a_layer_whose_experts_are_missing_is_named(bases: Any) -> None:
+    base = bases("mixtral")
+    shapes = {name: shape for name, shape in base.shapes.items() if "layers.1.block_sparse_moe.experts" not in name}
+
+    assert refusal(base, BadCheckpoint, shapes) == (
+        "model.layers.1.mlp.experts.down_proj: MixtralForCausalLM needs it and the base lacks it (2 missing)"
+    )
+
+
+def test_a_tensor_of_another_shape_is_named(bases: Any) -> None:
+    base = bases("llama")
+    shapes = {**base.shapes, "model.norm.weight": (65,)}
+
+    assert refusal(base, BadCheckpoint, shapes) == "model.norm.weight: shape [65], but the config makes it [64]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers 10,000,000,000,000,000,000,000,000,000,0"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers 1,000,000,000"),
+        ({"vision_config": {"depth": 5000}}, "depth 5,000"),
+        ({"model_type": "whisper", "encoder_layers": 10**9}, "encoder_layers 1,000,000,000"),
+        ({"model_type": "gpt2", "n_layer": 10**9}, "n_layer 1,000,000,000"),
+        ({"model_type": "jamba", "num_experts": 10**9}, "num_experts 1,000,000,000"),
+        ({"num_labels": 10**9}, "num_labels 1,000,000,000"),
+    ],
+    ids=str,
+)
+def test_an_absurd_count_is_refused_before_a_model_is_built(changes: dict[str, Any], option: str, bases: Any) -> None:
+    base = bases("llama")
+
+    assert refusal(base, BadCheckpoint, **changes) == (
+        f"config.json: {option}, but the checkpoint has only {len(base.shapes)} tensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["NobodyForCausalLM"]}, "no 'NobodyForCausalLM' of model type 'llama'"),
+        ({"architectures": ["AutoModel"]}, "no 'AutoModel' of model type 'llama'"),
+        ({"architectures": ["LlamaConfig"]}, "no 'LlamaConfig' of model type 'llama'"),
+        ({"architectures": ["torch"]}, "no 'torch' of model type 'llama'"),
+        ({"architectures": [7]}, "no 7 of model type 'llama'"),
+        ({"model_type": "nobody_has_it"}, "no 'LlamaForCausalLM' of model type 'nobody_has_it'"),
+        ({"model_type": None}, "no 'LlamaForCausalLM' of model type None"),
+        ({"model_type": ["llama"]}, "no 'LlamaForCausalLM' of model type ['llama']"),
+    ],
+    ids=str,
+)
+def test_a_class_that_transformers_does_not_have_is_refused(changes: dict[str, Any], named: str, bases: Any) -> None:
+    message = refusal(bases("llama"), Unsupported, **changes)
+
+    assert message == f"config.json: transformers {transformers.__version__} has {named}"
+
+
+@pytest.mark.parametrize("name", ["PreTrainedModel", "LlamaPreTrainedModel"])
+def test_a_class_without_weights_is_refused(name: str, bases: Any) -> None:
+    message = refusal(bases("llama"), Unsupported, architectures=[name])
+
+    assert message == f"config.json: {name} is a class without weights"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": -64},
+        {"hidden_size": "64"},
+        {"hidden_size": None},
+        {"hidden_size": 10**30},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 3},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 1.5},
+        {"pad_token_id": 10**9},
+        {"hidden_act": "nonsense"},
+        {"rope_parameters": {"rope_type": "nonsense"}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000}},
+        {"layer_types": ["nonsense"] * 2},
+        {"dtype": "nonsense"},
+        {"text_config": {"hidden_size": 64}},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": ["Qwen2ForCausalLM"]},
+    ],
+    ids=str,
+)
+def test_a_config_of_which_no_model_can_be_built_is_refused_in_one_line(changes: dict[str, Any], bases: Any) -> None:
+    base = bases("llama")
+    name = changes.get("architectures", ["LlamaForCausalLM"])[0]
+
+    message = refusal(base, BadCheckpoint, **changes)
+
+    assert message.startswith(f"config.json: transformers can't build {name} from it: ")
+    assert not message.endswith(": ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 0},
+        {"vocab_size": 10**12},
+        {"head_dim": 10**12},
+        {"num_key_value_heads": 10**12},
+        {"intermediate_size": 64},
+    ],
+    ids=str,
+)
+def test_sizes_that_the_tensors_do_not_have_are_refused(changes: dict[str, Any], bases: Any) -> None:
+    assert ", but the config makes it [" in refusal(bases("llama"), BadCheckpoint, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "somebody/kernel"},
+        {"attn_implementation": "somebody/kernel"},
+        {"experts_implementation": "somebody/kernel"},
+        {"use_kernels": True},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+        {"_name_or_path": "somebody/model"},
+    ],
+    ids=str,
+)
+def test_code_and_kernels_that_a_config_names_are_not_looked_for(changes: dict[str, Any], bases: Any) -> None:
+    base = bases("llama")
+
+    architecture = describe({**base.config, **changes}, base.shapes, quantize=True, dtype="bfloat16")
+
+    assert len(quantized(architecture)) == 14
+
+
+# A class that transformers doesn't have
+
+
+@pytest.fixture
+def unknown(bases: Any) -> Base:
+    base = bases("llama")
+    return Base(base.folder, {**base.config, "model_type": "own", "architectures": ["OwnForCausalLM"]}, base.shapes)
+
+
+def test_an_unknown_class_is_described_by_names_and_shapes_on_request(unknown: Base, bases: Any) -> None:
+    architecture = unknown.describe(remote_code=True)
+
+    assert not architecture.known
+    assert architecture.class_name == "OwnForCausalLM"
+    assert quantized(architecture) == quantized(bases("llama").describe())
+    assert architecture.skip_modules == ("lm_head",)
+
+
+def test_what_is_not_called_like_a_linear_layer_is_listed_among_the_kept(unknown: Base) -> None:
+    shapes = {
+        **unknown.shapes,
+        "model.layers.0.mlp.experts.0.w1.weight": (64, 64),
+        "model.layers.0.mlp.experts.1.w1.weight": (64, 64),
+        "model.layers.0.mlp.gate.weight": (4, 64),
+    }
+
+    architecture = describe(unknown.config, shapes, quantize=True, dtype="bfloat16", remote_code=True)
+
+    assert architecture.skip_modules == ("lm_head", "model.layers.0.mlp.experts", "model.layers.0.mlp.gate")
+
+
+def test_modules_of_an_unknown_class_are_kept_on_request(unknown: Base) -> None:
+    architecture = unknown.describe(remote_code=True, keep=["layers.0.mlp.down_proj"])
+
+    assert "model.layers.0.mlp.down_proj.weight" not in quantized(architecture)
+    assert architecture.skip_modules == ("lm_head", "model.layers.0.mlp.down_proj")
+
+
+def test_a_known_class_is_asked_of_transformers_whatever_was_allowed(bases: Any) -> None:
+    assert bases("llama").describe(remote_code=True).known
+
+
+# The static check of an output
+
+
+@pytest.fixture
+def output(bases: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]:
+    base = bases("llama")
+    return written(base, base.describe())
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_weight_that_should_be_quantized_and_is_not_is_found(output: Any) -> None:
+    config, shapes, names = output
+
+    assert check_output(config, shapes, names - {UP}) == [f"{UP}: not quantized here, but by transformers"]
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_quantized_and_should_not_be_is_found(name: str, output: Any) -> None:
+    config, shapes, names = output
+
+    assert check_output(config, shapes, names | {name}) == [f"{name}: quantized here, not by transformers"]
+
+
+def test_a_lost_tensor_is_found(output: Any) -> None:
+    config, shapes, names = output
+    del shapes["model.norm.weight"]
+
+    assert check_output(config, shapes, names) == ["model.norm.weight: missing"]
+
+
+def test_a_tensor_of_another_shape_is_found(output: Any) -> None:
+    config, shapes, names = output
+    shapes[UP] = (64, 128)
+
+    assert check_output(config, shapes, names) == [f"{UP}: shape [64, 128], transformers expects [128, 64]"]
+
+
+def test_a_conv1d_that_was_quantized_without_being_turned_is_found(bases: Any) -> None:
+    base = bases("gpt2")
+    config, shapes, names = written(base, base.describe())
+    name = "transformer.h.0.attn.c_attn.weight"
+    shapes[name] = shapes[name][::-1]
+
+    assert check_output(config, shapes, names) == [f"{name}: shape [64, 192], transformers expects [192, 64]"]
+
+
+def test_quantized_weights_without_a_word_in_the_config_are_found(output: Any) -> None:
+    config, shapes, names = output
+    del config["quantization_config"]
+
+    assert len(check_output(config, shapes, names)) == len(names)
+
+
+def test_a_list_of_kept_modules_that_was_lost_is_found(bases: Any) -> None:
+    base = bases("llama")
+    config, shapes, names = written(base, base.describe(keep=["down_proj"]))
+    config["quantization_config"]["llm_int8_skip_modules"] = None
+
+    assert len(check_output(config, shapes, names)) == 2
+
+
+# The output's config.json
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 12_345.0}}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "gemma3": ("gemma3_text", {"head_dim": 16}),
+    "gemma3 scaled": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 9_999.0, "partial_rotary_factor": 0.5}},
+    ),
+    "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.75}}),
+    "phi3 long": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+
+
+def edited(config: dict[str, Any], skip: tuple[str, ...] | None = None, **changes: Any) -> dict[str, Any]:
+    """An output's config."""
+    settings: dict[str, Any] = {"vocabulary": None, "untied": False, **changes}
+    recipe = settings.pop("recipe", Recipe(dtype="bfloat16"))
+    return output_config(config, recipe, Architecture("X", {}, skip), **settings)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_transformers_reads_the_same_positions_from_the_output_as_from_the_base(name: str, tmp_path: Path) -> None:
+    model_type, settings = ROPES[name]
+    CONFIG_MAPPING[model_type](**{**SMALL, **settings}).save_pretrained(tmp_path / "base")
+    base = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "out").mkdir()
+
+    (tmp_path / "out" / "config.json").write_text(json.dumps(edited(base)))
+
+    read = [AutoConfig.from_pretrained(tmp_path / folder) for folder in ("base", "out")]
+    assert read[0].rope_parameters == read[1].rope_parameters
+    assert read[0].rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("rope", "model_type", "old"),
+    [
+        ({"rope_type": "default", "rope_theta": 5.0}, "llama", {"rope_theta": 5.0}),
+        (
+            LLAMA3,
+            "llama",
+            {"rope_theta": 500_000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        ),
+        (
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "gemma3_text",
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5},
+            "gpt_neox",
+            {"rope_theta": 9.0, "partial_rotary_factor": 0.5, "rotary_emb_base": 9.0, "rotary_pct": 0.5},
+        ),
+    ],
+    ids=["default", "llama3", "gemma3", "gpt_neox"],
+)
+def test_positions_are_given_in_version_4s_spelling_too(rope: Any, model_type: str, old: dict[str, Any]) -> None:
+    base = {"model_type": model_type, "rope_parameters": rope}
+
+    config = edited(base)
+
+    assert {key: config[key] for key in old} == old
+    assert config["rope_parameters"] == rope
+    assert set(config) == {*base, *old, "dtype", "torch_dtype", "quantization_config"}
+
+
+@pytest.mark.parametrize("old", [{"rope_theta": 5.0, "rope_scaling": None}, {"rope_theta": 5.0}])
+def test_a_config_in_version_4s_spelling_stays_in_it(old: dict[str, Any]) -> None:
+    config = edited({"model_type": "llama", **old})
+
+    assert set(config) == {"model_type", *old, "dtype", "torch_dtype", "quantization_config"}
+
+
+def test_everything_else_stays_as_it_is() -> None:
+    base = {
+        "model_type": "own",
+        "b": [1, {"c": None}],
+        "a": 1e-05,
+        "transformers_version": "4.1",
+        "auto_map": {"x": "y"},
+    }
+
+    config = edited(base)
+
+    assert {key: config[key] for key in base} == base
+    assert list(config)[: len(base)] == list(base)
+
+
+def test_the_bases_config_is_not_changed() -> None:
+    base = {"model_type": "gemma3", "text_config": {"dtype": "float32", "vocab_size": 3, "rope_parameters": LLAMA3}}
+    before = copy.deepcopy(base)
+
+    edited(base, vocabulary=7, untied=True)
+
+    assert base == before
+
+
+@pytest.mark.parametrize("spelled", [{"dtype": "float32"}, {"torch_dtype": "float32"}, {}])
+def test_the_dtype_is_given_in_both_spellings(spelled: dict[str, str]) -> None:
+    config = edited({"model_type": "llama", **spelled}, recipe=Recipe(dtype="float16"))
+
+    assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
+
+
+def test_the_text_part_of_a_config_gets_what_it_has_already() -> None:
+    text = {"torch_dtype": "float32", "vocab_size": 256, "tie_word_embeddings": True}
+
+    config = edited({"model_type": "x", "text_config": text}, vocabulary=260, untied=True)
+
+    assert config["text_config"] == {
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+    }
+    assert config["tie_word_embeddings"] is False
+    assert "vocab_size" not in config
+
+
+def test_a_text_part_without_dtype_or_vocabulary_gets_none() -> None:
+    config = edited({"model_type": "x", "text_config": {"a": 1}, "vocab_size": 3}, vocabulary=4, untied=True)
+
+    assert config["text_config"] == {"a": 1}
+    assert config["vocab_size"] == 4
+
+
+def test_tying_and_vocabulary_stay_where_the_adapter_leaves_them() -> None:
+    config = edited({"model_type": "llama", "vocab_size": 3, "tie_word_embeddings": True})
+
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (3, True)
+
+
+def test_a_model_in_sixteen_bits_has_no_quantization_config() -> None:
+    assert "quantization_config" not in edited({"model_type": "llama"}, recipe=Recipe("none", dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (Recipe(), {"load_in_4bit": True}),
+        (Recipe("fp4", double_quant=False), {"load_in_4bit": True}),
+        (Recipe("int8"), {"load_in_8bit": True}),
+    ],
+    ids=["nf4", "fp4", "int8"],
+)
+@pytest.mark.parametrize("skip", [None, ("lm_head", "a.b")])
+def test_the_quantization_config_says_what_transformers_own_would_say(
+    skip: tuple[str, ...] | None, recipe: Recipe, expected: dict[str, bool]
+) -> None:
+    names = None if skip is None else list(skip)
+    options: dict[str, Any] = {**expected, "llm_int8_skip_modules": names}
+    if recipe.four_bit:
+        options["bnb_4bit_quant_type"] = recipe.quant_type
+        options["bnb_4bit_use_double_quant"] = recipe.double_quant
+        options["bnb_4bit_compute_dtype"] = torch.bfloat16
+    theirs = BitsAndBytesConfig(**options).to_dict()
+
+    ours = quantization_config(recipe.resolved("BF16"), skip)
+
+    assert ours == {key: theirs[key] for key in ours}
+    assert BitsAndBytesConfig.from_dict(dict(ours)).to_dict() == theirs
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
+        ({"quantization_config": {"load_in_4bit": True}}, "unknown"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"quantization_config": "strange"}, "unknown"),
+    ],
+    ids=str,
+)
+def test_a_base_that_is_quantized_already_is_refused(config: dict[str, Any], method: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        refuse_unconvertible(config, "BASE", trust_remote_code=True)
+
+    assert str(caught.value) == (
+        f"BASE: the base is quantized already ({method}); give the 16-bit model that it was made from"
+    )
+
+
+@pytest.mark.parametrize("value", [None, {}, False])
+def test_an_empty_quantization_config_says_nothing(value: object) -> None:
+    refuse_unconvertible({"quantization_config": value, "text_config": None}, "BASE", trust_remote_code=False)
+
+
+def test_a_base_that_names_code_of_its_own_is_refused_unless_allowed() -> None:
+    config = {"auto_map": {"AutoConfig": "configuration.Config"}}
+
+    refuse_unconvertible(config, "BASE", trust_remote_code=True)
+    with pytest.raises(Unsupported) as caught:
+        refuse_unconvertible(config, "BASE", trust_remote_code=False)
+
+    assert str(caught.value) == (
+        "BASE: config.json names Python code of the base (auto_map); with --trust-remote-code its files are copied, "
+        "and still never run"
+    )
+
+
+@pytest.mark.parametrize("text", ["strange", 7, ["x"]])
+def test_a_text_config_that_is_no_mapping_is_not_looked_into(text: object) -> None:
+    refuse_unconvertible({"text_config": text}, "BASE", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"), [(["A", 5], "A"), ([5], "5"), ([], "unknown"), (5, "unknown"), ({"0": "A"}, "unknown")]
+)
+def test_a_class_that_is_not_ours_has_whatever_name_the_config_gives_it(listed: Any, name: str) -> None:
+    config = {"model_type": "nobody's", "architectures": listed}
+
+    found = describe(config, {"layer.weight": (64, 64)}, quantize=True, dtype="bfloat16", remote_code=True)
+
+    assert found.class_name == name

@@ -1,0 +1,289 @@
+"""The CPU kernels are held to bitsandbytes bit for bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converter.merge.lora import merge_tile
+from converter.quantize import kernels
+from converter.quantize.bnb import Quantizer, dynamic_map, four_bit_map
+from converter.quantize.measure import row_sums
+from converter.recipe import BLOCK_SIZES, Recipe
+from tests.conftest import REPOSITORY
+from tests.limits import HANG
+from tests.models import save_adapter, save_base
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
+
+
+def run(
+    weight: torch.Tensor, product: torch.Tensor | None, scaling: float, quant_type: str, block: int, rounding: int
+) -> tuple[bool, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rows, columns = weight.shape
+    stored = weight.view(torch.uint16) if weight.dtype is torch.bfloat16 else weight
+    packed = np.empty(-(weight.numel() // -2), np.uint8)
+    absmax = np.empty(-(weight.numel() // -block), np.float32)
+    sums = np.empty((rows, kernels.SUMS))
+    finite = kernels.quantize_rows(
+        stored.numpy().ravel(),
+        None if product is None else product.numpy().ravel(),
+        scaling,
+        columns,
+        quant_type=quant_type,
+        block=block,
+        rounding=rounding,
+        packed=packed,
+        absmax=absmax,
+        sums=sums,
+    )
+    return finite, packed, absmax, sums
+
+
+cases = st.fixed_dictionaries(
+    {
+        "rows": st.integers(1, 70),
+        "columns": st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 256])),
+        "dtype": st.sampled_from(list(DTYPES)),
+        "quant_type": st.sampled_from(["nf4", "fp4"]),
+        "block": st.sampled_from(BLOCK_SIZES),
+        "rounding": st.sampled_from(list(ROUNDINGS)),
+        "merged": st.booleans(),
+        "magnitude": st.integers(-30, 4),
+        "zeros": st.booleans(),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases)
+def test_codes_and_absmax_equal_those_of_bitsandbytes_for_any_shape_dtype_and_block(case: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (case["rows"], case["columns"])
+    weight = (torch.randn(shape, generator=generator) * 10.0 ** case["magnitude"]).to(DTYPES[case["dtype"]])
+    if case["zeros"]:
+        weight.view(-1)[: weight.numel() // 2] = 0
+    product = torch.randn(shape, generator=generator) * 10.0 ** case["magnitude"] if case["merged"] else None
+    rounded = ROUNDINGS[case["rounding"]]
+    values = weight.to(rounded)
+    if product is not None:
+        values = (values.float() + product * 0.37).to(rounded)
+
+    finite, packed, absmax, _ = run(weight, product, 0.37, case["quant_type"], case["block"], case["rounding"])
+
+    expected, state = quantize_4bit(values, blocksize=case["block"], quant_type=case["quant_type"])
+    assert finite == bool(values.isfinite().all())
+    if finite:
+        assert np.array_equal(expected.numpy().ravel(), packed)
+        assert np.array_equal(state.absmax.numpy(), absmax)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(case["seed"])
+    shape = (case["rows"], case["columns"])
+    magnitude = 10.0 ** case["magnitude"]  # down to where squares are no float32 any more
+    weight = (torch.randn(shape, generator=generator) * magnitude).to(DTYPES[case["dtype"]])
+    product = torch.randn(shape, generator=generator) * magnitude if case["merged"] else None
+    delta = None if product is None else product * 0.5
+    recipe = Recipe(quant_type=case["quant_type"], block_size=case["block"], dtype="bfloat16")
+    merged = merge_tile(weight, delta, "float32", torch.bfloat16)
+    expected = row_sums(merged, Quantizer(recipe).tile("w", merged.values).restored)
+
+    _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], kernels.EXACT)
+
+    count = expected.shape[1]
+    # The terms of ⟨Q(S) − W, Δ⟩ have either sign: what float32 loses of their sum goes by their size.
+    size = np.sqrt((expected[:, 0] + expected[:, count - 1]) * expected[:, count - 1])
+    for k in range(count):
+        assert (np.abs(sums[:, k] - expected[:, k]) <= 1e-6 * (size if k == 2 else expected[:, k])).all()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("columns", [96, 1001])
+def test_rows_give_the_same_bytes_alone_and_together(columns: int, merged: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(256, columns, generator=generator).bfloat16()
+    product = torch.randn(256, columns, generator=generator) if merged else None
+
+    _, whole, absmax, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+    parts = [
+        run(weight[rows], None if product is None else product[rows], 1.0, "nf4", 64, kernels.EXACT)
+        for rows in (slice(start, start + 64) for start in range(0, 256, 64))
+    ]
+
+    assert np.array_equal(whole, np.concatenate([part[1] for part in parts]))
+    assert np.array_equal(absmax, np.concatenate([part[2] for part in parts]))
+    assert np.array_equal(sums, np.concatenate([part[3] for part in parts]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(bad: float, dtype: str) -> None:
+    for place in (0, 63, 64, 129):
+        weight = torch.ones(2, 65).to(DTYPES[dtype])
+        weight.view(-1)[place] = bad
+
+        finite, *_ = run(weight, None, 1.0, "nf4", 64, kernels.EXACT)
+
+        assert not finite
+
+
+@pytest.mark.parametrize("rounding", [kernels.BFLOAT16, kernels.FLOAT16])
+def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(rounding: int) -> None:
+    generator = np.random.default_rng(3)
+    exponents = np.repeat(np.arange(255, dtype=np.uint32) << 23, 256)
+    fractions = generator.integers(0, 1 << 23, exponents.size, dtype=np.uint32)
+    fractions[::4] &= 0xFFFF0000  # halves, for ties
+    fractions[1::4] &= 0xFFFFE000
+    bits = exponents | fractions | (generator.integers(0, 2, exponents.size, dtype=np.uint32) << 31)
+    values = torch.from_numpy(bits.view(np.float32).copy())
+    expected = values.to(ROUNDINGS[rounding]).float()
+
+    rounded = np.array([kernels._round(value, rounding) for value in values.numpy()], np.float32)
+
+    assert torch.equal(expected.view(torch.int32), torch.from_numpy(rounded.view(np.int32)))
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [("uint16", 0x7F80), ("uint16", 0x7C00), ("uint32", 0x7F800000)])
+def test_the_check_for_finite_values_knows_the_exponents(dtype: str, exponent: int) -> None:
+    bits = np.arange(1000).astype(dtype)
+
+    assert kernels.all_finite(bits, exponent)
+    bits[321] |= exponent
+    assert not kernels.all_finite(bits, exponent)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_code_tables_are_those_of_bitsandbytes(quant_type: str) -> None:
+    expected = get_4bit_type(quant_type, device="cpu")
+
+    assert torch.equal(expected.view(torch.int32), four_bit_map(quant_type).view(torch.int32))
+    assert torch.equal(create_dynamic_map().view(torch.int32), dynamic_map().view(torch.int32))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1e-12, 1e12, 1e25])
+@pytest.mark.parametrize("merged", [False, True])
+def test_squares_beyond_the_range_of_float32_are_counted(magnitude: float, merged: bool) -> None:
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    product = torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) if merged else None
+    _, _, _, expected = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+
+    _, _, _, sums = run(
+        weight * magnitude, None if product is None else product * magnitude, 1.0, "nf4", 64, kernels.EXACT
+    )
+
+    np.testing.assert_allclose(sums, expected * float(magnitude) ** 2, rtol=1e-5)
+
+
+def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> None:
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)) * 1e25
+    product = -weight * (1 + torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) * 1e-3)
+    merged = merge_tile(weight, product, "float32", torch.bfloat16)
+
+    _, _, _, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+
+    assert np.isfinite(sums).all()
+    np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(sums[:, 1], (merged.exact.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", dtype=dtype)
+    adapter = save_adapter(tmp_path / "adapter", base, "llama")
+    program = f"""
+import converter.crew
+from converter import convert
+from converter.quantize import kernels
+
+def compiled():
+    return len(kernels._quantize.signatures), len(kernels._some_have.signatures)
+
+begun = []
+begin = converter.crew.Crew.__init__
+converter.crew.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
+convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
+print(*begun, compiled())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, cwd=REPOSITORY)
+
+    assert ran.returncode == 0, ran.stderr
+    begun, ended = ran.stdout.strip().split(") (")
+    assert begun.strip("()") == ended.strip("()")
+    assert ended[0] == "1"
+
+
+# Where compiled code is kept
+
+
+PROGRAM = """
+import numpy as np
+from converter.quantize import kernels
+print(kernels.all_finite(np.zeros(4, np.uint16), 0x7F80), sum(kernels._some_have.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The package where this test may do with it as it likes, without compiled code."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(REPOSITORY / "converter", tmp_path / "site" / "converter", ignore=ignored)
+
+
+def compute(installed: Path, **environment: str) -> str:
+    """What a process says that has the code compiled, or finds it compiled."""
+    command = [sys.executable, "-B", "-c", PROGRAM]
+    ran = subprocess.run(
+        command, cwd=installed.parent, env=os.environ | environment, capture_output=True, text=True, timeout=HANG
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
+def test_compiled_code_is_kept_for_the_next_process(installed: Path) -> None:
+    assert compute(installed) == "True 0"
+    assert compute(installed) == "True 1"
+
+
+def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: Path, tmp_path: Path) -> None:
+    (installed / "__pycache__").write_text("no folder")
+    (tmp_path / "file").write_text("no folder")
+    nowhere = str(tmp_path / "file" / "home")
+
+    for _ in range(2):
+        assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "True 0"
+
+
+def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew(installed: Path) -> None:
+    compute(installed)
+    for path in (installed / "__pycache__").glob("kernels.*.nb?"):
+        path.write_bytes(b"")
+
+    assert compute(installed) == "True 0"
+
+
+def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) -> None:
+    kept = installed / "__pycache__"
+    kept.mkdir()
+    if os.system(f"mount -t tmpfs -o size=4k tmpfs '{kept}' 2>/dev/null"):
+        pytest.skip("mounting needs a privilege that this machine does not give")
+    try:
+        (kept / "filler").write_bytes(bytes(4096))
+        assert compute(installed) == "True 0"
+    finally:
+        os.system(f"umount '{kept}'")
