@@ -1,21 +1,24 @@
 """Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed."""
 
 from converter.batch.batch import convert_batch
-from converter.batch.jobs import Job, read_jobs
-from converter.batch.members import Outcome, Terms
+from converter.batch.jobs import read_jobs
+from converter.batch.members import BatchOptions, Outcome
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError
+from converter.job import Job
 from converter.merge.adapter import Adapter
-from converter.pipeline import Progress, Report, convert, plan_conversion
-from converter.plan.budget import Resources
+from converter.observer import Progress
+from converter.pipeline import Report, convert, plan_conversion
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Checkpoint, LocalFolder
 from converter.recipe import Recipe
+from converter.resources import Resources
 
 __all__ = [
     "Adapter",
+    "BatchOptions",
     "Checkpoint",
     "ConversionFailed",
     "ConversionRefused",
@@ -30,7 +33,6 @@ __all__ = [
     "Recipe",
     "Report",
     "Resources",
-    "Terms",
     "convert",
     "convert_batch",
     "make_plan",

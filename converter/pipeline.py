@@ -16,12 +16,12 @@ from typing import Any
 
 import xxhash
 
-from converter.crew import Crew
 from converter.errors import ConverterError, Interrupted
-from converter.plan.budget import Resources
+from converter.job import Reference
+from converter.observer import Progress
 from converter.plan.decide import make_plan
-from converter.plan.estimate import estimate
-from converter.plan.inputs import Inputs, Reference
+from converter.plan.estimate import DryRun, estimate
+from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.quantize.bnb import Quantizer
 from converter.quantize.measure import Fidelity
@@ -29,27 +29,16 @@ from converter.read.checkpoint import Folder
 from converter.read.digests import remember
 from converter.read.side_files import read_side_files
 from converter.recipe import Recipe
+from converter.resources import Resources
 from converter.seal.destination import Destination
 from converter.seal.origin import already_made, origin_of
 from converter.seal.production import Made, Production, Target
 from converter.seal.receipt import fingerprint
 from converter.seal.staging import Staging
-from converter.tensors import read_tile, torch_device
-from converter.tile import Conversion, convert_tile, load_kernels
+from converter.tensors import torch_device
+from converter.threads import Crew
+from converter.tile import Conversion, convert_tile, load_kernels, read_tile
 from converter.write.journal import job_of
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is."""
-
-    stage: str
-    """fetching, checking, converting or sealing"""
-    done: int
-    """Bytes of the base."""
-    total: int
-    name: str
-    """The tensor, or the file that is fetched."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +137,11 @@ def plan_conversion(
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
-) -> Plan:
+) -> DryRun:
     """What `convert` would do with the same arguments: its plan, and its refusals.
 
-    Nothing is written, and of a base on the Hub no shard is downloaded. The plan has an estimate of the time, from
-    short samples of reading and computing.
+    Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes
+    from short samples of reading and computing.
     """
     with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
         plan = make_plan(
@@ -162,7 +151,7 @@ def plan_conversion(
             destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
             destination.refuse_if_taken()
             destination.refuse_if_too_full(plan.output_bytes)
-        return replace(plan, estimate=estimate(plan, inputs.base))
+        return DryRun(plan, estimate(plan, inputs.base))
 
 
 Result = tuple[Target, Made | ConverterError]

@@ -1,8 +1,10 @@
-"""The choices that shape the output's bytes."""
+"""The choices that shape the output's bytes, and the versions that do."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 from converter.errors import BadRecipe
@@ -80,3 +82,9 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"keep": sorted(self.keep)}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what shapes the bytes: package → version."""
+    return {name: version(name) for name in ("nf4-converter", "torch", "bitsandbytes")}

@@ -1,4 +1,4 @@
-"""Between bytes and tensors: the tiles of a base, the factors of an adapter, the bytes that are written."""
+"""torch by name: dtypes, devices; the bytes of a tensor, and whether its values are finite."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from converter.crew import Buffers
-    from converter.merge.adapter import LoraPair
-    from converter.plan.plan import TensorPlan
-    from converter.read.checkpoint import Folder, TensorHeader
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -54,28 +50,6 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers: Buffers) -> tuple[Tensor, memoryview]:
-    """Rows `start` to `end` of a tensor's source, as stored, and their bytes; both lie in `buffers`.
-
-    The shape is (rows, columns); a Conv1D comes turned, whole, as (out_features, in_features).
-    """
-    import torch
-
-    header = tensor.source
-    row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
-    flat = buffers.take("stored", torch.uint8, (end - start) * row_bytes)
-    raw = memoryview(flat.numpy())
-    folder.expect(header.file, header.offset + start * row_bytes)
-    folder.read_into(header.file, header.offset + start * row_bytes, raw)
-    values = flat.view(torch_dtype(header.dtype))
-    return values.view(header.shape).T if tensor.transpose else values.view(end - start, tensor.columns), raw
-
-
-def read_factors(pair: LoraPair, folder: Folder, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A (rank, in_features) and B (out_features, rank) of a delta, in float32, which holds every dtype of a file."""
-    return _read_float32(pair.a, folder).to(device), _read_float32(pair.b, folder).to(device)
-
-
 def as_bytes(value: Tensor) -> memoryview:
     """The bytes of a tensor, in row-major order."""
     import torch
@@ -98,11 +72,3 @@ def refuse_not_finite(name: str, values: Tensor, *, kernels: bool = False) -> No
         finite = bool(values.isfinite().all())
     if not finite:
         raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")
-
-
-def _read_float32(header: TensorHeader, folder: Folder) -> Tensor:
-    import torch
-
-    raw = bytearray(header.nbytes)
-    folder.read_into(header.file, header.offset, memoryview(raw))
-    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()

@@ -1,12 +1,22 @@
-"""Threads that run before there is work for them."""
+"""Threads that run before there is work for them; those that convert tiles, and the buffers that bound how many are in
+flight."""
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
 from converter.errors import NoThread
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _SECONDS = 60.0
 """How long a thread may take to begin."""
@@ -32,3 +42,70 @@ def pool(count: int, name: str, initializer: Callable[[], None] | None = None) -
 
 def no_thread(name: str, reason: Exception) -> NoThread:
     return NoThread(f"the system has no thread for us ({name}: {reason}); fewer --threads need fewer and less memory")
+
+
+class Buffers:
+    """The memory of one tile in flight, kept and used again: fresh memory costs a page fault every 4 kB."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def take(self, purpose: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor, valid until the next `take` for the same purpose."""
+        import torch
+
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        kept = self._kept.get(purpose)
+        if kept is None or kept.numel() < nbytes:
+            self._kept.pop(purpose, None)
+            kept = self._kept[purpose] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return kept[:nbytes].view(dtype).view(shape)
+
+
+class Crew:
+    """Runs jobs in threads, in any order; with one thread, at once. As many jobs are under way as there are buffers."""
+
+    def __init__(self, threads: int, slots: int, *, pinned: bool = False) -> None:
+        self._free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
+        for _ in range(slots):
+            self._free.put(Buffers(pinned=pinned))
+        self._pool = pool(threads, "tile", _one_thread) if threads > 1 else None
+
+    def buffers(self) -> Buffers:
+        """Buffers that nobody uses; waits for them."""
+        return self._free.get()
+
+    def submit(self, buffers: Buffers, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a job that uses `buffers`, and have them back when it has ended."""
+
+        def run() -> T:
+            try:
+                return job(*args, **kwargs)
+            finally:
+                self._free.put(buffers)
+
+        if self._pool is not None:
+            return self._pool.submit(run)
+        done: Future[Any] = Future()
+        try:
+            done.set_result(run())
+        except Exception as exc:  # kept for whoever asks for the result, as a pool does
+            done.set_exception(exc)
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    """Torch counts its threads by the thread that calls it."""
+    import torch
+
+    torch.set_num_threads(1)

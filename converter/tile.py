@@ -10,22 +10,40 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConverterError, NotFinite
-from converter.merge.lora import delta_rows, merge_tile
+from converter.merge.lora import delta_rows, merge_tile, read_factors
 from converter.plan.budget import STRIP_ELEMENTS
 from converter.plan.layout import tile_bounds
 from converter.quantize.measure import Fidelity, Tally, row_sums
-from converter.tensors import as_bytes, read_factors, refuse_not_finite, torch_dtype
+from converter.tensors import as_bytes, refuse_not_finite, torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
-    from converter.crew import Buffers
     from converter.plan.plan import Plan, TensorPlan
     from converter.quantize.bnb import Quantizer
+    from converter.read.checkpoint import Folder
     from converter.seal.production import Target
+    from converter.threads import Buffers
     from converter.write.shard import Writer
+
+
+def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers: Buffers) -> tuple[Tensor, memoryview]:
+    """Rows `start` to `end` of a tensor's source, as stored, and their bytes; both lie in `buffers`.
+
+    The shape is (rows, columns); a Conv1D comes turned, whole, as (out_features, in_features).
+    """
+    import torch
+
+    header = tensor.source
+    row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
+    flat = buffers.take("stored", torch.uint8, (end - start) * row_bytes)
+    raw = memoryview(flat.numpy())
+    folder.expect(header.file, header.offset + start * row_bytes)
+    folder.read_into(header.file, header.offset + start * row_bytes, raw)
+    values = flat.view(torch_dtype(header.dtype))
+    return values.view(header.shape).T if tensor.transpose else values.view(end - start, tensor.columns), raw
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError, NotFinite
+from converter.job import Reference
 from converter.model.ask import check_output
-from converter.pipeline import Progress, convert_tensors, crew_of, one_thread
-from converter.plan.budget import Resources
+from converter.observer import Progress
+from converter.pipeline import convert_tensors, crew_of, one_thread
 from converter.plan.decide import make_plan
-from converter.plan.inputs import Inputs, Reference
+from converter.plan.inputs import Inputs
 from converter.plan.layout import Output
 from converter.plan.plan import Plan, TensorPlan
 from converter.quantize.bnb import Quantizer
@@ -26,6 +27,7 @@ from converter.read.checkpoint import Checkpoint, LocalFolder, TensorHeader, are
 from converter.read.checksums import SUMS, read_sums
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
+from converter.resources import Resources
 from converter.seal.production import Target
 from converter.seal.receipt import RECEIPT, read_receipt
 from converter.seal.staging import sha256_of

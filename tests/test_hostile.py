@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import converter
 from converter.cli.main import main
 from converter.errors import BadOutput, ConverterError, InputChanged, WriteFailed
-from converter.pipeline import Progress
+from converter.observer import Progress
 from converter.seal.destination import Destination
 from tests.conftest import REPOSITORY
 from tests.folders import change_json, contents, copy, flip_bit, write_sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,35 +18,60 @@ import converter
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "converter"
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in sorted(PACKAGE.glob("*.py"))}
+
+
+def _name(path: Path) -> str:
+    """A module below the package: `read.hub.folder`; of a package's own file, `read.hub`, and `` of the outermost."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+SOURCES = {_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+FOUNDATION, LOOP = "foundation", "loop"
+"""The modules that lie in no room: those below all rooms, and those that run the conversion."""
+ROOMS = (FOUNDATION, "read", "model", "merge", "quantize", "plan", "write", "seal", LOOP, "batch", "cli")
+"""A room imports from itself and from those before it."""
+WITHOUT_A_ROOM = {
+    "errors": FOUNDATION,
+    "recipe": FOUNDATION,
+    "resources": FOUNDATION,
+    "job": FOUNDATION,
+    "silence": FOUNDATION,
+    "tensors": FOUNDATION,
+    "threads": FOUNDATION,
+    "observer": LOOP,
+    "tile": LOOP,
+    "pipeline": LOOP,
+    "verify": LOOP,
+    "": "cli",
+    "__main__": "cli",
+}
 
 ONLY_IN = {
-    "transformers": {"meta_model"},
-    "bitsandbytes": {"quantize"},
-    "huggingface_hub": {"hub", "hub_errors"},
-    "numba": {"kernels"},
-    "regex": {"patterns"},
-    "click": {"cli"},
-    "rich": {"show"},
-    "psutil": {"show"},
-    "ray": {"ray_cluster"},
+    "transformers": {"model.meta_model"},
+    "bitsandbytes": {"quantize.bnb"},
+    "huggingface_hub": {"read.hub.folder", "read.hub.errors"},
+    "numba": {"quantize.kernels"},
+    "regex": {"merge.patterns"},
+    "click": {"cli.main"},
+    "rich": {"cli.show"},
+    "psutil": {"cli.show"},
+    "ray": {"batch.cluster.ray_cluster"},
     "peft": set(),
     "safetensors": set(),
     "accelerate": set(),
 }
 """Third parties that have one door."""
 
-AT_THE_TOP = {("cli", "click"), ("kernels", "numba"), ("kernels", "numpy")}
+AT_THE_TOP = {("cli.main", "click"), ("quantize.kernels", "numba"), ("quantize.kernels", "numpy")}
 """Who may import which third party when it is itself imported; xxhash anyone, for it is light."""
-
-OF_THE_OUTSIDE = {"cli", "show", "__main__"}
-"""What talks to people, which no stage knows of."""
 
 
 class Import(NamedTuple):
     importer: str
     module: str
-    """All of it: converter.read, huggingface_hub.utils."""
+    """All of it: converter.read.checkpoint, huggingface_hub.utils."""
     at_the_top: bool
     """Whether it happens when the importer is imported."""
 
@@ -54,37 +80,60 @@ class Import(NamedTuple):
         return self.module.partition(".")[0]
 
 
-def imports() -> Iterator[Import]:
-    """Every import of the package but those for type checkers only."""
+def imports(*, with_types: bool = False) -> Iterator[Import]:
+    """Every import of the package; those for type checkers only if asked for."""
     for name, tree in SOURCES.items():
-        yield from _imports(name, tree, at_the_top=True)
+        yield from _imports(name, tree, at_the_top=True, with_types=with_types)
 
 
-def _imports(name: str, node: ast.AST, *, at_the_top: bool) -> Iterator[Import]:
+def _imports(name: str, node: ast.AST, *, at_the_top: bool, with_types: bool) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not with_types:
             continue
         if isinstance(child, ast.Import):
             yield from (Import(name, alias.name, at_the_top) for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, f"{name}: a relative import"
             module = child.module or ""
-            if module == "converter":  # from converter import errors
-                yield from (Import(name, f"converter.{alias.name}", at_the_top) for alias in child.names)
-            else:
+            of_modules = [alias for alias in child.names if own(f"{module}.{alias.name}") in SOURCES]
+            yield from (Import(name, f"{module}.{alias.name}", at_the_top) for alias in of_modules)
+            if len(of_modules) < len(child.names):
                 yield Import(name, module, at_the_top)
         else:
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _imports(name, child, at_the_top=at_the_top and not inside)
+            yield from _imports(name, child, at_the_top=at_the_top and not inside, with_types=with_types)
 
 
 def third_party(found: Import) -> bool:
     return found.package not in sys.stdlib_module_names and found.package != "converter"
 
 
-def own(found: Import) -> str:
-    """The module of ours that is imported."""
-    return found.module.removeprefix("converter").removeprefix(".").partition(".")[0] or "__init__"
+def own(module: str) -> str:
+    """Of a module of ours, its name below the package."""
+    return module.removeprefix("converter").removeprefix(".") if module.partition(".")[0] == "converter" else "?"
+
+
+def room(module: str) -> str:
+    first = module.partition(".")[0]
+    return WITHOUT_A_ROOM.get(first, first)
+
+
+def test_every_module_lies_in_a_room_that_the_order_knows() -> None:
+    assert {room(name) for name in SOURCES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if name not in (FOUNDATION, LOOP)])
+def test_no_room_is_empty(name: str) -> None:
+    assert [module for module in SOURCES if module.startswith(f"{name}.")]
+
+
+def test_a_room_imports_only_from_the_rooms_before_it() -> None:
+    against = [
+        f"{found.importer} → {own(found.module)}"
+        for found in imports(with_types=True)
+        if found.package == "converter" and ROOMS.index(room(own(found.module))) > ROOMS.index(room(found.importer))
+    ]
+    assert against == []
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -103,51 +152,28 @@ def test_heavy_libraries_are_imported_when_they_are_needed_and_not_before() -> N
 
 
 def test_kernels_are_imported_only_where_they_are_used() -> None:
-    assert not [
-        found for found in imports() if own(found) == "kernels" and found.package == "converter" and found.at_the_top
-    ]
-
-
-def test_no_stage_knows_of_the_command_line() -> None:
-    known = {found.importer for found in imports() if found.package == "converter" and own(found) in OF_THE_OUTSIDE}
-    assert known <= OF_THE_OUTSIDE
+    assert not [found for found in imports() if own(found.module) == "quantize.kernels" and found.at_the_top]
 
 
 def test_the_command_line_knows_the_package_only_when_arguments_are_parsed() -> None:
-    assert not [
-        found for found in imports() if found.importer == "cli" and found.package == "converter" and found.at_the_top
-    ]
-
-
-def test_only_what_is_above_it_knows_the_pipeline() -> None:
-    known = {found.importer for found in imports() if found.module == "converter.pipeline"}
-    of_clusters = {"cluster", "parts", "ray_cluster", "worker"}
-    assert known <= {"__init__", "batch", "passes", "verify", *of_clusters, *OF_THE_OUTSIDE}
+    early = {own(found.module) for found in imports() if found.importer == "cli.main" and found.at_the_top}
+    assert {module for module in early if module in SOURCES} <= set()
 
 
 def test_only_the_command_line_knows_of_clusters() -> None:
-    own_files = {"cluster", "parts", "ray_cluster", "worker"}
-    known = {found.importer for found in imports() if found.package == "converter" and own(found) in own_files}
-    assert known - own_files == {"cli"}
+    known = {found.importer for found in imports() if own(found.module).startswith("batch.cluster")}
+    assert {importer for importer in known if not importer.startswith("batch.cluster")} == {"cli.main"}
 
 
 def test_the_errors_know_nobody() -> None:
     assert {found.package for found in imports() if found.importer == "errors"} <= {"__future__"}
 
 
-def test_reading_and_writing_know_nothing_of_models() -> None:
-    for importer in ("read", "write", "layout", "kernels", "merge", "measure"):
-        known = {own(found) for found in imports() if found.importer == importer and found.package == "converter"}
-        assert known.isdisjoint({"architecture", "ask", "match", "decide", "seal", "pipeline", "hub", "inputs"}), (
-            importer
-        )
-
-
 def test_imports_go_one_way() -> None:
     graph: dict[str, set[str]] = {name: set() for name in SOURCES}
-    for found in imports():
-        if found.package == "converter" and found.at_the_top:
-            graph[found.importer].add(own(found))
+    for found in imports(with_types=True):
+        if found.package == "converter":
+            graph[found.importer].add(own(found.module))
     while free := [name for name, needs in graph.items() if not needs & graph.keys()]:
         for name in free:
             del graph[name]
@@ -176,24 +202,69 @@ def test_nothing_is_unpickled_evaluated_or_mapped() -> None:
 
 
 def test_modules_have_names_that_say_something() -> None:
-    assert not SOURCES.keys() & {"utils", "helpers", "common", "manager", "handler", "process", "data", "info", "misc"}
+    vague = {"utils", "helpers", "common", "manager", "handler", "process", "data", "info", "misc"}
+    assert not {name.rpartition(".")[2] for name in SOURCES} & vague
 
 
 def test_every_module_says_what_it_is_for() -> None:
     assert [name for name, tree in SOURCES.items() if not ast.get_docstring(tree)] == []
 
 
-def test_every_module_is_in_the_table_of_the_design() -> None:
+# The design's picture, and sizes
+
+
+def drawn() -> dict[str, set[str]]:
+    """The tree as docs/design.md draws it: folder → the modules that its row names."""
     design = (REPOSITORY / "docs" / "design.md").read_text()
-    dunder = {"__init__", "__main__"}
-    assert [name for name in SOURCES if name not in dunder and f"`{name}.py`" not in design] == []
+    rows = re.findall(r"^\| `converter/([\w/]*)` \|.*\| ([^|]*) \|$", design, re.MULTILINE)
+    return {folder.strip("/"): set(re.findall(r"`(\w+)`", files)) for folder, files in rows}
+
+
+def test_the_design_draws_the_tree_as_it_is() -> None:
+    there: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            there.setdefault("/".join(path.relative_to(PACKAGE).parts[:-1]), set()).add(path.stem)
+
+    assert drawn() == there
+
+
+def test_the_tests_have_the_same_rooms() -> None:
+    folders = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_dir() and any(path.glob("*.py"))}
+    tested = {path.parent.relative_to(REPOSITORY / "tests") for path in (REPOSITORY / "tests").rglob("test_*.py")}
+
+    assert {folder for folder in folders if len(folder.parts) == 1 or folder.parts[0] == "batch"} <= tested
+
+
+MOST_LINES, MOST_PARAMETERS = 400, 7
+
+
+@pytest.mark.parametrize("folder", ["converter", "tests"])
+def test_no_file_is_longer_than_can_be_read(folder: str) -> None:
+    long = {path.name: len(path.read_text().splitlines()) for path in (REPOSITORY / folder).rglob("*.py")}
+    most = MOST_LINES if folder == "converter" else 1_400
+    assert {name: lines for name, lines in long.items() if lines > most} == {}
+
+
+def test_no_function_has_more_parameters_than_can_be_remembered() -> None:
+    public = {"convert", "convert_batch", "plan_conversion", "verify", "convert_on_cluster"}
+    compiled = {name for name, tree in SOURCES.items() if name == "quantize.kernels"}
+    many = []
+    for name, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in public:
+                arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                count = len([one for one in arguments if one.arg not in ("self", "cls")])
+                if count > MOST_PARAMETERS and name not in compiled:
+                    many.append(f"{name}.{node.name}: {count}")
+    assert many == []
 
 
 # The public names
 
 
 def test_the_public_names_are_what_the_package_imports_and_nothing_else() -> None:
-    tree = SOURCES["__init__"]
+    tree = SOURCES[""]
     imported = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
 
     assert sorted(imported) == sorted(converter.__all__)

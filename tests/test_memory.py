@@ -158,10 +158,10 @@ def test_four_times_the_model_takes_the_same_memory_and_no_more_than_predicted(
     assert four.peak <= four.predicted
 
 
-BATCH = PROGRAM.replace("convert, plan_conversion", "convert, convert_batch, Job, Terms").replace(
+BATCH = PROGRAM.replace("convert, plan_conversion", "convert, convert_batch, Job, BatchOptions").replace(
     "report = convert(base, adapter, out, recipe, resources)",
     """jobs = [Job(Path(f"{out}/{n}"), adapter, base, recipe) for n in range(int(out.rpartition("-")[2]))]
-outcomes = convert_batch(jobs, Terms(resources))
+outcomes = convert_batch(jobs, BatchOptions(resources))
 assert all(outcome.status == "made" for outcome in outcomes), outcomes""",
 )
 BATCH = BATCH[: BATCH.index("sizes = ")] + "print(json.dumps([peak - before, resources.memory, 0, 0]))\n"

@@ -53,12 +53,3 @@ def test_every_option_says_what_it_does() -> None:
 def test_every_public_name_is_documented() -> None:
     for name in converter.__all__:
         assert getattr(converter, name).__doc__, name
-
-
-def test_the_files_that_the_design_names_are_those_that_there_are() -> None:
-    design = (REPOSITORY / "docs" / "design.md").read_text()
-    table = "\n".join(line for line in design.splitlines() if line.startswith("| `"))
-    named = set(re.findall(r"`(\w+\.py)`", table))
-    there = {path.name for path in (REPOSITORY / "converter").glob("*.py")} - {"__init__.py", "__main__.py"}
-
-    assert named == there

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Job, Resources, Terms, convert, convert_batch
+from converter import BatchOptions, Job, Resources, convert, convert_batch
 from converter.errors import NoThread
 from converter.threads import pool
 from tests.folders import contents
@@ -103,7 +103,7 @@ def test_whichever_thread_the_system_does_not_have_for_a_batch_it_is_told_of_eac
     for count in range(20):
         with monkeypatch.context() as patch:
             none_after(count, patch)
-            outcomes = convert_batch(jobs, Terms(TWO_THREADS))
+            outcomes = convert_batch(jobs, BatchOptions(TWO_THREADS))
         assert len(outcomes) == 2
         for outcome in outcomes:
             assert outcome.is_good or "no thread for us" in outcome.message

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from converter.batch.forecast import Forecast, forecast
-from converter.batch.jobs import Job, grouped
-from converter.batch.members import Group, Member, Outcome, Status, Terms
+from converter.batch.jobs import grouped
+from converter.batch.members import BatchOptions, Group, Member, Outcome, Status
 from converter.batch.passes import Pass
 from converter.batch.place import Place, place_of, tidy
 from converter.batch.sharing import Given, given_by, left_by
 from converter.errors import BadOutput, BadRecipe, ConversionRefused, ConverterError, Interrupted, OutputLocked
-from converter.pipeline import Progress
+from converter.job import Job
+from converter.observer import Progress
 from converter.plan import budget
 from converter.plan.inputs import Base, Inputs
 from converter.seal.destination import first_that_exists, room
@@ -27,7 +28,7 @@ from converter.tensors import torch_device
 
 def convert_batch(
     jobs: Sequence[Job],
-    terms: Terms = Terms(),
+    terms: BatchOptions = BatchOptions(),
     *,
     dry_run: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -62,7 +63,7 @@ class Batch:
     def __init__(
         self,
         jobs: Sequence[Job],
-        terms: Terms,
+        terms: BatchOptions,
         progress: Callable[[Progress], None],
         stop: Callable[[], int | None],
         tell: Callable[[Outcome], None],

@@ -8,12 +8,13 @@ import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from converter.errors import BadCheckpoint, BadRecipe, ConverterError
-from converter.plan.inputs import Reference, base_of_adapter, open_adapter
+from converter.job import Job, Reference
+from converter.plan.inputs import base_of_adapter, open_adapter
 from converter.read.checkpoint import is_folder, parse_json_object
 from converter.recipe import Recipe
 
@@ -29,23 +30,6 @@ _QUOTED = re.compile(
 _RECIPE = {field.name for field in fields(Recipe)}
 _OF_A_JOB = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
 _NAME = re.compile(r"[^/\0.][^/\0]*")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One checkpoint to be made."""
-
-    out: Path
-    adapter: Reference | None
-    base: Reference | None = None
-    """None: the one that the adapter names."""
-    recipe: Recipe = Recipe()
-    base_revision: str | None = None
-    adapter_revision: str | None = None
-
-    @property
-    def label(self) -> str:
-        return str(self.out)
 
 
 def named_jobs(

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from converter.batch.jobs import Job
 from converter.batch.sharing import in_common, untouched
+from converter.job import Job, RunOptions
 from converter.plan import budget
-from converter.plan.budget import Resources
 from converter.plan.decide import make_plan
 from converter.plan.estimate import computed
 from converter.plan.inputs import Base, Inputs
@@ -55,15 +54,9 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """How a batch is run; none of it but `device` and `link` changes a byte of an output."""
+class BatchOptions(RunOptions):
+    """How a batch is run. Nothing here but `device` and `link` changes a byte of an output."""
 
-    resources: Resources = Resources()
-    device: str = "auto"
-    overwrite: bool = False
-    offline: bool = False
-    trust_remote_code: bool = False
-    resume: bool = True
     strict: bool = False
     """Convert nothing if any job is refused."""
     link: How = "auto"
@@ -74,7 +67,7 @@ class Terms:
 class Member:
     """A job that is planned. Its plan may be forgotten, and is then made anew when it is wanted."""
 
-    def __init__(self, job: Job, inputs: Inputs, terms: Terms) -> None:
+    def __init__(self, job: Job, inputs: Inputs, terms: BatchOptions) -> None:
         self.job, self.inputs, self._terms = job, inputs, terms
         self._plan: Plan | None = None
         self.before = inputs.identities()

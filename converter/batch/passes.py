@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from converter.batch.sharing import Given, laid_out
 from converter.errors import ConverterError, Interrupted
-from converter.pipeline import Progress, convert_tensors, crew_of, one_thread, seal
+from converter.observer import Progress
+from converter.pipeline import convert_tensors, crew_of, one_thread, seal
 from converter.plan import budget
+from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
-from converter.plan.plan import Plan, recut, with_tiles
+from converter.plan.plan import Plan
 from converter.quantize.bnb import Quantizer
 from converter.read.digests import remember
 from converter.seal.production import UNFINISHED_BUSINESS, Made, Production, Target

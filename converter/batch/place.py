@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 from converter.batch.jobs import group_key
 from converter.batch.sharing import Given, laid_out, shards_of
 from converter.errors import BadOutput, ConverterError, WriteFailed
+from converter.plan.budget import recut
 from converter.plan.inputs import Inputs
-from converter.plan.plan import recut
 from converter.read.checkpoint import LocalFolder, read_json
 from converter.seal.destination import Destination
 from converter.seal.link import GivenShard
@@ -25,7 +25,7 @@ from converter.write.journal import job_of
 from converter.write.shard import write_file
 
 if TYPE_CHECKING:
-    from converter.batch.members import Group, Member, Terms
+    from converter.batch.members import BatchOptions, Group, Member
 
 _OUTPUTS = ".outputs"
 """Names the outputs that a place is for, first the one that it is named by."""
@@ -37,7 +37,7 @@ class Place:
     What an earlier run left there is gone on with, if it is of the same plan.
     """
 
-    def __init__(self, group: Group, beside: Member, given: Sequence[Given], terms: Terms) -> None:
+    def __init__(self, group: Group, beside: Member, given: Sequence[Given], terms: BatchOptions) -> None:
         plan, given_count, self.count = laid_out(beside.plan, given, group.common or {})
         """Shards that are made here."""
         self.production: Production | None = None

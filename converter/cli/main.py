@@ -20,10 +20,10 @@ import click
 
 if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
-    from converter.batch.jobs import Job
     from converter.batch.members import Outcome
-    from converter.plan.budget import Resources
+    from converter.job import Job
     from converter.recipe import Recipe
+    from converter.resources import Resources
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -249,7 +249,8 @@ def _is_named(adapters: Sequence[str]) -> bool:
 
 
 def _convert_several(adapters: Sequence[str], of_batches: dict[str, Any], **options: Any) -> None:
-    from converter.batch.jobs import Job, named_jobs
+    from converter.batch.jobs import named_jobs
+    from converter.job import Job
 
     recipe = _recipe(options)
     base, out, base_revision = options.pop("base"), options.pop("out"), options.pop("base_revision")
@@ -276,14 +277,14 @@ def _run_batch(
     **options: Any,
 ) -> None:
     """Exit with 0 if all is made, 1 if some of it is, 2 if nothing could start."""
-    from converter.batch.members import Terms
+    from converter.batch.members import BatchOptions
     from converter.cli.heap import keep_small
     from converter.cli.show import batch_json, batch_text, json_text, progress_bar
     from converter.cli.signals import Signals
     from converter.errors import printable
 
     dry_run = options.pop("dry_run")
-    terms = Terms(_resources(options), **of_batches, **options)
+    terms = BatchOptions(_resources(options), **of_batches, **options)
     keep_small()
     stop = Signals()
     with progress_bar(shown=not quiet and not as_json) as (progress, clock):
@@ -331,16 +332,16 @@ def _convert(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> No
 
 
 def _dry_run(*, quiet: bool, verbose: bool, as_json: bool, **options: Any) -> None:
-    from converter.cli.show import json_text, plan_json, plan_text
+    from converter.cli.show import json_text, plan_text
     from converter.pipeline import plan_conversion
 
     recipe, resources = _recipe(options), _resources(options)
     del options["resume"]
-    plan = plan_conversion(recipe=recipe, resources=resources, **options)
+    dry_run = plan_conversion(recipe=recipe, resources=resources, **options)
     if as_json:
-        _print(json_text(plan_json(plan)))
+        _print(json_text(dry_run.as_json()))
     elif not quiet:
-        _print(plan_text(plan, verbose=verbose))
+        _print(plan_text(dry_run, verbose=verbose))
 
 
 def _recipe(options: dict[str, Any]) -> Recipe:
@@ -355,7 +356,7 @@ def _recipe(options: dict[str, Any]) -> Recipe:
 def _resources(options: dict[str, Any]) -> Resources:
     """Take what the conversion may use out of the options."""
     from converter.cli.surroundings import refuse_without_memory
-    from converter.plan.budget import Resources
+    from converter.resources import Resources
 
     refuse_without_memory()
     memory, threads = options.pop("memory"), options.pop("threads")

@@ -21,21 +21,18 @@ from converter.batch.forecast import Forecast
 from converter.batch.jobs import group_key
 from converter.batch.members import Outcome
 from converter.errors import printable
-from converter.pipeline import Progress, Report
-from converter.plan.estimate import WRITE_RATE, Estimate
+from converter.observer import Progress
+from converter.pipeline import Report
+from converter.plan.estimate import WRITE_RATE, DryRun, Estimate
 from converter.plan.plan import Plan, TensorPlan
 from converter.verify import Verification
 
 Clock = Callable[[], float]
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values."""
-    return plan.as_json()
-
-
-def plan_text(plan: Plan, *, verbose: bool = False) -> str:
+def plan_text(dry_run: DryRun, *, verbose: bool = False) -> str:
     """The plan as a table: alike tensors in one line, or every tensor."""
+    plan = dry_run.plan
     rows: list[tuple[str, ...]] = [("tensors", "", "shape", "from", "to", "what happens")]
     rows += [_plan_row(tensors) for tensors in _alike(plan.tensors(), one_by_one=verbose)]
     lines = _table(rows)
@@ -52,7 +49,7 @@ def plan_text(plan: Plan, *, verbose: bool = False) -> str:
         f"read {amount(plan.base_bytes)}, write at most {amount(plan.output_bytes)} in {files}, "
         f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
         f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
-        *([] if plan.estimate is None else [_times(plan.estimate)]),
+        _times(dry_run.estimate),
         "dry run: nothing was written",
     ]
     return _text(lines)

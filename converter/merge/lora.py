@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from converter.tensors import torch_dtype
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, dtype
 
+    from converter.merge.adapter import LoraPair
+    from converter.read.checkpoint import Folder, TensorHeader
     from converter.recipe import MergePrecision
 
 
@@ -50,3 +55,16 @@ def merge_tile(weight: Tensor, delta: Tensor | None, precision: MergePrecision, 
     if delta is not None:
         values = (values.float() + delta).to(rounded)
     return MergedTile(values, exact, base, delta)
+
+
+def read_factors(pair: LoraPair, folder: Folder, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A (rank, in_features) and B (out_features, rank) of a delta, in float32, which holds every dtype of a file."""
+    return _read_float32(pair.a, folder).to(device), _read_float32(pair.b, folder).to(device)
+
+
+def _read_float32(header: TensorHeader, folder: Folder) -> Tensor:
+    import torch
+
+    raw = bytearray(header.nbytes)
+    folder.read_into(header.file, header.offset, memoryview(raw))
+    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()

@@ -6,25 +6,22 @@ absmax of a whole tensor, the adapter's factors, headers.
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from converter.errors import BadRecipe
 from converter.plan.layout import MIN_MERGE_ROWS, tile_bounds
+from converter.plan.plan import Plan, TensorPlan
 from converter.read.checkpoint import DTYPE_BYTES
+from converter.resources import DEFAULT_MEMORY, Resources
 
 if TYPE_CHECKING:
-    from converter.plan.plan import TensorPlan
     from converter.recipe import Recipe
 
 T = TypeVar("T")
 
-DEFAULT = 512_000_000
-"""Bytes, if nothing else is asked for."""
 FIXED = 64_000_000
 """What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
 IN_FIXED = 2_000
@@ -50,28 +47,11 @@ _BY_TORCH = 44.0
 the way."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What a conversion may use. None of it changes a byte of the output."""
-
-    memory: int | None = None
-    """Bytes above the imports; None: `DEFAULT`, or what an indivisible tensor or very many tensors need, if that is
-    more."""
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Threads that convert tiles; 1: no other thread computes."""
-    kernels: bool = field(default_factory=lambda: find_spec("numba") is not None)
-    """Whether the CPU kernels quantize; not so on an accelerator, or without numba."""
-
-    @property
-    def slots(self) -> int:
-        """Tiles in memory at a time: one a thread, and one that is being read."""
-        return 1 if self.threads == 1 else self.threads + 1
-
-    def bytes_per_element(self, dtype: str, *, quantized: bool, copied: bool) -> float:
-        """Memory that one weight of a tile takes: by its dtype on disk, and whether it is quantized or copied."""
-        if copied:
-            return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
-        return _BY_KERNELS[dtype] if quantized and self.kernels else _BY_TORCH
+def bytes_per_element(dtype: str, *, quantized: bool, copied: bool, kernels: bool) -> float:
+    """Memory that one weight of a tile takes: by its dtype on disk, and whether it is quantized or copied."""
+    if copied:
+        return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
+    return _BY_KERNELS[dtype] if quantized and kernels else _BY_TORCH
 
 
 def cut_into_tiles(
@@ -88,12 +68,15 @@ def cut_into_tiles(
     if reserved is None:
         objects = _objects(tensors)
         reserved = FIXED + objects + in_flight(tensors, recipe, resources)
-    room = ((resources.memory or DEFAULT + objects) - reserved) / resources.slots
+    room = ((resources.memory or DEFAULT_MEMORY + objects) - reserved) / resources.slots
     cut: list[TensorPlan] = []
     largest, name = 0.0, ""
     for tensor in tensors:
-        each = resources.bytes_per_element(
-            tensor.source.dtype, quantized=tensor.action == "quantize" and recipe.four_bit, copied=tensor.is_copy
+        each = bytes_per_element(
+            tensor.source.dtype,
+            quantized=tensor.action == "quantize" and recipe.four_bit,
+            copied=tensor.is_copy,
+            kernels=resources.kernels,
         )
         if not tensor.indivisible:
             block = recipe.block_size if tensor.action == "quantize" and recipe.four_bit else 1
@@ -110,18 +93,34 @@ def cut_into_tiles(
             f"{resources.threads} threads" + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
         )
     notes = []
-    if resources.memory is None and memory > DEFAULT >= memory - objects:
-        notes.append(f"memory: {memory:,} bytes instead of {DEFAULT:,}: the base has {len(tensors):,} tensors")
-    elif resources.memory is None and memory > DEFAULT:
+    if resources.memory is None and memory > DEFAULT_MEMORY >= memory - objects:
+        notes.append(f"memory: {memory:,} bytes instead of {DEFAULT_MEMORY:,}: the base has {len(tensors):,} tensors")
+    elif resources.memory is None and memory > DEFAULT_MEMORY:
         notes.append(
-            f"memory: {memory:,} bytes instead of {DEFAULT:,}: {name} is needed whole, by {resources.slots} tiles"
+            f"memory: {memory:,} bytes instead of {DEFAULT_MEMORY:,}: {name} is needed whole, "
+            f"by {resources.slots} tiles"
         )
     return cut, memory, notes
 
 
+def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
+    """The plan with some of its tensors, by name and rows, cut otherwise, which changes no byte."""
+    shards = tuple(
+        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
+        for s in plan.shards
+    )
+    return replace(plan, shards=shards)
+
+
+def recut(plan: Plan, reserved: int) -> Plan:
+    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
+    cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
+    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
+
+
 def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
     """Which outputs are made together, as indices: as many as leave a quarter of the budget to the tiles."""
-    room = (resources.memory or DEFAULT) * 3 // 4 - FIXED
+    room = (resources.memory or DEFAULT_MEMORY) * 3 // 4 - FIXED
     groups: list[list[int]] = [[]]
     left = room
     for index, need in enumerate(needs):
@@ -157,7 +156,7 @@ def in_passes(
 
 def fits(memory: int, count: int, resources: Resources) -> bool:
     """Whether so many outputs may take so much together: one alone may take more than the default."""
-    return count == 1 or resources.memory is not None or memory <= DEFAULT
+    return count == 1 or resources.memory is not None or memory <= DEFAULT_MEMORY
 
 
 @dataclass(frozen=True)

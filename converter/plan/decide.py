@@ -12,13 +12,14 @@ from converter.merge.adapter import Adapter
 from converter.merge.match import Match, match
 from converter.model.architecture import Architecture, Role
 from converter.model.ask import check_output, describe, dismiss
-from converter.plan.budget import Resources, cut_into_tiles
+from converter.plan.budget import cut_into_tiles
 from converter.plan.config import output_config, refuse_unconvertible
 from converter.plan.layout import outputs_of
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.read.checkpoint import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.recipe import Recipe
+from converter.resources import Resources
 from converter.tensors import torch_device
 
 _FLOATING = ("F64", "F32", "F16", "BF16")

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.plan.plan import Plan
 from converter.read.checkpoint import LocalFolder
 from converter.read.checksums import READERS, recall, stated
 from converter.tensors import torch_device
 
 if TYPE_CHECKING:
-    from converter.plan.plan import Plan, TensorPlan
+    from converter.plan.plan import TensorPlan
     from converter.read.checkpoint import Checkpoint
 
 WRITE_RATE = 400e6
@@ -44,6 +45,18 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"seconds": self.seconds}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a conversion would do, and how long that would take. Nothing was written for it."""
+
+    plan: Plan
+    estimate: Estimate
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan's JSON values, and the estimate's."""
+        return self.plan.as_json() | {"estimate": self.estimate.as_json()}
 
 
 def estimate(plan: Plan, base: Checkpoint) -> Estimate:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
+from converter.job import Reference
 from converter.merge.adapter import CONFIG as ADAPTER_CONFIG
 from converter.merge.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.merge.adapter import Adapter
@@ -17,10 +18,6 @@ from converter.read.checkpoint import Checkpoint, Folder, LocalFolder
 from converter.read.checksums import Hashing, stated
 from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.side_files import wanted_from_base
-
-Reference = str | os.PathLike[str]
-"""A folder, or an id on the Hub."""
-
 
 Show = Callable[[str, int, int, str], None]
 """Told a stage, how many bytes are done, of how many, and a file's name."""

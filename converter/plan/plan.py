@@ -11,17 +11,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from converter.merge.adapter import LoraPair
-from converter.plan.budget import Resources, cut_into_tiles
-from converter.plan.estimate import Estimate
 from converter.plan.layout import Output, ShardLayout, lay_out, pack_shards, shard_names
 from converter.read.checkpoint import TensorHeader
 from converter.read.side_files import SideFile
 from converter.recipe import Recipe
+from converter.resources import Resources
 
 LAYOUT_VERSION = 1
 """Part of the fingerprint: raise it when equal plans would give other bytes."""
@@ -145,8 +144,6 @@ class Plan:
     """What it may use; no byte of the output depends on it."""
     memory: int
     """Predicted peak of memory above what Python and its libraries take, in bytes."""
-    estimate: Estimate | None = None
-    """How long it will take; known to a dry run, which samples it."""
     verifiable: bool = True
     """Whether transformers can be asked what it makes of the output; not so where the base's own code defines it."""
 
@@ -172,7 +169,7 @@ class Plan:
     def digest(self) -> str:
         """sha256 of what will happen to each tensor, of the layout and of the recipe."""
         whole = self.as_json()
-        for prediction in ("memory_bytes", "notes", "counts", "estimate"):
+        for prediction in ("memory_bytes", "notes", "counts"):
             del whole[prediction]
         whole["shards"] = [shard.essence() for shard in self.shards]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -199,7 +196,6 @@ class Plan:
             "base_bytes": self.base_bytes,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory,
-            "estimate": None if self.estimate is None else self.estimate.as_json(),
             "counts": self.counts(),
             "notes": list(self.notes),
             "config": dict(self.config),
@@ -222,21 +218,6 @@ def in_shards(groups: Sequence[Sequence[TensorPlan]]) -> tuple[ShardPlan, ...]:
         ShardPlan(file, tuple(group), lay_out(output for tensor in group for output in tensor.outputs))
         for file, group in zip(files, groups, strict=True)
     )
-
-
-def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
-    """The plan with some of its tensors, by name and rows, cut otherwise, which changes no byte."""
-    shards = tuple(
-        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
-        for s in plan.shards
-    )
-    return replace(plan, shards=shards)
-
-
-def recut(plan: Plan, reserved: int) -> Plan:
-    """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
-    cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
-    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
 
 
 def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:

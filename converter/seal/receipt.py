@@ -7,13 +7,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConverterError
 from converter.read.checkpoint import LocalFolder, read_json
+from converter.recipe import versions
 
 if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan
@@ -45,12 +44,6 @@ class Origin:
     adapter_commit: str | None = None
     adapter_name: str | None = None
     """Its id on the Hub."""
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of what shapes the bytes."""
-    return {name: version(name) for name in ("nf4-converter", "torch", "bitsandbytes")}
 
 
 def fingerprint(plan: Plan, origin: Origin) -> str:

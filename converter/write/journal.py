@@ -24,7 +24,7 @@ import xxhash
 from converter.errors import BadOutput
 from converter.read.checkpoint import LocalFolder
 from converter.read.digests import sample
-from converter.seal.receipt import versions
+from converter.recipe import versions
 from converter.write.shard import Piece, Written, write_file, writing
 
 if TYPE_CHECKING:

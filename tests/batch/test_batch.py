@@ -22,9 +22,9 @@ import converter.batch.members
 import converter.pipeline
 import converter.plan.budget
 import converter.write.journal
-from converter import Job, Outcome, Recipe, Resources, Terms, convert, convert_batch
+from converter import BatchOptions, Job, Outcome, Recipe, Resources, convert, convert_batch
 from converter.errors import Interrupted, ReadFailed, WriteFailed
-from converter.pipeline import Progress
+from converter.observer import Progress
 from converter.seal.receipt import read_receipt
 from converter.verify import verify
 from tests.conftest import REPOSITORY
@@ -161,7 +161,7 @@ def test_what_no_adapter_touches_is_one_file_in_every_output_and_outlives_any_of
 
 
 def test_copies_are_files_of_their_own(base: Path, three: list[Path], tmp_path: Path) -> None:
-    outcomes = convert_batch(jobs_for(three, base, tmp_path), Terms(link="copy"))
+    outcomes = convert_batch(jobs_for(three, base, tmp_path), BatchOptions(link="copy"))
 
     assert [outcome.link for outcome in outcomes] == ["copy"] * 3
     assert [linked(tmp_path / adapter.name) for adapter in three] == [[], [], []]
@@ -175,7 +175,7 @@ def test_several_passes_give_the_bytes_of_one(
     convert_batch(jobs_for(three, base, tmp_path / "one"))
     monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     monkeypatch.setattr(converter.batch.members, "MOST_PLANS", 1)
-    outcomes = convert_batch(jobs_for(three, base, tmp_path / "many"), Terms(Resources(threads=threads)))
+    outcomes = convert_batch(jobs_for(three, base, tmp_path / "many"), BatchOptions(Resources(threads=threads)))
 
     assert statuses(outcomes) == ["made"] * 3
     for adapter in three:
@@ -245,7 +245,7 @@ def _common_place(jobs: list[Job]) -> str:
 def test_a_strict_batch_makes_nothing_if_one_is_refused(base: Path, three: list[Path], tmp_path: Path) -> None:
     jobs = [*jobs_for(three, base, tmp_path / "out"), Job(tmp_path / "out" / "a0", three[1], base)]
 
-    outcomes = convert_batch(jobs, Terms(strict=True))
+    outcomes = convert_batch(jobs, BatchOptions(strict=True))
 
     assert statuses(outcomes) == ["planned", "planned", "planned", "refused"]
     assert "clashes" in outcomes[-1].message
@@ -412,7 +412,7 @@ def test_a_later_conversion_links_to_an_earlier_output_instead_of_quantizing_aga
     monkeypatch.setattr("converter.pipeline.read_tile", _noting(read, converter.pipeline.read_tile))
 
     job = Job(tmp_path / "later", three[0], base)
-    (outcome,) = convert_batch([job], Terms(against=tmp_path / "out" / "a1"))
+    (outcome,) = convert_batch([job], BatchOptions(against=tmp_path / "out" / "a1"))
 
     assert (outcome.status, outcome.link) == ("made", "hard")
     assert all("q_proj" in name or "v_proj" in name for name in read)
@@ -424,7 +424,7 @@ def test_against_refuses_what_it_can_not_link_to(base: Path, three: list[Path], 
     convert_batch(jobs_for(three[:2], base, tmp_path / "out"))
 
     def message(against: Path, recipe: Recipe = Recipe()) -> str:
-        (outcome,) = convert_batch([Job(tmp_path / "later", three[0], base, recipe)], Terms(against=against))
+        (outcome,) = convert_batch([Job(tmp_path / "later", three[0], base, recipe)], BatchOptions(against=against))
         assert outcome.status == "refused"
         assert not (tmp_path / "later").exists()
         return outcome.message
@@ -543,7 +543,7 @@ def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
     """Copies, lest one output be the other's file."""
     monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     earlier = tmp_path / "out" / "earlier"
-    convert_batch([Job(earlier, three[2], base)], Terms(link="copy"))
+    convert_batch([Job(earlier, three[2], base)], BatchOptions(link="copy"))
 
     def act() -> None:
         for shard in shards(earlier):
@@ -555,7 +555,7 @@ def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
                 shard.write_bytes(b"nothing")
 
     jobs = [Job(earlier, three[2], base), *jobs_for(three, base, tmp_path / "out")]
-    outcomes = convert_batch(jobs, Terms(link="copy"), progress=once(act))
+    outcomes = convert_batch(jobs, BatchOptions(link="copy"), progress=once(act))
 
     assert statuses(outcomes) == ["nothing to do", "made", "made", "made"]
     assert [any("made again" in note for note in outcome.notes) for outcome in outcomes[1:]] == [False, True, True]
@@ -578,7 +578,7 @@ def test_an_output_that_goes_in_the_very_instant_before_it_is_linked_to_fails_wh
 
     with monkeypatch.context() as patch:
         patch.setattr("converter.seal.staging.Staging.__init__", going)
-        outcomes = convert_batch(jobs, Terms(link="hard"))
+        outcomes = convert_batch(jobs, BatchOptions(link="hard"))
     assert statuses(outcomes) == ["made", "failed", "nothing to do"]
     assert "gone or changed since it was looked at" in outcomes[1].message
 
@@ -852,7 +852,7 @@ def test_a_kept_tensor_that_one_adapter_changes_and_others_copy_is_read_once(
         patched.setattr(converter.plan.budget, "FIXED", 1_000_000)  # else both would not be made in one pass
         read = rows_read(patched)
         outcomes = convert_batch(
-            jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=20_000_000, threads=1, kernels=False))
+            jobs_for(some, base, tmp_path / "out"), BatchOptions(Resources(memory=20_000_000, threads=1, kernels=False))
         )
 
     assert statuses(outcomes) == ["made"] * 2
@@ -888,7 +888,7 @@ def test_as_many_are_made_together_as_leave_room_for_a_tensor_that_can_not_be_cu
     adapter = save_adapter(tmp_path / "a0", base, "gpt2")
     some = [adapter, *(copy(adapter, tmp_path / f"a{number}") for number in range(1, 4))]
     monkeypatch.setattr(converter.plan.budget, "PER_TENSOR", 2_000_000)  # as large models have it
-    monkeypatch.setattr(converter.plan.budget, "DEFAULT", 135_000_000)
+    monkeypatch.setattr(converter.plan.budget, "DEFAULT_MEMORY", 135_000_000)
     largest: list[int] = []
     init = converter.seal.production.Production.__init__
     monkeypatch.setattr(
@@ -897,7 +897,7 @@ def test_as_many_are_made_together_as_leave_room_for_a_tensor_that_can_not_be_cu
     )
 
     outcomes = convert_batch(
-        jobs_for(some, base, tmp_path / "out"), Terms(Resources(memory=memory, threads=1, kernels=False))
+        jobs_for(some, base, tmp_path / "out"), BatchOptions(Resources(memory=memory, threads=1, kernels=False))
     )
 
     assert statuses(outcomes) == ["made"] * 4
@@ -920,7 +920,7 @@ def test_memory_that_is_just_enough_for_each_alone_is_enough_for_all(
     read = rows_read(monkeypatch)
 
     outcomes = convert_batch(
-        jobs_for(three, base, tmp_path / "out"), Terms(Resources(memory=enough, threads=1), device="cpu")
+        jobs_for(three, base, tmp_path / "out"), BatchOptions(Resources(memory=enough, threads=1), device="cpu")
     )
 
     assert [outcome.message for outcome in outcomes if not outcome.is_good] == []
@@ -931,7 +931,7 @@ def test_memory_that_is_just_enough_for_each_alone_is_enough_for_all(
 def test_a_budget_too_small_for_anything_refuses_each_with_what_is_needed(
     base: Path, three: list[Path], tmp_path: Path
 ) -> None:
-    outcomes = convert_batch(jobs_for(three, base, tmp_path), Terms(Resources(memory=1_000_000)))
+    outcomes = convert_batch(jobs_for(three, base, tmp_path), BatchOptions(Resources(memory=1_000_000)))
 
     assert statuses(outcomes) == ["refused"] * 3
     assert all("bytes are needed" in outcome.message for outcome in outcomes)
@@ -1021,14 +1021,14 @@ def test_an_output_that_lost_a_file_is_no_longer_whole_and_is_made_again_if_it_m
     shards(tmp_path / "out" / "a1")[0].unlink()
 
     assert statuses(convert_batch(jobs)) == ["nothing to do", "refused", "nothing to do"]
-    assert statuses(convert_batch(jobs, Terms(overwrite=True))) == ["nothing to do", "made", "nothing to do"]
+    assert statuses(convert_batch(jobs, BatchOptions(overwrite=True))) == ["nothing to do", "made", "nothing to do"]
     assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
 
 
 def test_a_shard_that_rotted_in_an_earlier_output_is_not_handed_on(
     base: Path, three: list[Path], tmp_path: Path
 ) -> None:
-    convert_batch(jobs_for([three[0], three[2]], base, tmp_path / "out"), Terms(link="copy"))
+    convert_batch(jobs_for([three[0], three[2]], base, tmp_path / "out"), BatchOptions(link="copy"))
     for out in ("a0", "a2"):
         for file in read_receipt(tmp_path / "out" / out)["of_the_base_alone"]:  # type: ignore[index]
             with (tmp_path / "out" / out / file).open("r+b") as shard:
@@ -1046,7 +1046,7 @@ def test_against_a_conversion_alone_whose_every_shard_has_something_of_its_adapt
 ) -> None:
     convert(base, three[0], tmp_path / "alone")
 
-    (outcome,) = convert_batch([Job(tmp_path / "later", three[1], base)], Terms(against=tmp_path / "alone"))
+    (outcome,) = convert_batch([Job(tmp_path / "later", three[1], base)], BatchOptions(against=tmp_path / "alone"))
 
     assert outcome.status == "refused"
     assert "each of its shards has something of its adapter" in outcome.message
@@ -1062,7 +1062,9 @@ def test_against_an_output_of_another_base_of_the_same_shapes_is_refused(
         save_file(tensors, shard, metadata={"format": "pt"})
     convert_batch(jobs_for(three[:1], base, tmp_path / "out"))
 
-    (outcome,) = convert_batch([Job(tmp_path / "later", three[1], other)], Terms(against=tmp_path / "out" / "a0"))
+    (outcome,) = convert_batch(
+        [Job(tmp_path / "later", three[1], other)], BatchOptions(against=tmp_path / "out" / "a0")
+    )
 
     assert outcome.status == "refused"
     assert "another base" in outcome.message
@@ -1073,7 +1075,7 @@ def test_against_an_output_of_a_base_alone_links_to_it(base: Path, three: list[P
 
     outcomes = convert_batch(
         [Job(tmp_path / "again", None, base, Recipe(max_shard_size=1_000_000))],
-        Terms(against=tmp_path / "plain", link="copy"),
+        BatchOptions(against=tmp_path / "plain", link="copy"),
     )
 
     assert statuses(outcomes) == ["made"]

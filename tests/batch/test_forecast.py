@@ -9,7 +9,7 @@ import pytest
 import converter.batch.forecast
 import converter.plan.budget
 import converter.plan.estimate
-from converter import Job, Terms, convert_batch
+from converter import BatchOptions, Job, convert_batch
 from converter.batch.forecast import Forecast
 from converter.batch.passes import Pass
 from tests.models import save_adapter, save_base
@@ -49,7 +49,7 @@ def test_passes_memory_and_disk_are_those_of_the_batch(
 
     (found,) = foretold(some)
     assert not made
-    convert_batch(some, Terms())
+    convert_batch(some, BatchOptions())
 
     assert (found.outputs, found.passes) == (3, len(made))
     assert found.memory == max(one.memory for one in made)

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.batch.jobs import Job, grouped, named_jobs, read_jobs, refuse_clashes, slice_of
+from converter.batch.jobs import grouped, named_jobs, read_jobs, refuse_clashes, slice_of
 from converter.errors import BadRecipe
+from converter.job import Job
 from converter.recipe import Recipe
 from tests.limits import cpu_below, no_hang
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Inputs, Job, Plan, Recipe, Terms, convert, convert_batch, make_plan
+from converter import BatchOptions, Inputs, Job, Plan, Recipe, convert, convert_batch, make_plan
 from converter.batch.sharing import given_by, in_common, laid_out, untouched
 from converter.errors import BadOutput
 from converter.seal.link import How
@@ -122,7 +122,7 @@ def test_of_an_output_in_the_cache_of_the_hub_the_files_are_linked_to_and_not_it
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
 
     (outcome,) = convert_batch(
-        [Job(tmp_path / "later", base.parent / "down_proj", base, SMALL)], Terms(against=snapshot, link=how)
+        [Job(tmp_path / "later", base.parent / "down_proj", base, SMALL)], BatchOptions(against=snapshot, link=how)
     )
 
     assert (outcome.status, outcome.link, outcome.message) == ("made", how, "")
@@ -140,10 +140,10 @@ def test_a_head_that_was_untied_is_told_from_one_of_another_embedding(tmp_path: 
     one, two = (save_adapter(tmp_path / name, base, "qwen3", **whole) for name in ("one", "two"))
     convert_batch([Job(tmp_path / "out" / "one", one, base)])
 
-    (outcome,) = convert_batch([Job(tmp_path / "later", two, other)], Terms(against=tmp_path / "out" / "one"))
+    (outcome,) = convert_batch([Job(tmp_path / "later", two, other)], BatchOptions(against=tmp_path / "out" / "one"))
 
     assert outcome.status == "refused"
     assert "another base" in outcome.message
-    (outcome,) = convert_batch([Job(tmp_path / "later", two, base)], Terms(against=tmp_path / "out" / "one"))
+    (outcome,) = convert_batch([Job(tmp_path / "later", two, base)], BatchOptions(against=tmp_path / "out" / "one"))
     assert (outcome.status, outcome.link) == ("made", "hard")
     assert verify(tmp_path / "later", base, two).problems == []

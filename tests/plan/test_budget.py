@@ -7,7 +7,7 @@ import pytest
 import converter.plan.budget
 from converter import Inputs, Recipe, Resources, convert, make_plan
 from converter.errors import BadRecipe
-from converter.plan.budget import DEFAULT
+from converter.resources import DEFAULT_MEMORY
 from tests.models import save_adapter, save_base
 from tests.reference import differences
 
@@ -45,7 +45,7 @@ def test_the_default_budget_holds_for_large_matrices_that_can_be_cut(tmp_path: P
     with Inputs(base, None) as inputs:
         plan = make_plan(inputs.base)
 
-    assert plan.memory <= DEFAULT
+    assert plan.memory <= DEFAULT_MEMORY
 
 
 def test_a_budget_that_was_asked_for_is_kept_or_refused_with_what_is_needed(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_default_gives_way_to_a_tensor_that_can_not_be_cut_and_says_so(tmp_p
     with Inputs(base, None) as inputs:
         plan = make_plan(inputs.base, resources=Resources(threads=2, kernels=False))
 
-    assert plan.memory > DEFAULT
+    assert plan.memory > DEFAULT_MEMORY
     assert any("memory: " in note and "is needed whole" in note for note in plan.notes)
 
 

@@ -207,7 +207,7 @@ def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_p
     base = save_base(tmp_path / "base", "llama", dtype=dtype)
     adapter = save_adapter(tmp_path / "adapter", base, "llama")
     program = f"""
-import converter.crew
+import converter.threads
 from converter import convert
 from converter.quantize import kernels
 
@@ -215,8 +215,8 @@ def compiled():
     return len(kernels._quantize.signatures), len(kernels._some_have.signatures)
 
 begun = []
-begin = converter.crew.Crew.__init__
-converter.crew.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
+begin = converter.threads.Crew.__init__
+converter.threads.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
 convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
 print(*begun, compiled())
 """

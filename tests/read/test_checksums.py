@@ -22,7 +22,8 @@ import converter.read.hub.errors
 from converter import Job, convert, convert_batch
 from converter.cli.main import main
 from converter.errors import BadAdapter, BadCheckpoint, InputChanged, Interrupted, ReadFailed
-from converter.pipeline import Progress, plan_conversion
+from converter.observer import Progress
+from converter.pipeline import plan_conversion
 from converter.plan.inputs import Base
 from converter.read.checkpoint import LocalFolder
 from converter.read.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, recall, stated
@@ -215,9 +216,7 @@ def test_a_dry_run_foretells_the_time_of_the_check_until_it_is_made(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def foretold() -> float:
-        plan = plan_conversion(place / "base", place / "adapter")
-        assert plan.estimate is not None
-        return plan.estimate.check
+        return plan_conversion(place / "base", place / "adapter").estimate.check
 
     without = foretold()
     write_sums(place / "base")
@@ -536,7 +535,7 @@ def test_shards_are_hashed_as_they_arrive_and_not_again(hub: StandInHub, place: 
 def test_a_dry_run_of_a_base_on_the_hub_checks_nothing(hub: StandInHub, place: Path) -> None:
     for shard in shards_of(place / "sharded"):
         hub.flips[shard.name] = shard.stat().st_size - 1
-    assert plan_conversion("maker/base", None).shards
+    assert plan_conversion("maker/base", None).plan.shards
 
 
 @pytest.mark.parametrize("how", ["by its id", "by the path of its snapshot"])

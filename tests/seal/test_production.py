@@ -15,8 +15,8 @@ import pytest
 
 import converter.write.journal
 from converter import Resources, convert
-from converter.crew import Crew
 from converter.errors import Interrupted, WriteFailed
+from converter.threads import Crew
 from converter.write.journal import Entry, Journal
 from converter.write.shard import ShardWriter
 from tests.folders import contents

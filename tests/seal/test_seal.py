@@ -24,7 +24,7 @@ import converter.seal.staging
 import converter.write.renaming
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
-from converter.pipeline import Progress
+from converter.observer import Progress
 from converter.quantize.bnb import Quantizer
 from converter.read.checkpoint import LocalFolder
 from converter.seal.destination import Destination

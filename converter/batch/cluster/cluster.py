@@ -18,10 +18,11 @@ from converter.batch.batch import convert_batch
 from converter.batch.cluster.parts import Ask, Node, Part, Prediction, divide, on_gpus, predict
 from converter.batch.cluster.ray_cluster import Lost, connected, refuse_if_unusable
 from converter.batch.forecast import Forecast
-from converter.batch.jobs import Job, grouped
-from converter.batch.members import Outcome, Terms
+from converter.batch.jobs import grouped
+from converter.batch.members import BatchOptions, Outcome
 from converter.errors import ConverterError, Interrupted
-from converter.pipeline import Progress
+from converter.job import Job
+from converter.observer import Progress
 from converter.read.checkpoint import is_folder
 
 MOST_BEGINNINGS = 4
@@ -34,7 +35,7 @@ class Cluster(Protocol):
     """What is asked of a cluster; `ray_cluster.RayCluster` says what each does."""
 
     def nodes(self) -> list[Node]: ...
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: Terms) -> None: ...
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None: ...
     def finished(self, seconds: float) -> list[tuple[int, list[Outcome] | Lost]]: ...
     def heard(self) -> list[tuple[int, Outcome | Progress]]: ...
     def cancel(self, numbers: Sequence[int]) -> None: ...
@@ -42,7 +43,7 @@ class Cluster(Protocol):
 
 def convert_on_cluster(
     jobs: Sequence[Job],
-    terms: Terms = Terms(),
+    terms: BatchOptions = BatchOptions(),
     address: str = "local",
     *,
     dry_run: bool = False,
@@ -78,7 +79,7 @@ def convert_on_cluster(
 def convert_groups(
     jobs: Sequence[Job],
     groups: Sequence[tuple[Sequence[int], Prediction]],
-    terms: Terms,
+    terms: BatchOptions,
     cluster: Cluster,
     report: _Report,
     stop: Callable[[], int | None],
@@ -136,7 +137,7 @@ def convert_groups(
                     report.fail(number, f"no node is left that has {parts[number].ask}, which its part takes")
 
 
-def _groups(jobs: list[Job], terms: Terms, report: _Report) -> list[tuple[list[int], Prediction]]:
+def _groups(jobs: list[Job], terms: BatchOptions, report: _Report) -> list[tuple[list[int], Prediction]]:
     """Jobs that can be made in one pass over one base, by their indices; with what the first that can be planned takes.
 
     Jobs get their base named; those that are refused have their outcome.

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from converter.batch.jobs import Job
-from converter.batch.members import Terms
+from converter.batch.members import BatchOptions
 from converter.errors import ConversionRefused
+from converter.job import Job
 from converter.pipeline import plan_conversion
 from converter.plan import budget
+from converter.resources import DEFAULT_MEMORY
 
 IMPORTS = 400_000_000
 """Bytes that Python and the libraries take in a worker, above which the budget counts."""
@@ -81,9 +82,9 @@ class Part:
     base_bytes: int
 
 
-def predict(job: Job, terms: Terms) -> Prediction:
+def predict(job: Job, terms: BatchOptions) -> Prediction:
     """What jobs like this one take; the refusals of `plan_conversion`."""
-    plan = plan_conversion(
+    dry_run = plan_conversion(
         job.base,
         job.adapter,
         None,
@@ -95,7 +96,7 @@ def predict(job: Job, terms: Terms) -> Prediction:
         offline=terms.offline,
         trust_remote_code=terms.trust_remote_code,
     )
-    assert plan.estimate is not None  # noqa: S101  (`plan_conversion` makes one)
+    plan = dry_run.plan
     tensors = list(plan.tensors())
     further = budget.need_of(tensors, plan.recipe, plan.resources)
     touched = sum(tensor.nbytes for tensor in tensors if tensor.is_touched)
@@ -104,10 +105,10 @@ def predict(job: Job, terms: Terms) -> Prediction:
         plan.base_bytes,
         plan.memory,
         further.nbytes,
-        terms.resources.memory or budget.DEFAULT,
+        terms.resources.memory or DEFAULT_MEMORY,
         len(budget.passes([further] * budget.MOST_TOGETHER, terms.resources)[0]),
-        plan.estimate.read,
-        share * max(plan.estimate.compute, plan.estimate.write),
+        dry_run.estimate.read,
+        share * max(dry_run.estimate.compute, dry_run.estimate.write),
     )
 
 

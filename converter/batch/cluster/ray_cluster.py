@@ -16,11 +16,11 @@ from typing import Any
 
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.worker import convert_part
-from converter.batch.jobs import Job
-from converter.batch.members import Outcome, Terms
+from converter.batch.members import BatchOptions, Outcome
 from converter.errors import ConversionFailed, ConversionRefused, Interrupted, printable
-from converter.pipeline import Progress
-from converter.seal.receipt import versions
+from converter.job import Job
+from converter.observer import Progress
+from converter.recipe import versions
 
 _REACH_SECONDS = 10.0
 _CANCEL_SECONDS = 15.0
@@ -53,7 +53,7 @@ class RayCluster:
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [Node(*(int(has.get(name, 0)) for name in ("CPU", "GPU", "memory"))) for has in alive]
 
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: Terms) -> None:
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None:
         """Give a part to whichever node has, or will have, what it asks for."""
         task = self._ray.remote(_convert_part).options(**options(ask))
         self._under_way[task.remote(list(jobs), terms, versions(), number, self._ears)] = number
@@ -112,7 +112,9 @@ class _Ears:
         return told
 
 
-def _convert_part(jobs: list[Job], terms: Terms, expected: dict[str, str], number: int, ears: Any) -> list[Outcome]:
+def _convert_part(
+    jobs: list[Job], terms: BatchOptions, expected: dict[str, str], number: int, ears: Any
+) -> list[Outcome]:
     """A task of Ray's. Its only way to be cancelled is to end early."""
     try:
         return convert_part(jobs, terms, expected, lambda item: ears.hear.remote(number, item))

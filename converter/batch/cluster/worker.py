@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.batch.batch import convert_batch
-from converter.batch.jobs import Job
-from converter.batch.members import Outcome, Terms
+from converter.batch.members import BatchOptions, Outcome
 from converter.errors import ConversionRefused, ConverterError, Interrupted
-from converter.pipeline import Progress
-from converter.seal.receipt import versions
+from converter.job import Job
+from converter.observer import Progress
+from converter.recipe import versions
 
 LOCK_SECONDS = 60.0
 """How long a part waits for outputs that another process is writing: a worker of a lost node may live for a moment."""
@@ -23,7 +23,7 @@ _SHOW_SECONDS = 0.3
 
 
 def convert_part(
-    jobs: Sequence[Job], terms: Terms, expected: Mapping[str, str], hear: Callable[[Outcome | Progress], None]
+    jobs: Sequence[Job], terms: BatchOptions, expected: Mapping[str, str], hear: Callable[[Outcome | Progress], None]
 ) -> list[Outcome]:
     """What came of the jobs, in their order; `hear` is told on the way.
 
@@ -46,7 +46,10 @@ def convert_part(
 
 
 def _convert_unlocked(
-    jobs: Sequence[Job], terms: Terms, hear: Callable[[Outcome | Progress], None], cancelled: Callable[[], int | None]
+    jobs: Sequence[Job],
+    terms: BatchOptions,
+    hear: Callable[[Outcome | Progress], None],
+    cancelled: Callable[[], int | None],
 ) -> list[Outcome]:
     """The batch; what was locked is tried again for a while."""
     known: dict[Path, Outcome] = {}

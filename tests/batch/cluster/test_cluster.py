@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 import converter.batch.cluster.cluster
-from converter import Job, Outcome, Terms, convert_batch
+from converter import BatchOptions, Job, Outcome, convert_batch
 from converter.batch.cluster.cluster import MOST_BEGINNINGS, convert_on_cluster
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.ray_cluster import Lost
 from converter.batch.cluster.worker import convert_part
 from converter.cli.main import main
 from converter.errors import ConversionRefused, Interrupted
-from converter.pipeline import Progress
-from converter.seal.receipt import versions
+from converter.observer import Progress
+from converter.recipe import versions
 from tests.models import four_jobs, save_four
 from tests.reference import differences
 
@@ -33,18 +33,18 @@ class Nodes:
 
     def __init__(self, *nodes: Node, lose: Callable[[int], bool] = lambda _: False) -> None:
         self._nodes, self._lose = list(nodes), lose
-        self._waiting: list[tuple[int, Sequence[Job], Terms]] = []
+        self._waiting: list[tuple[int, Sequence[Job], BatchOptions]] = []
         self._told: list[tuple[int, Outcome | Progress]] = []
         self.asked: list[Ask] = []
         self.begun: list[list[str]] = []
         self.given: list[Job] = []
-        self.terms: list[Terms] = []
+        self.terms: list[BatchOptions] = []
         self.cancelled: list[int] = []
 
     def nodes(self) -> list[Node]:
         return self._nodes
 
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: Terms) -> None:
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None:
         self.asked.append(ask)
         self.begun.append([job.out.name for job in jobs])
         self.given += jobs
@@ -155,7 +155,7 @@ def test_each_output_equals_that_of_a_batch_tensor_by_tensor(jobs: list[Job], tm
 def test_all_parts_are_made_on_one_kind_of_device_and_as_many_threads_as_cpus(jobs: list[Job], use: Use) -> None:
     nodes = use(Nodes(Node(cpus=64, gpus=0, memory=64_000_000_000), NODE))
 
-    convert_on_cluster(jobs, Terms(replace(Terms().resources, threads=2)))
+    convert_on_cluster(jobs, BatchOptions(replace(BatchOptions().resources, threads=2)))
 
     assert {terms.device for terms in nodes.terms} == {"cpu"}
     assert {terms.resources.threads for terms in nodes.terms} == {ask.cpus for ask in nodes.asked} == {2}

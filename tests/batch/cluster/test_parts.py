@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Job, Resources, Terms, convert_batch
+from converter import BatchOptions, Job, Resources, convert_batch
 from converter.batch.cluster.parts import IMPORTS, Ask, Node, Prediction, divide, on_gpus, part_sizes, predict
 from converter.batch.passes import Pass
 from converter.errors import ConversionRefused
@@ -124,7 +124,7 @@ def test_a_pass_takes_no_more_memory_than_was_predicted(
     base = save_base(tmp_path / "base", "llama")
     some = [save_adapter(tmp_path / f"a{number}", base, "llama", target_modules=["q_proj"]) for number in range(3)]
     jobs = [Job(tmp_path / "out" / adapter.name, adapter, base) for adapter in some]
-    terms = Terms(Resources(memory=memory, threads=2))
+    terms = BatchOptions(Resources(memory=memory, threads=2))
     taken: list[int] = []
     run = Pass.run
     monkeypatch.setattr(Pass, "run", lambda self: (taken.append(self.memory), run(self))[1])

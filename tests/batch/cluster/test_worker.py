@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import converter.batch.cluster.worker
-from converter import Job, Outcome, Terms
+from converter import BatchOptions, Job, Outcome
 from converter.batch.cluster.worker import convert_part
 from converter.errors import Interrupted
-from converter.pipeline import Progress
+from converter.observer import Progress
+from converter.recipe import versions
 from converter.seal.destination import Destination
-from converter.seal.receipt import versions
 from converter.seal.staging import Staging
 from tests.models import save_adapter, save_base
 
@@ -37,7 +37,7 @@ def job(inputs: tuple[Path, Path], tmp_path: Path) -> Job:
 def test_it_tells_what_it_does_and_gives_back_what_came_of_it(job: Job) -> None:
     told: list[Outcome | Progress] = []
 
-    outcomes = convert_part([job], Terms(), versions(), told.append)
+    outcomes = convert_part([job], BatchOptions(), versions(), told.append)
 
     assert [outcome.status for outcome in outcomes] == ["made"]
     assert [item for item in told if isinstance(item, Outcome)] == outcomes
@@ -56,7 +56,7 @@ def test_an_output_that_another_process_writes_is_made_when_that_one_has_gone(
             holder.__exit__(None, None, None)
 
     monkeypatch.setattr("converter.batch.cluster.worker.time.sleep", wait)
-    outcomes = convert_part([job], Terms(), versions(), told.append)
+    outcomes = convert_part([job], BatchOptions(), versions(), told.append)
 
     assert [outcome.status for outcome in outcomes] == ["made"]
     assert [item for item in told if isinstance(item, Outcome)] == outcomes  # nothing of the lock
@@ -66,7 +66,7 @@ def test_an_output_that_stays_locked_is_refused(job: Job, monkeypatch: pytest.Mo
     monkeypatch.setattr(converter.batch.cluster.worker, "LOCK_SECONDS", -1.0)
 
     with Staging(Destination(job.out, inputs=(), overwrite=False), {}, (), resume=False):
-        (outcome,) = convert_part([job], Terms(), versions(), lambda _: None)
+        (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None)
 
     assert (outcome.status, outcome.is_locked) == ("refused", True)
     assert "another conversion is writing it" in outcome.message
@@ -80,24 +80,26 @@ def test_a_cancelled_part_ends_between_two_tiles_and_keeps_what_is_done(job: Job
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted, match="the same command goes on with it"):
-        convert_part([job], Terms(), versions(), cancel)
+        convert_part([job], BatchOptions(), versions(), cancel)
 
     assert signal.getsignal(signal.SIGINT) is before
     assert not job.out.exists()
     assert list(job.out.parent.glob("*.partial"))
-    assert [outcome.status for outcome in convert_part([job], Terms(), versions(), lambda _: None)] == ["made"]
+    assert [outcome.status for outcome in convert_part([job], BatchOptions(), versions(), lambda _: None)] == ["made"]
 
 
 def test_in_another_thread_it_works_but_hears_no_cancellation(job: Job) -> None:
     outcomes: list[Outcome] = []
-    thread = threading.Thread(target=lambda: outcomes.extend(convert_part([job], Terms(), versions(), lambda _: None)))
+    thread = threading.Thread(
+        target=lambda: outcomes.extend(convert_part([job], BatchOptions(), versions(), lambda _: None))
+    )
     thread.start()
     thread.join()
     assert [outcome.status for outcome in outcomes] == ["made"]
 
 
 def test_a_node_with_another_version_refuses_its_part(job: Job) -> None:
-    (outcome,) = convert_part([job], Terms(), {**versions(), "torch": "1.0"}, lambda _: None)
+    (outcome,) = convert_part([job], BatchOptions(), {**versions(), "torch": "1.0"}, lambda _: None)
 
     assert outcome.status == "refused"
     assert "and not 1.0: the bytes of its outputs would be others" in outcome.message
@@ -110,6 +112,6 @@ def test_an_error_that_nobody_foresaw_is_told_of_the_jobs(job: Job, monkeypatch:
 
     monkeypatch.setattr(converter.batch.cluster.worker, "convert_batch", fail)
 
-    (outcome,) = convert_part([job], Terms(), versions(), lambda _: None)
+    (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None)
 
     assert (outcome.status, outcome.message) == ("failed", "ZeroDivisionError: of all things")

@@ -1,0 +1,47 @@
+"""What is asked for, and how it is run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.recipe import Recipe
+from converter.resources import Resources
+
+Reference = str | os.PathLike[str]
+"""A folder, or an id on the Hub."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to be made."""
+
+    out: Path
+    adapter: Reference | None
+    base: Reference | None = None
+    """None: the one that the adapter names."""
+    recipe: Recipe = Recipe()
+    base_revision: str | None = None
+    adapter_revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        return str(self.out)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a conversion is run. Nothing here but `device` changes a byte of the output."""
+
+    resources: Resources = Resources()
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:0, …"""
+    overwrite: bool = False
+    """Replace an earlier conversion at `out`."""
+    offline: bool = False
+    """Take Hub ids from the local cache only."""
+    trust_remote_code: bool = False
+    """Copy the Python files that the base names; they are never run."""
+    resume: bool = True
+    """Resume an interrupted run of the same job."""

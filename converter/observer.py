@@ -1,0 +1,31 @@
+"""Who is told how far a conversion is, and asked whether to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is."""
+
+    stage: str
+    """fetching, checking, converting or sealing"""
+    done: int
+    """Bytes of the base."""
+    total: int
+    name: str
+    """The tensor, or the file that is fetched."""
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Hears of the progress, and is asked before each tile whether to stop."""
+
+    progress: Callable[[Progress], None] = lambda _: None
+    stop: Callable[[], int | None] = lambda: None
+    """Gives the number of a signal once the conversion is to end."""
+
+    def tell(self, stage: str, done: int, total: int, name: str) -> None:
+        self.progress(Progress(stage, done, total, name))
