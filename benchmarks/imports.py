@@ -10,9 +10,9 @@ import os
 import numpy as np
 import torch
 
-from converter import recipe, show  # noqa: F401
-from converter.quantize import bnb as quantize
-from converter.quantize import kernels
+from converter import recipe
+from converter.cli import show  # noqa: F401
+from converter.quantize import formats, kernels
 
 BLOCK = 64
 
@@ -33,8 +33,8 @@ def main() -> None:
         absmax=absmax,
         sums=sums,
     )
-    kernels.all_finite(base, 0x7F80)
-    quantize.Quantizer(recipe.Recipe().resolved("bfloat16")).statistics("w.weight", torch.zeros(256), (128, 128))
+    encoder = formats.format_of(recipe.Recipe().resolved("bfloat16")).encoder(torch.device("cpu"), kernels=True)
+    encoder.finish("w.weight", (128, 128), [torch.zeros(256)])
 
 
 if __name__ == "__main__":

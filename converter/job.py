@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -45,3 +46,11 @@ class RunOptions:
     """Copy the Python files that the base names; they are never run."""
     resume: bool = True
     """Resume an interrupted run of the same job."""
+
+    def of_plan(self) -> dict[str, Any]:
+        """Those that a plan depends on."""
+        return {
+            "resources": self.resources,
+            "device": self.device,
+            "trust_remote_code": self.trust_remote_code,
+        }

@@ -17,13 +17,12 @@ from typing import Any
 import xxhash
 
 from converter.errors import ConverterError, Interrupted
-from converter.job import Reference
-from converter.observer import Progress
+from converter.job import Job, Reference, RunOptions
+from converter.observer import Observer, Progress
 from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
-from converter.quantize.bnb import Quantizer
 from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Folder
 from converter.read.digests import remember
@@ -37,7 +36,7 @@ from converter.seal.receipt import fingerprint
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
-from converter.tile import Conversion, convert_tile, load_kernels, read_tile
+from converter.tile import Conversion, Encoding, convert_tile, read_tile
 from converter.write.journal import job_of
 
 
@@ -78,41 +77,46 @@ def convert(
 
     `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
     `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
-    earlier conversion. `out` appears only whole. `resume`: go on with what a run of the same job left that died.
-    `stop` is asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal,
-    the conversion ends with `Interrupted`.
+    earlier conversion. `out` appears only whole. `resume`: resume an interrupted run of the same job. `stop` is asked
+    before each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion
+    ends with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
-    with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
+    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume)
+    return convert_job(job, options, Observer(progress, stop))
+
+
+def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer = Observer()) -> Report:
+    """`convert`, from values."""
+    with Inputs.of(job, options) as inputs:
         before = inputs.identities()
-        plan = make_plan(
-            inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
-        )
-        processor = torch_device(plan.device)
-        destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
-        if (known := already_made(destination, plan, inputs, processor.type)) is not None:
-            return Report(Path(out), plan, known, {}, nothing_to_do=True)
+        plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
+        encoding = Encoding(plan)
+        destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
+        if (known := already_made(destination, plan, inputs, encoding.device.type)) is not None:
+            return Report(job.out, plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         destination.refuse_if_too_full(plan.output_bytes)
-        inputs.bring(lambda *how_far: progress(Progress(*how_far)), stop)
+        inputs.bring(observer.tell, observer.stop)
         before = inputs.identities() | before  # what was fetched, and what the plan is of
 
-        staging = Staging(destination, job_of(plan, inputs), [shard.file for shard in plan.shards], resume=resume)
+        files = [shard.file for shard in plan.shards]
+        staging = Staging(destination, job_of(plan, inputs), files, resume=options.resume)
         plan = replace(plan, notes=plan.notes + staging.notes)
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
-            quantizer = Quantizer(plan.recipe, processor, kernels=plan.resources.kernels)
-            with inputs.unchanged(before), crew_of(plan) as crew:
-                for target, made in convert_tensors(output.targets(), inputs.base.folder, quantizer, crew, stop):
+            with inputs.unchanged(before), crew_of(plan, encoding) as crew:
+                for target, made in convert_tensors(output.targets(), inputs.base.folder, encoding, crew, observer):
                     if isinstance(made, ConverterError):
                         raise made
                     output.note(made)
-                    progress(Progress("converting", output.done, plan.base_bytes, target.tensor.name))
+                    observer.tell("converting", output.done, plan.base_bytes, target.tensor.name)
 
-            progress(Progress("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file))
+            observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
             remember(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
-            return seal(output, inputs, digests, Path(out))
+            return seal(output, inputs, digests, job.out)
 
 
 def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], out: Path) -> Report:
@@ -140,15 +144,20 @@ def plan_conversion(
 ) -> DryRun:
     """What `convert` would do with the same arguments: its plan, and its refusals.
 
-    Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes
-    from short samples of reading and computing.
+    Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes from short
+    samples of reading and computing.
     """
-    with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
-        plan = make_plan(
-            inputs.base, inputs.adapter, recipe, resources, device=device, trust_remote_code=trust_remote_code
-        )
-        if out is not None:
-            destination = Destination(Path(out), inputs=inputs.folders, overwrite=overwrite)
+    job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code)
+    return plan_job(job, options, with_out=out is not None)
+
+
+def plan_job(job: Job, options: RunOptions = RunOptions(), *, with_out: bool = True) -> DryRun:
+    """`plan_conversion`, from values; `with_out`: whether OUT is looked at, too."""
+    with Inputs.of(job, options) as inputs:
+        plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
+        if with_out:
+            destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
             destination.refuse_if_taken()
             destination.refuse_if_too_full(plan.output_bytes)
         return DryRun(plan, estimate(plan, inputs.base))
@@ -160,9 +169,9 @@ Result = tuple[Target, Made | ConverterError]
 def convert_tensors(
     tensors: Iterable[Sequence[Target]],
     base: Folder,
-    quantizer: Quantizer,
+    encoding: Encoding,
     crew: Crew,
-    stop: Callable[[], int | None] = lambda: None,
+    observer: Observer = Observer(),
 ) -> Iterator[Result]:
     """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew.
 
@@ -174,15 +183,15 @@ def convert_tensors(
         tensor = targets[0].tensor
         folder = base if tensor.origin == "base" else targets[0].adapter
         assert folder is not None  # noqa: S101  (what comes from an adapter has one)
-        current = _UnderWay([Conversion(target, quantizer) for target in targets])
+        current = _UnderWay([Conversion(target, encoding) for target in targets])
         under_way.append(current)
         for start, end in tensor.spans():
-            if (signum := stop()) is not None:
+            if (signum := observer.stop()) is not None:
                 raise Interrupted(signum, f"{signal.Signals(signum).name} while {tensor.name} was made")
             buffers = crew.buffers()
             stored, raw = read_tile(tensor, folder, start, end, buffers)
             current.digest.update(raw)
-            current.tiles.append(crew.submit(buffers, convert_tile, current.conversions, start, end, stored, buffers))
+            current.tiles.append(crew.submit(buffers, convert_tile, current.conversions, start, stored, buffers))
         while under_way and under_way[0].is_done():
             yield from under_way.popleft().finish()
     while under_way:
@@ -213,8 +222,9 @@ class _UnderWay:
                 yield conversion.target, made
 
 
-def crew_of(plan: Plan) -> Crew:
-    load_kernels(plan)
+def crew_of(plan: Plan, encoding: Encoding) -> Crew:
+    """Threads that convert a plan's tiles, with what they compute by loaded."""
+    encoding.load(plan)
     # Copies to and from an accelerator overlap its work only from memory that is pinned.
     return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
 

@@ -27,6 +27,9 @@ _TORCH_NAMES = {
     "U64": "uint64",
 }
 
+_AT_A_TIME = 1 << 18
+"""Values that are looked at together."""
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The dtype of torch, from safetensors' name or torch's own."""
@@ -58,17 +61,11 @@ def as_bytes(value: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def refuse_not_finite(name: str, values: Tensor, *, kernels: bool = False) -> None:
-    """`NotFinite` if any value is NaN or infinite; `kernels`: without a mask as large as the values."""
+def refuse_not_finite(name: str, values: Tensor) -> None:
+    """`NotFinite`, naming the tensor, if any value is NaN or infinite."""
     if not values.is_floating_point():
         return
-    integers = {"bfloat16": ("uint16", 0x7F80), "float16": ("uint16", 0x7C00), "float32": ("uint32", 0x7F800000)}
-    kind = integers.get(str(values.dtype).removeprefix("torch."))
-    if kernels and kind is not None and values.is_contiguous():
-        from converter.quantize.kernels import all_finite
-
-        finite = all_finite(values.view(torch_dtype(kind[0])).numpy().ravel(), kind[1])
-    else:
-        finite = bool(values.isfinite().all())
-    if not finite:
-        raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")
+    flat = values.flatten()
+    for start in range(0, flat.numel(), _AT_A_TIME):  # a mask as large as the values would count as memory
+        if not bool(flat[start : start + _AT_A_TIME].isfinite().all()):
+            raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")

@@ -20,10 +20,10 @@ from converter.observer import Progress
 from converter.pipeline import convert_tensors, crew_of, one_thread
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
-from converter.plan.layout import Output
 from converter.plan.plan import Plan, TensorPlan
-from converter.quantize.bnb import Quantizer
-from converter.read.checkpoint import Checkpoint, LocalFolder, TensorHeader, are_sizes, parse_json_object
+from converter.quantize.format import Found, Output
+from converter.quantize.formats import all_formats
+from converter.read.checkpoint import Checkpoint, LocalFolder
 from converter.read.checksums import SUMS, read_sums
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
@@ -31,13 +31,11 @@ from converter.resources import Resources
 from converter.seal.production import Target
 from converter.seal.receipt import RECEIPT, read_receipt
 from converter.seal.staging import sha256_of
-from converter.tensors import refuse_not_finite, torch_device, torch_dtype
+from converter.tensors import refuse_not_finite, torch_dtype
+from converter.tile import Encoding
 
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
-_STATE = ".quant_state.bitsandbytes__"
 _PIECE = 8 << 20
-MAX_STATE_BYTES = 10_000
-"""Of a quant state; bitsandbytes' have about 400."""
 
 
 @dataclass
@@ -137,74 +135,25 @@ def _sums(out: Path, there: Container[str], found: Verification) -> dict[str, st
         folder.close()
 
 
-def _check_structure(written: Checkpoint, found: Verification) -> dict[str, dict[str, Any]]:
-    """Quantized weights, with their quant states: those whose parts are all there, in their shapes."""
-    quantized: dict[str, dict[str, Any]] = {}
-    for name, tensor in written.tensors.items():
-        weight, mark, quant_type = name.partition(_STATE)
-        if mark:
-            try:
-                state = _read_state(written, tensor)
-                problem = _problem_of_weight(written, weight, quant_type, state)
-            except (BadCheckpoint, KeyError, TypeError, ValueError, OverflowError) as exc:
-                problem, state = f"its quant state can't be read: {exc}", {}
-            if problem:
-                found.problems.append(f"{weight}: {problem}")
-            quantized[weight] = state
-        elif name.endswith(".SCB"):
-            quantized[f"{name.removesuffix('.SCB')}.weight"] = {"quant_type": "int8"}
-    shapes = {
-        name: tuple(quantized.get(name, {}).get("shape", tensor.shape))
-        for name, tensor in written.tensors.items()
-        if f"{name.partition('.weight.')[0]}.weight" not in quantized or name in quantized
-        if not name.endswith((".SCB", ".weight_format"))
-    }
+def _check_structure(written: Checkpoint, found: Verification) -> Found:
+    """The quantized weights, of whatever format, and what is wrong with them; then what a loader would say."""
+    quantized = Found()
+    for one in (kind.find(written) for kind in all_formats()):
+        quantized.weights |= one.weights
+        quantized.parts |= one.parts
+        quantized.settings = quantized.settings or one.settings
+        found.problems += one.problems
+    shapes = {name: tensor.shape for name, tensor in written.tensors.items() if name not in quantized.parts}
     try:
-        found.problems += check_output(written.config, shapes, quantized)
+        found.problems += check_output(written.config, shapes | quantized.weights, quantized.weights)
     except ConversionRefused as exc:
         found.problems.append(str(exc))
     return quantized
 
 
-def _read_state(written: Checkpoint, tensor: TensorHeader) -> dict[str, Any]:
-    """`BadCheckpoint` unless its sizes are some: what is computed with them would take what it likes."""
-    if tensor.nbytes > MAX_STATE_BYTES:
-        raise BadCheckpoint(f"{tensor.nbytes:,} bytes, expected at most {MAX_STATE_BYTES:,}")
-    raw = bytearray(tensor.nbytes)
-    written.folder.read_into(tensor.file, tensor.offset, memoryview(raw))
-    state = parse_json_object(bytes(raw), tensor.name)
-    blocks = [state.get("blocksize"), state.get("nested_blocksize", 1)]
-    if not are_sizes(state.get("shape")) or not are_sizes(blocks) or 0 in blocks:
-        raise BadCheckpoint("its shape or its block sizes are none")
-    return state
-
-
-def _problem_of_weight(written: Checkpoint, weight: str, quant_type: str, state: dict[str, Any]) -> str | None:
-    count, block = math.prod(state["shape"]), state["blocksize"]
-    blocks = -(count // -block)
-    nested = "nested_offset" in state
-    expected = {"": ("U8", (-(count // -2), 1)), ".absmax": ("U8" if nested else "F32", (blocks,))}
-    expected[".quant_map"] = ("F32", (16,))
-    if nested:
-        expected[".nested_absmax"] = ("F32", (-(blocks // -state["nested_blocksize"]),))
-        expected[".nested_quant_map"] = ("F32", (256,))
-    if nested and not math.isfinite(offset := float(state["nested_offset"])):
-        return f"its quant state's offset is {offset}"
-    if state["quant_type"] != quant_type:
-        return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
-    for part, (dtype, shape) in expected.items():
-        tensor = written.tensors.get(weight + part)
-        if tensor is None:
-            return f"{weight + part} is missing"
-        if (tensor.dtype, tensor.shape) != (dtype, shape):
-            return f"{weight + part} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
-    files = {written.tensors[weight + part].file for part in expected}
-    return f"its tensors lie in {len(files)} shards, which transformers 4.46 can't load" if len(files) > 1 else None
-
-
 def _check_values(
     written: Checkpoint,
-    quantized: dict[str, dict[str, Any]],
+    quantized: Found,
     found: Verification,
     progress: Callable[[Progress], None],
 ) -> None:
@@ -212,7 +161,7 @@ def _check_values(
 
     done = 0
     for tensor in written:
-        if tensor.name not in quantized and tensor.dtype in ("F32", "F16", "BF16"):
+        if tensor.name not in quantized.weights and tensor.dtype in ("F32", "F16", "BF16"):
             try:
                 for start in range(0, tensor.nbytes, _PIECE):
                     raw = bytearray(min(_PIECE, tensor.nbytes - start))
@@ -225,21 +174,16 @@ def _check_values(
         progress(Progress("looking", done, written.nbytes, tensor.name))
 
 
-def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: dict[str, dict[str, Any]]) -> Recipe:
+def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: Found) -> Recipe:
     """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
     where = RECEIPT
     if receipt is not None:
         stated = receipt.get("recipe")
     else:
-        state = next(iter(quantized.values()), None) or {"quant_type": "none"}
         where, config = written.folder.label, written.config
-        stated = {
-            "quant_type": state["quant_type"],
-            "double_quant": "nested_offset" in state,
-            "block_size": state.get("blocksize", 64),
-            "dtype": state.get("dtype") or config.get("dtype") or config.get("torch_dtype") or "bfloat16",
-            "merge_precision": "reference",
-        }
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        settings = {key: value for key, value in (quantized.settings or {"quant_type": "none"}).items() if value}
+        stated = {"double_quant": False, "dtype": dtype, "merge_precision": "reference"} | settings
     try:
         recipe = Recipe.from_json(stated)
         if receipt is not None and stated != recipe.as_json():
@@ -282,13 +226,13 @@ def _compare(
     chosen = _sample(plan, written, sample)
     tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
     comparer = _Comparer(written, tensors)
-    quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
-    with one_thread(), crew_of(plan) as crew:
+    encoding = Encoding(plan)
+    with one_thread(), crew_of(plan, encoding) as crew:
         total = sum(tensor.source.nbytes for tensor in tensors)
         done = 0
         adapter = inputs.adapter.folder if inputs.adapter is not None else None
         targets = ([Target(tensor, adapter, comparer)] for tensor in tensors)
-        for _, made in convert_tensors(targets, inputs.base.folder, quantizer, crew):
+        for _, made in convert_tensors(targets, inputs.base.folder, encoding, crew):
             if isinstance(made, ConverterError):
                 raise made
             found.recomputed += 1

@@ -87,14 +87,7 @@ class Member:
     @property
     def plan(self) -> Plan:
         if self._plan is None:
-            self._plan = make_plan(
-                self.inputs.base,
-                self.inputs.adapter,
-                self.job.recipe,
-                self._terms.resources,
-                device=self._terms.device,
-                trust_remote_code=self._terms.trust_remote_code,
-            )
+            self._plan = make_plan(self.inputs.base, self.inputs.adapter, self.job.recipe, **self._terms.of_plan())
         return self._plan
 
     def refuse_if_changed(self) -> None:

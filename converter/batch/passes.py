@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 from converter.batch.sharing import Given, laid_out
 from converter.errors import ConverterError, Interrupted
-from converter.observer import Progress
+from converter.observer import Observer, Progress
 from converter.pipeline import convert_tensors, crew_of, one_thread, seal
 from converter.plan import budget
 from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
-from converter.quantize.bnb import Quantizer
 from converter.read.digests import remember
 from converter.seal.production import UNFINISHED_BUSINESS, Made, Production, Target
 from converter.seal.staging import Staging
-from converter.tensors import torch_device
+from converter.tile import Encoding
 from converter.write.journal import job_of
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class Pass:
         smallest: dict[tuple[str, int], tuple[int, ...]] = {}
         for plan in self._plans.values():
             for tensor in plan.tensors():
-                if not tensor.indivisible:
+                if tensor.whole is None:
                     key = (tensor.name, tensor.rows)
                     smallest[key] = max(smallest.get(key, ()), tensor.tiles, key=len)
         for index, plan in self._plans.items():
@@ -106,14 +105,14 @@ class Pass:
         if not self._productions:
             return
         plan = next(iter(self._plans.values()))
-        quantizer = Quantizer(plan.recipe, torch_device(plan.device), kernels=plan.resources.kernels)
+        encoding = Encoding(plan)
         read: set[str] = set()
         done = 0
 
         def convert(tensors: Iterator[list[Target]]) -> None:
             nonlocal done
-            with one_thread(), crew_of(plan) as crew:
-                for target, made in convert_tensors(tensors, base.folder, quantizer, crew, batch.stop):
+            with one_thread(), crew_of(plan, encoding) as crew:
+                for target, made in convert_tensors(tensors, base.folder, encoding, crew, Observer(stop=batch.stop)):
                     self._take(target, made)
                     name, nbytes = target.tensor.name, target.tensor.source.nbytes
                     done += 0 if name in read else nbytes

@@ -348,8 +348,8 @@ def _likeness(tensor: TensorPlan) -> _Likeness:
     what = []
     if tensor.origin == "adapter":
         what.append("replaced by the adapter's")
-    if tensor.pair is not None:
-        what.append(f"merge, rank {tensor.pair.rank}, scaling {tensor.pair.scaling:g}")
+    if tensor.change is not None and tensor.change.label:
+        what.append(tensor.change.label)
     if tensor.action == "quantize":
         what.append("quantize" + (", transposed" if tensor.transpose else ""))
     else:

@@ -10,10 +10,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadAdapter, BadCheckpoint, Unsupported
+from converter.merge.lora import Lora
 from converter.merge.patterns import Patterns
 from converter.read.checkpoint import Folder, TensorHeader, read_header, read_json
 
@@ -44,28 +44,6 @@ _PIECE = 8 << 20
 _LAYER = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
 
 
-@dataclass(frozen=True)
-class LoraPair:
-    """The two factors for one module: delta = scaling · B · A, of shape (out_features, in_features)."""
-
-    module: str
-    """The module as the adapter's file names it."""
-    a: TensorHeader
-    """(rank, in_features)"""
-    b: TensorHeader
-    """(out_features, rank)"""
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the delta: (out_features, in_features)."""
-        return self.b.shape[0], self.a.shape[1]
-
-
 class Adapter:
     """A PEFT LoRA adapter. Opening it reads the config and the header, and refuses what is not understood.
 
@@ -89,7 +67,7 @@ class Adapter:
         self._patterns = Patterns(f"{folder.label}: {CONFIG}")
         self._lists: dict[str, frozenset[Any]] = {}
         self._check_config()
-        self.pairs: dict[str, LoraPair] = {}
+        self.pairs: dict[str, Lora] = {}
         """By module name."""
         self.replacements: dict[str, TensorHeader] = {}
         """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
@@ -282,7 +260,7 @@ class Adapter:
         if not self.tensors:
             raise BadAdapter(f"{self.folder.label}: {WEIGHTS} holds no tensors")
 
-    def _pair(self, module: str, halves: dict[str, TensorHeader]) -> LoraPair:
+    def _pair(self, module: str, halves: dict[str, TensorHeader]) -> Lora:
         where = f"{self.folder.label}: {module}"
         if len(halves) != 2:
             missing = "B" if "A" in halves else "A"
@@ -293,7 +271,7 @@ class Adapter:
             raise BadAdapter(f"{where}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ")
         if a.shape[0] != rank:
             raise BadAdapter(f"{where}: rank {a.shape[0]} in the file, {rank} in {CONFIG}")
-        return LoraPair(module, a, b, scaling)
+        return Lora(module, a, b, scaling)
 
     def _pieces(self, tensor: TensorHeader) -> Iterator[bytearray]:
         for start in range(0, tensor.nbytes, _PIECE):

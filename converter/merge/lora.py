@@ -1,70 +1,85 @@
-"""The merge formula, on tiles."""
+"""LoRA: W + scaling · B · A. https://arxiv.org/abs/2106.09685"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from converter.tensors import torch_dtype
+from converter.merge.change import MergedTile, Rounding, add, read_float32
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, dtype
+    from torch import Tensor
 
-    from converter.merge.adapter import LoraPair
     from converter.read.checkpoint import Folder, TensorHeader
-    from converter.recipe import MergePrecision
 
 
 @dataclass(frozen=True)
-class MergedTile:
-    """A tile before it is quantized. All four have the shape (rows, in_features)."""
+class Lora:
+    """The two factors for one module: delta = scaling · B · A, of shape (out_features, in_features)."""
 
-    values: Tensor
-    """What is quantized or kept: float32, the recipe's dtype, or the base's own where nothing is merged."""
-    exact: Tensor
-    """The sum in float32, which `values` may have rounded."""
-    base: Tensor
-    """The base's values in float32."""
-    delta: Tensor | None
-    """scaling · B · A in float32."""
+    module: str
+    a: TensorHeader
+    """(rank, in_features)"""
+    b: TensorHeader
+    """(out_features, rank)"""
+    scaling: float
+    source: TensorHeader | None = None
+    whole: str | None = None
+    is_additive: bool = True
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]:
+        return self.a, self.b
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        # Both in float32, beside what they are read from, which is often half as large.
+        return 6 * self.rank * sum(self.shape)
+
+    @property
+    def label(self) -> str:
+        return f"merge, rank {self.rank}, scaling {self.scaling:g}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"lora": {"module": self.module, "rank": self.rank, "scaling": self.scaling}}
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> LoraMerge:
+        a, b = (read_float32(part, folder).to(device) for part in self.parts)
+        return LoraMerge(a, b, self.scaling, rounding)
+
+
+@dataclass(frozen=True)
+class LoraMerge:
+    """Factors in memory, in float32: `a` is (rank, in_features), `b` is (out_features, rank)."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    rounding: Rounding
+
+    def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
+        return add(weight, delta_rows(self.a, self.b[start:end], self.scaling), self.rounding)
+
+    def product(self, start: int, end: int, out: Tensor) -> None:
+        import torch
+
+        torch.mm(self.b[start:end], self.a, out=out)
 
 
 def delta_rows(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Some rows of a LoRA delta, scaling · B · A, in float32: the product first, then the scaling, as PEFT does.
 
     `a` is (rank, in_features), `b` is (rows, rank), both float32. Equal, bit for bit, to the same rows of the whole
-    product for tiles of at least `layout.MIN_MERGE_ROWS` rows.
+    product for tiles of at least `cut.MIN_MERGE_ROWS` rows.
     `peft.tuners.lora.layer.Linear.get_delta_weight`
     """
     return (b @ a).mul_(scaling)
-
-
-def merge_tile(weight: Tensor, delta: Tensor | None, precision: MergePrecision, rounded: dtype) -> MergedTile:
-    """Base plus delta.
-
-    float32: the sum in float32, of the base's own values, is what is quantized.
-    reference: the base is cast to `rounded`, the sum is computed in float32 and cast to `rounded` again, as PEFT's
-    `merge_and_unload` does on a model loaded in that dtype.
-    """
-    base = weight.float()
-    exact = base if delta is None else base + delta
-    if precision == "float32":
-        return MergedTile(weight if delta is None else exact, exact, base, delta)
-    values = weight.to(rounded)
-    if delta is not None:
-        values = (values.float() + delta).to(rounded)
-    return MergedTile(values, exact, base, delta)
-
-
-def read_factors(pair: LoraPair, folder: Folder, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A (rank, in_features) and B (out_features, rank) of a delta, in float32, which holds every dtype of a file."""
-    return _read_float32(pair.a, folder).to(device), _read_float32(pair.b, folder).to(device)
-
-
-def _read_float32(header: TensorHeader, folder: Folder) -> Tensor:
-    import torch
-
-    raw = bytearray(header.nbytes)
-    folder.read_into(header.file, header.offset, memoryview(raw))
-    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()

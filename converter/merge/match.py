@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
-from converter.merge.adapter import Adapter, LoraPair
+from converter.merge.adapter import Adapter
+from converter.merge.lora import Lora
 from converter.model.architecture import Architecture, Shape
 from converter.read.checkpoint import TensorHeader
 
@@ -21,7 +22,7 @@ from converter.read.checkpoint import TensorHeader
 class Match:
     """What the adapter does to the base, by checkpoint tensor name."""
 
-    deltas: dict[str, LoraPair] = field(default_factory=dict)
+    deltas: dict[str, Lora] = field(default_factory=dict)
     replacements: dict[str, TensorHeader] = field(default_factory=dict)
     """Tensors of the adapter's file that take the place of the base's."""
     untied: dict[str, str] = field(default_factory=dict)

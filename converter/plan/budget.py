@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from converter.errors import BadRecipe
-from converter.plan.layout import MIN_MERGE_ROWS, tile_bounds
 from converter.plan.plan import Plan, TensorPlan
+from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, tile_bounds
+from converter.quantize.format import BY_TORCH
+from converter.quantize.formats import format_of
 from converter.read.checkpoint import DTYPE_BYTES
 from converter.resources import DEFAULT_MEMORY, Resources
 
@@ -36,22 +38,8 @@ MOST_TOGETHER = 200
 PER_TENSOR = 8_000
 """Bytes of Python's objects for a tensor that an adapter changes: its plan, its place, its line of the receipt."""
 
-STRIP_ELEMENTS = 1 << 18
-"""Weights of a tile whose delta the CPU kernels have at a time: one megabyte of it."""
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """Rows of a strip at the most, where a row is so long that fewer would make up its elements."""
-_BY_KERNELS = {"BF16": 3.0, "F32": 5.0, "F16": 7.0}
-"""Bytes that a weight takes in a tile of the CPU kernels: as stored, as float32 if it was float16, packed."""
-_BY_TORCH = 44.0
-"""The same where torch and bitsandbytes compute: stored, base, delta and sum in float32, and what is made of them on
-the way."""
-
-
-def bytes_per_element(dtype: str, *, quantized: bool, copied: bool, kernels: bool) -> float:
-    """Memory that one weight of a tile takes: by its dtype on disk, and whether it is quantized or copied."""
-    if copied:
-        return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
-    return _BY_KERNELS[dtype] if quantized and kernels else _BY_TORCH
 
 
 def cut_into_tiles(
@@ -72,18 +60,13 @@ def cut_into_tiles(
     cut: list[TensorPlan] = []
     largest, name = 0.0, ""
     for tensor in tensors:
-        each = bytes_per_element(
-            tensor.source.dtype,
-            quantized=tensor.action == "quantize" and recipe.four_bit,
-            copied=tensor.is_copy,
-            kernels=resources.kernels,
-        )
-        if not tensor.indivisible:
-            block = recipe.block_size if tensor.action == "quantize" and recipe.four_bit else 1
+        each = _tile_bytes(tensor, recipe, resources)
+        if tensor.whole is None:
+            block = format_of(recipe).block if tensor.action == "quantize" else 1
             most = max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)
-        strip = 0 if tensor.pair is None else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+        strip = 0 if not tensor.is_merged else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
         if tensor.largest_tile * each + strip > largest:
             largest, name = tensor.largest_tile * each + strip, tensor.name
     memory = reserved + int(largest) * resources.slots
@@ -199,13 +182,21 @@ def _objects(tensors: Sequence[TensorPlan]) -> int:
     return int(whole * max(0, len(tensors) - IN_FIXED) / max(1, len(tensors)))
 
 
+def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> float:
+    """Bytes of memory that one weight of a tile takes."""
+    dtype = tensor.source.dtype
+    if tensor.is_copy:
+        return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
+    if tensor.action == "keep" or (tensor.change is not None and not tensor.change.is_additive):
+        return BY_TORCH
+    return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels)
+
+
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
     """Bytes that the absmax of a whole tensor and the sums of its rows take until it is finished."""
-    blocks = 0
-    if tensor.action == "quantize":
-        blocks = tensor.rows * tensor.columns // recipe.block_size if recipe.four_bit else tensor.rows
-    return 8 * blocks + (0 if tensor.is_copy else 80 * tensor.rows)
+    state = format_of(recipe).state_bytes(tensor.rows, tensor.columns) if tensor.action == "quantize" else 0
+    return state + (0 if tensor.is_copy else 80 * tensor.rows)
 
 
 def _factors(tensor: TensorPlan) -> int:
-    return 0 if tensor.pair is None else 6 * tensor.pair.rank * sum(tensor.pair.shape)
+    return 0 if tensor.change is None else tensor.change.nbytes

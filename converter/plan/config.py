@@ -13,6 +13,7 @@ from typing import Any
 
 from converter.errors import BadCheckpoint, Unsupported
 from converter.model.architecture import Architecture
+from converter.quantize.formats import format_of
 from converter.read.checkpoint import MAX_CONFIG_BYTES
 from converter.recipe import Recipe
 
@@ -58,27 +59,10 @@ def output_config(
             part["vocab_size"] = vocabulary
         if untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
-    if recipe.quant_type != "none":
-        config["quantization_config"] = quantization_config(recipe, architecture.skip_modules)
+    quantization = format_of(recipe).config(architecture.skip_modules)
+    if quantization is not None:
+        config["quantization_config"] = quantization
     return config
-
-
-def quantization_config(recipe: Recipe, skip_modules: tuple[str, ...] | None) -> dict[str, Any]:
-    """What `transformers.BitsAndBytesConfig.to_dict` gives, less the keys that no loader reads."""
-    four_bit = recipe.four_bit
-    return {
-        "bnb_4bit_compute_dtype": recipe.dtype if four_bit else "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": recipe.quant_type if four_bit else "fp4",
-        "bnb_4bit_use_double_quant": four_bit and recipe.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None if skip_modules is None else list(skip_modules),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": four_bit,
-        "load_in_8bit": not four_bit,
-        "quant_method": "bitsandbytes",
-    }
 
 
 def _spell_rope_both_ways(part: dict[str, Any]) -> None:

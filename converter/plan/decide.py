@@ -9,13 +9,16 @@ from typing import Any
 
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.merge.adapter import Adapter
+from converter.merge.change import Change, Replacement
+from converter.merge.lora import Lora
 from converter.merge.match import Match, match
 from converter.model.architecture import Architecture, Role
 from converter.model.ask import check_output, describe, dismiss
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import output_config, refuse_unconvertible
-from converter.plan.layout import outputs_of
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
+from converter.quantize.format import Output
+from converter.quantize.formats import format_of
 from converter.read.checkpoint import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.recipe import Recipe
@@ -97,17 +100,17 @@ def make_plan(
 
 def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match) -> TensorPlan:
     name = header.name
-    pair = found.deltas.get(name)
-    replacement = found.replacements.get(name)
-    source = replacement if replacement is not None else header
+    change = _change(found.deltas.get(name), found.replacements.get(name))
+    source = header if change is None or change.source is None else change.source
+    merged = change is not None and bool(change.parts)
     if header.dtype.startswith("F8"):
         raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
     computed_with = role.parameter is not None and not role.integer and source.dtype not in _FLOATING
-    if computed_with or ((pair or role.quantize) and source.dtype not in ("F32", "F16", "BF16")):
+    if computed_with or ((merged or role.quantize) and source.dtype not in ("F32", "F16", "BF16")):
         raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
     if role.quantize and 0 in source.shape:
         raise BadCheckpoint(f"{name}: shape {list(source.shape)}, a weight without elements")
-    transpose = role.kind == "conv1d" and (role.quantize or pair is not None)
+    transpose = role.kind == "conv1d" and (role.quantize or merged)
     turned_on_disk = role.kind == "conv1d" and role.quantize
     shape = source.shape[::-1] if turned_on_disk else source.shape
     if role.parameter is None or source.dtype not in _FLOATING:
@@ -118,17 +121,23 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
     rows = computed[0] if computed else 1
     return TensorPlan(
         name=name,
-        origin="base" if replacement is None else "adapter",
         source=source,
         action="quantize" if role.quantize else "keep",
-        pair=pair,
+        change=change,
         transpose=transpose,
         shape=shape,
         dtype=dtype,
         tiles=(0, rows),
-        outputs=outputs_of(name, shape, dtype, recipe, quantize=role.quantize),
+        outputs=format_of(recipe).outputs(name, shape) if role.quantize else (Output(name, dtype, shape),),
         checked=role.parameter is not None,
     )
+
+
+def _change(delta: Lora | None, replacement: TensorHeader | None) -> Change | None:
+    """What the adapter does to a tensor: it may save one whole and have a delta for it, too."""
+    if replacement is None:
+        return delta
+    return Replacement(replacement) if delta is None else replace(delta, source=replacement)
 
 
 def _weights_dtype(base: Checkpoint) -> str:

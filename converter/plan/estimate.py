@@ -8,12 +8,17 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from converter.merge.change import MergedTile, Rounding, add
 from converter.plan.plan import Plan
+from converter.quantize.format import Rows
+from converter.quantize.formats import format_of
 from converter.read.checkpoint import LocalFolder
 from converter.read.checksums import READERS, recall, stated
 from converter.tensors import torch_device
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from converter.plan.plan import TensorPlan
     from converter.read.checkpoint import Checkpoint
 
@@ -109,39 +114,18 @@ def _compute_rate(plan: Plan) -> float:
 
     import torch
 
-    from converter.merge.lora import MergedTile
-    from converter.quantize.bnb import Quantizer
+    from converter.threads import Buffers
 
     recipe, resources = plan.recipe, plan.resources
     if recipe.quant_type == "none":
         return 500e6 * resources.threads  # a sum and a rounding: far from being what takes the time
-    quantizer = Quantizer(recipe, torch_device(plan.device), kernels=resources.kernels)
-    weight = torch.randn(_SAMPLE_VALUES // 4096, 4096).bfloat16()
+    device = torch_device(plan.device)
+    encoder = format_of(recipe).encoder(device, kernels=resources.kernels)
+    weight = torch.randn(_SAMPLE_VALUES // 4096, 4096).bfloat16().to(device)
+    rows = Rows("a sample", 0, weight, _NoDelta(Rounding.of(recipe)), Rounding.of(recipe), "BF16")
 
     def once() -> None:
-        if quantizer.kernels:
-            import numpy
-
-            from converter.quantize import kernels
-
-            kernels.quantize_rows(
-                weight.view(torch.uint16).numpy().ravel(),
-                numpy.zeros(weight.numel(), numpy.float32),
-                1.0,
-                4096,
-                quant_type=recipe.quant_type,
-                block=recipe.block_size,
-                rounding=kernels.EXACT,
-                packed=numpy.empty(weight.numel() // 2, numpy.uint8),
-                absmax=numpy.empty(weight.numel() // recipe.block_size, numpy.float32),
-                sums=numpy.empty((weight.shape[0], kernels.SUMS)),
-            )
-        else:
-            from converter.quantize.measure import row_sums
-
-            values = weight.to(quantizer.device)
-            tile = quantizer.tile("a sample", values)
-            row_sums(MergedTile(values, values.float(), values.float(), None), tile.restored)
+        encoder.encode(rows, Buffers(pinned=False))
 
     once()  # loads what is compiled
     started = time.perf_counter()
@@ -150,3 +134,17 @@ def _compute_rate(plan: Plan) -> float:
             done.result()
     seconds = time.perf_counter() - started
     return resources.threads * int(weight.numel()) / seconds
+
+
+@dataclass(frozen=True)
+class _NoDelta:
+    """A merge that adds nothing, in the time that adding takes."""
+
+    rounding: Rounding
+    scaling: float = 1.0
+
+    def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
+        return add(weight, weight.float().zero_(), self.rounding)
+
+    def product(self, start: int, end: int, out: Tensor) -> None:
+        out.zero_()

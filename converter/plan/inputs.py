@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
-from converter.job import Reference
+from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import CONFIG as ADAPTER_CONFIG
 from converter.merge.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.merge.adapter import Adapter
@@ -102,6 +102,11 @@ class Inputs:
                 base, base_revision = base_of_adapter(self.adapter, base_revision)
             opened = Base(base, base_revision, offline=offline)
         self.opened = opened
+
+    @classmethod
+    def of(cls, job: Job, options: RunOptions) -> Self:
+        """Those of a job."""
+        return cls(job.base, job.adapter, job.base_revision, job.adapter_revision, offline=options.offline)
 
     @property
     def base(self) -> Checkpoint:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.merge.adapter import LoraPair
-from converter.plan.layout import Output, ShardLayout, lay_out, pack_shards, shard_names
+from converter.merge.change import Change
+from converter.plan.layout import ShardLayout, lay_out, pack_shards, shard_names
+from converter.quantize.format import Output
 from converter.read.checkpoint import TensorHeader
 from converter.read.side_files import SideFile
 from converter.recipe import Recipe
@@ -32,12 +33,11 @@ class TensorPlan:
 
     name: str
     """Its name in the output, which is the base's."""
-    origin: Literal["base", "adapter"]
     source: TensorHeader
     """Where its values come from."""
     action: Literal["quantize", "keep"]
-    pair: LoraPair | None
-    """The adapter's factors for it."""
+    change: Change | None
+    """What the adapter does to it."""
     transpose: bool
     """Stored as (in_features, out_features), quantized the other way round: GPT-2's Conv1D."""
     shape: tuple[int, ...]
@@ -61,12 +61,22 @@ class TensorPlan:
     @property
     def is_copy(self) -> bool:
         """Whether its bytes go into the output as they are."""
-        return self.action == "keep" and self.pair is None and self.dtype == self.source.dtype
+        return self.action == "keep" and not self.is_merged and self.dtype == self.source.dtype
 
     @property
     def is_touched(self) -> bool:
         """Whether the adapter has a part in it."""
-        return self.pair is not None or self.origin == "adapter"
+        return self.change is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether something of the adapter is merged into it."""
+        return self.change is not None and bool(self.change.parts)
+
+    @property
+    def origin(self) -> Literal["base", "adapter"]:
+        """Whose values it begins with."""
+        return "base" if self.change is None or self.change.source is None else "adapter"
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """First row and the row after the last, of each tile."""
@@ -88,9 +98,11 @@ class TensorPlan:
         return max(end - start for start, end in self.spans()) * self.columns
 
     @property
-    def indivisible(self) -> bool:
-        """Whether it must be in memory whole, because its rows are not together on disk."""
-        return self.transpose
+    def whole(self) -> str | None:
+        """Why it must be in memory as a whole; None: it is cut into tiles."""
+        if self.transpose:
+            return "its rows are not together on disk"
+        return None if self.change is None else self.change.whole
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class Plan:
         counter: Counter[str] = Counter()
         for tensor in self.tensors():
             counter[tensor.action] += 1
-            counter["merged"] += tensor.pair is not None
+            counter["merged"] += tensor.is_merged
             counter["replaced"] += tensor.origin == "adapter"
         return dict(counter)
 
@@ -235,6 +247,4 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
             for o in tensor.outputs
         ],
     }
-    if tensor.pair is not None:
-        entry["lora"] = {"module": tensor.pair.module, "rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
-    return entry
+    return entry | ({} if tensor.change is None else tensor.change.as_json())

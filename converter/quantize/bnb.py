@@ -1,135 +1,59 @@
-"""Tile → packed codes and absmax; absmax of a tensor → quant state. The only module that knows bitsandbytes.
-
-On a CPU the kernels of `kernels.py` quantize, where numba is installed; everything else is bitsandbytes' own work.
-"""
+"""The door to bitsandbytes: its library, its tables, its config. Nothing else imports it."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import NotFinite
-from converter.plan.layout import NESTED_BLOCK, quant_state_json
 from converter.silence import quietly
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from converter.recipe import Recipe
 
-
-@dataclass(frozen=True)
-class QuantizedTile:
-    """Some rows of a quantized weight."""
-
-    packed: Tensor
-    """uint8, two codes a byte, the first in the high bits; int8: the codes, of the tile's shape."""
-    absmax: Tensor
-    """float32, one a block; int8: one a row."""
-    restored: Tensor
-    """What the codes stand for, before double quantization: float32, of the tile's shape."""
+NESTED_BLOCK = 256
+"""Absmax values that share one nested absmax; fixed in `bitsandbytes.functional.quantize_4bit`."""
 
 
-class Quantizer:
-    """Quantizes by one recipe on one device, as `bitsandbytes.functional` does on that device."""
+@cache
+def functional() -> Any:
+    """`bitsandbytes.functional`, imported when it is first needed."""
+    with quietly():
+        import bitsandbytes.functional
 
-    def __init__(self, recipe: Recipe, device: torch.device | None = None, *, kernels: bool = False) -> None:
-        import torch
+    return bitsandbytes.functional
 
-        self.recipe = recipe
-        self.device = device or torch.device("cpu")
-        self.kernels = kernels and self.device.type == "cpu" and recipe.four_bit
-        """Whether `kernels.quantize_rows` quantizes in place of `tile`."""
-        self._pairs: dict[Any, Tensor] = {}
 
-    def tile(self, name: str, values: Tensor) -> QuantizedTile:
-        """Quantize whole blocks: `values` is (rows, columns) in float32, bfloat16 or float16; only the last tile of a
-        tensor may end within a block. `NotFinite` naming `name` for NaN and infinity."""
-        quantize = self._four_bits if self.recipe.four_bit else self._eight_bits
-        result = quantize(values.contiguous())
-        # A NaN or an infinity shows in the largest absolute value of its block.
-        if not bool(result.absmax.isfinite().all()):
-            raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for float16 (int8)")
-        return result
+def quantization_config(recipe: Recipe, skip_modules: Sequence[str] | None) -> dict[str, Any]:
+    """What `transformers.BitsAndBytesConfig.to_dict` gives, less the keys that no loader reads."""
+    four_bit = recipe.four_bit
+    return {
+        "bnb_4bit_compute_dtype": recipe.dtype if four_bit else "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": recipe.quant_type if four_bit else "fp4",
+        "bnb_4bit_use_double_quant": four_bit and recipe.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": None if skip_modules is None else list(skip_modules),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": four_bit,
+        "load_in_8bit": not four_bit,
+        "quant_method": "bitsandbytes",
+    }
 
-    def statistics(self, name: str, absmax: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Everything but the codes of weight `name`, by output name, from the absmax of the whole weight, which is
-        used up.
 
-        `shape` is (out_features, in_features). The mean that double quant subtracts is taken as torch takes it on one
-        thread; the caller sees to that. `NotFinite` where a loader would restore an infinity.
-        """
-        import torch
-
-        recipe = self.recipe
-        if not recipe.four_bit:
-            module = name.removesuffix(".weight")
-            return {f"{module}.SCB": absmax, f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8)}
-        # A loader computes with the recipe's dtype. Double quant may make an absmax larger by a hundredth.
-        largest = float(absmax.max()) * (1.01 if recipe.double_quant else 1.0)
-        if largest > torch.finfo(torch.float16 if recipe.dtype == "float16" else torch.bfloat16).max:
-            raise NotFinite(f"{name}: holds {largest:.4g}, a value too large for {recipe.dtype}")
-        state = {"absmax": absmax, "quant_map": four_bit_map(recipe.quant_type)}
-        offset = None
-        if recipe.double_quant:
-            mean = absmax.mean()
-            offset = mean.item()
-            if not math.isfinite(offset):
-                raise NotFinite(f"{name}: its values are too large for double quantization")
-            state["absmax"], state["nested_absmax"] = self._quantize_absmax(absmax.sub_(mean))
-            state["nested_quant_map"] = dynamic_map()
-        raw = bytearray(quant_state_json(recipe, shape, offset))
-        state[f"quant_state.bitsandbytes__{recipe.quant_type}"] = torch.frombuffer(raw, dtype=torch.uint8)
-        return {f"{name}.{key}": value.cpu() for key, value in state.items()}
-
-    @cached_property
-    def _bnb(self) -> Any:
-        with quietly():
-            import bitsandbytes.functional
-
-        return bitsandbytes.functional
-
-    def _quantize_absmax(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (uint8) and absmax (float32) of centred absmax: `quantize_blockwise` of bitsandbytes."""
-        native = _native_quantize_blockwise() if centred.device.type == "cpu" else None
-        if native is not None:
-            return native(centred)
-        codes, state = self._bnb.quantize_blockwise(centred, blocksize=NESTED_BLOCK)
-        return codes, state.absmax
-
-    def _four_bits(self, values: Tensor) -> QuantizedTile:
-        recipe = self.recipe
-        packed, state = self._bnb.quantize_4bit(
-            values, blocksize=recipe.block_size, compress_statistics=False, quant_type=recipe.quant_type
-        )
-        return QuantizedTile(packed, state.absmax, self._restore(packed, state.absmax, values))
-
-    def _eight_bits(self, values: Tensor) -> QuantizedTile:
-        import torch
-
-        codes, absmax, _ = self._bnb.int8_vectorwise_quant(values.to(torch.float16))
-        return QuantizedTile(codes, absmax, codes.float().mul_(absmax[:, None] / 127))
-
-    def _restore(self, packed: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
-        import torch
-
-        if packed.device not in self._pairs:
-            code = four_bit_map(self.recipe.quant_type).to(packed.device)
-            self._pairs[packed.device] = torch.cartesian_prod(code, code)
-        block, count = self.recipe.block_size, values.numel()
-        restored = self._pairs[packed.device].index_select(0, packed.flatten().int()).flatten()[:count]
-        whole = count // block
-        restored[: whole * block].view(-1, block).mul_(absmax[:whole, None])
-        if whole * block < count:
-            restored[whole * block :].mul_(absmax[whole])
-        return restored.view(values.shape)
+def quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) and absmax (float32) of centred absmax: `quantize_blockwise` of bitsandbytes."""
+    native = _native_quantize_blockwise() if centred.device.type == "cpu" else None
+    if native is not None:
+        return native(centred)
+    codes, state = functional().quantize_blockwise(centred, blocksize=NESTED_BLOCK)
+    return codes, state.absmax
 
 
 # https://arxiv.org/abs/2305.14314, appendix E

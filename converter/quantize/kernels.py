@@ -125,27 +125,17 @@ def quantize_rows(
     )
 
 
-def load(quantized: Iterable[str], checked: Iterable[str]) -> None:
-    """Have compiled what quantizes arrays of some dtypes, and what looks whether those of some are finite."""
-    for dtype in quantized:
+def load(dtypes: Iterable[str]) -> None:
+    """Compile what quantizes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
+    for dtype in dtypes:
         size, small = np.ones(2, np.float32), np.empty(1, np.uint8)
         how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "rounding": EXACT, "packed": small}
         quantize_rows(size.astype(dtype), None, 1.0, 2, **how, absmax=size[:1], sums=np.empty((1, SUMS)))
-    for dtype in checked:
-        all_finite(np.zeros(1, dtype), 1)
 
 
-def all_finite(bits: Array, exponent: int) -> bool:
-    """Whether no value is NaN or infinite: their bits, and those of the exponent, all of which NaN and infinity set."""
-    return not _some_have(bits, bits.dtype.type(exponent))
-
-
-@_compiled()
-def _some_have(bits, mask):  # type: ignore[no-untyped-def]
-    found = np.uint32(0)
-    for j in range(bits.size):
-        found |= np.uint32((bits[j] & mask) == mask)
-    return found != 0
+def compiled() -> tuple[int, int]:
+    """How many forms of the kernel are there, and how many of them were compiled by an earlier process."""
+    return len(_quantize.signatures), sum(_quantize.stats.cache_hits.values())
 
 
 @_intrinsic

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from converter.merge.lora import MergedTile
+    from converter.merge.change import MergedTile
 
 DIGITS = 6
 """Significant digits that are reported."""

@@ -5,24 +5,19 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from converter.quantize.formats import format_of
+
 if TYPE_CHECKING:
     from converter.plan.plan import Plan
     from converter.seal.receipt import Origin
 
 CARD = "README.md"
 
-_KINDS = {
-    "nf4": "4-bit NF4 weights of bitsandbytes",
-    "fp4": "4-bit FP4 weights of bitsandbytes",
-    "int8": "8-bit weights of bitsandbytes (LLM.int8)",
-    "none": "16-bit weights",
-}
-
 
 def model_card(plan: Plan, origin: Origin) -> bytes:
     """README.md, with the metadata that the Hub reads."""
-    recipe = plan.recipe
-    tags = ["bitsandbytes", f"{4 if recipe.four_bit else 8}-bit"] if recipe.quant_type != "none" else []
+    recipe, kind = plan.recipe, format_of(plan.recipe)
+    tags = list(kind.tags)
     tags += ["lora-merged"] if origin.adapter is not None else []
     front = ["library_name: transformers"]
     if origin.base_name is not None and _is_hub_id(origin.base_name):
@@ -37,14 +32,13 @@ def model_card(plan: Plan, origin: Origin) -> bytes:
         made_of += (
             f", with {adapter}" + (f" at {origin.adapter_commit}" if origin.adapter_commit else "") + " merged in"
         )
-    lines = ["---", *front, "---", "", "# Model card", "", f"{_KINDS[recipe.quant_type]}: {made_of}.", ""]
+    lines = ["---", *front, "---", "", "# Model card", "", f"{kind.description}: {made_of}.", ""]
     settings: dict[str, str] = {
         "quant type": recipe.quant_type,
         "dtype": recipe.dtype,
         "merge precision": recipe.merge_precision,
     }
-    if recipe.four_bit:
-        settings |= {"double quant": str(recipe.double_quant).lower(), "block size": str(recipe.block_size)}
+    settings |= kind.settings
     if recipe.keep:
         settings["kept in 16 bits"] = ", ".join(recipe.keep)
     lines += ["| recipe | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in settings.items()), ""]

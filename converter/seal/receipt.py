@@ -87,12 +87,13 @@ def write_receipt(
     tensors: dict[str, dict[str, Any]] = {}
     for tensor in plan.tensors():
         entry: dict[str, Any] = {"action": tensor.action, "origin": tensor.origin}
-        if tensor.pair is not None:
-            entry["lora"] = {"rank": tensor.pair.rank, "scaling": tensor.pair.scaling}
+        if tensor.change is not None:
+            for kind, stated in tensor.change.as_json().items():
+                entry[kind] = {key: value for key, value in stated.items() if key != "module"}
         if tensor.name in fidelity:
             error = fidelity[tensor.name].error
             entry["error"] = error if math.isfinite(error) else "Infinity"  # which JSON has not, but for Python
-            if tensor.pair is not None:
+            if tensor.is_merged:
                 entry["survival"] = fidelity[tensor.name].survival
         tensors[tensor.name] = entry
     receipt = {

@@ -27,7 +27,8 @@ from converter.errors import (
     WriteFailed,
 )
 from converter.model.ask import check_output
-from converter.read.checkpoint import CONFIG, INDEX, Checkpoint, LocalFolder, parse_json_object
+from converter.quantize.formats import format_of
+from converter.read.checkpoint import CONFIG, INDEX, Checkpoint, LocalFolder
 from converter.read.checksums import SUMS
 from converter.seal.card import CARD, model_card
 from converter.seal.destination import OURS, Destination, clear, remove
@@ -182,22 +183,11 @@ def verify(folder: Path, plan: Plan) -> None:
             fits = found.nbytes <= output.nbytes if output.is_state else found.shape == output.shape
             if found.dtype != output.dtype or not fits:
                 raise VerificationFailed(f"{name}: {found.dtype} {list(found.shape)}, planned {output}")
-        shapes = {}
-        for tensor in plan.tensors():
-            shapes[tensor.name] = tensor.shape
-            if tensor.action == "quantize" and plan.recipe.four_bit:
-                shapes[tensor.name] = _shape_in_state(written, tensor.outputs[-1].name)
+        shapes = {tensor.name: tensor.shape for tensor in plan.tensors()} | format_of(plan.recipe).find(written).weights
         if plan.verifiable:
             problems = check_output(written.config, shapes, [t.name for t in plan.tensors() if t.action == "quantize"])
             if problems:
                 raise VerificationFailed(f"the output would not load: {problems[0]} ({len(problems)} in all)")
-
-
-def _shape_in_state(written: Checkpoint, name: str) -> tuple[int, ...]:
-    state = written.tensors[name]
-    raw = bytearray(state.nbytes)
-    written.folder.read_into(state.file, state.offset, memoryview(raw))
-    return tuple(parse_json_object(bytes(raw), name)["shape"])
 
 
 def _index(folder: Path) -> bytes:

@@ -21,8 +21,8 @@ from converter.plan.layout import header_json
 from converter.threads import no_thread
 
 if TYPE_CHECKING:
-    from converter.plan.layout import Output
     from converter.plan.plan import ShardPlan
+    from converter.quantize.format import Output
 
 UNFINISHED = ".unfinished"
 """Suffix of a file whose bytes are not all there yet."""

@@ -15,13 +15,18 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from converter.merge.lora import MergedTile, delta_rows, merge_tile
-from converter.plan.layout import MIN_MERGE_ROWS, tile_bounds
+from converter.merge.change import MergedTile, Rounding, add
+from converter.merge.lora import delta_rows
+from converter.quantize.cut import MIN_MERGE_ROWS, tile_bounds
 from converter.quantize.measure import DIGITS, Fidelity, Tally, row_sums
 from converter.recipe import MergePrecision
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 seeds = st.integers(0, 2**31 - 1)
+
+
+def rounded_by(precision: MergePrecision, dtype: torch.dtype) -> Rounding:
+    return Rounding(precision, str(dtype).removeprefix("torch."))
 
 
 def random(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
@@ -85,7 +90,7 @@ def test_the_reference_precision_gives_the_bits_of_pefts_merge(
     linear.weight.data = weight.clone()
     layer = peft_layer(linear, a, b, alpha=12, use_rslora=use_rslora)
 
-    tile = merge_tile(weight, delta_rows(a, b, layer.scaling["default"]), "reference", dtype)
+    tile = add(weight, delta_rows(a, b, layer.scaling["default"]), rounded_by("reference", dtype))
 
     layer.merge()
     assert tile.values.dtype == dtype
@@ -99,7 +104,7 @@ def test_the_reference_precision_gives_the_bits_of_pefts_merge_for_a_conv1d(dtyp
     conv.weight.data = weight.clone()
     layer = peft_layer(conv, a, b, alpha=12, fan_in_fan_out=True)
 
-    tile = merge_tile(weight.T, delta_rows(a, b, 3.0), "reference", dtype)
+    tile = add(weight.T, delta_rows(a, b, 3.0), rounded_by("reference", dtype))
 
     layer.merge()
     assert torch.equal(tile.values, layer.get_base_layer().weight.T)
@@ -112,7 +117,7 @@ def test_the_reference_precision_rounds_the_base_before_and_the_sum_after(
 ) -> None:
     weight, delta = random(3, 64, 64).to(stored), random(4, 64, 64, scale=0.01)
 
-    tile = merge_tile(weight, delta, "reference", rounded)
+    tile = add(weight, delta, rounded_by("reference", rounded))
 
     loaded = weight.to(rounded)
     loaded += delta
@@ -126,7 +131,7 @@ def test_the_default_precision_is_the_plain_formula_to_float32s_last_digits(
 ) -> None:
     a, b, weight = random(seed, rank, 48), random(seed + 1, 80, rank, scale=scale), random(seed + 2, 80, 48).to(dtype)
 
-    tile = merge_tile(weight, delta_rows(a, b, 1.5), "float32", torch.bfloat16)
+    tile = add(weight, delta_rows(a, b, 1.5), rounded_by("float32", torch.bfloat16))
 
     exact = weight.double() + 1.5 * (b.double() @ a.double())
     epsilon = torch.finfo(torch.float32).eps
@@ -139,7 +144,7 @@ def test_the_default_precision_is_the_plain_formula_to_float32s_last_digits(
 def test_the_default_precision_rounds_the_sum_only_once(dtype: torch.dtype) -> None:
     weight, delta = random(3, 64, 64).to(dtype), random(4, 64, 64, scale=1e-3)
 
-    tile = merge_tile(weight, delta, "float32", torch.bfloat16)
+    tile = add(weight, delta, rounded_by("float32", torch.bfloat16))
 
     assert torch.equal(tile.values, (weight.double() + delta.double()).float())
 
@@ -149,7 +154,7 @@ def test_the_default_precision_rounds_the_sum_only_once(dtype: torch.dtype) -> N
 def test_a_delta_of_zeros_changes_nothing(precision: MergePrecision, dtype: torch.dtype) -> None:
     weight = random(3, 64, 64).to(dtype)
 
-    tile = merge_tile(weight, torch.zeros(64, 64), precision, dtype)
+    tile = add(weight, torch.zeros(64, 64), rounded_by(precision, dtype))
 
     assert torch.equal(tile.values.to(dtype), weight)
 
@@ -159,7 +164,7 @@ def test_without_a_delta_the_default_precision_passes_the_bases_bits_on(dtype: t
     weight = random(3, 64, 64).to(dtype)
     weight[0, 0] = -0.0
 
-    tile = merge_tile(weight, None, "float32", torch.bfloat16)
+    tile = add(weight, None, rounded_by("float32", torch.bfloat16))
 
     assert tile.values is weight
     assert tile.delta is None
@@ -170,7 +175,7 @@ def test_a_merge_leaves_its_inputs_alone(precision: MergePrecision) -> None:
     weight, delta = random(3, 64, 64), random(4, 64, 64)
     before = weight.clone(), delta.clone()
 
-    merge_tile(weight, delta, precision, torch.float32)
+    add(weight, delta, rounded_by(precision, torch.float32))
 
     assert torch.equal(weight, before[0])
     assert torch.equal(delta, before[1])
@@ -180,7 +185,7 @@ def test_a_merge_leaves_its_inputs_alone(precision: MergePrecision) -> None:
 def test_a_tile_tells_base_delta_and_their_exact_sum_whatever_is_rounded(precision: MergePrecision) -> None:
     weight, delta = random(3, 64, 64).bfloat16(), random(4, 64, 64, scale=0.01)
 
-    tile = merge_tile(weight, delta, precision, torch.bfloat16)
+    tile = add(weight, delta, rounded_by(precision, torch.bfloat16))
 
     assert torch.equal(tile.base, weight.float())
     assert torch.equal(tile.exact, weight.float() + delta)
@@ -192,7 +197,7 @@ def test_a_tile_tells_base_delta_and_their_exact_sum_whatever_is_rounded(precisi
 
 
 def tile_of(weight: Tensor, delta: Tensor | None) -> MergedTile:
-    return merge_tile(weight, delta, "float32", torch.bfloat16)
+    return add(weight, delta, rounded_by("float32", torch.bfloat16))
 
 
 def measured(tile: MergedTile, restored: Tensor) -> Fidelity:

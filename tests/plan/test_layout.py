@@ -12,18 +12,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from converter.plan.layout import (
-    LONGEST_FLOAT,
-    MIN_MERGE_ROWS,
-    Output,
-    header_json,
-    lay_out,
-    outputs_of,
-    pack_shards,
-    quant_state_json,
-    shard_names,
-    tile_bounds,
-)
+from converter.plan.layout import header_json, lay_out, pack_shards, shard_names
+from converter.quantize.cut import MIN_MERGE_ROWS, tile_bounds
+from converter.quantize.format import Output
+from converter.quantize.formats import format_of
+from converter.quantize.four_bit import LONGEST_FLOAT, quant_state_json
 from converter.read.checkpoint import DTYPE_BYTES
 from converter.recipe import BLOCK_SIZES, Recipe
 from converter.silence import quietly
@@ -285,7 +278,7 @@ def test_the_outputs_of_a_4_bit_weight_are_the_tensors_that_bitsandbytes_stores(
         weight, blocksize=recipe.block_size, compress_statistics=recipe.double_quant, quant_type=recipe.quant_type
     )
 
-    outputs = outputs_of("m.weight", shape, "BF16", recipe, quantize=True)
+    outputs = format_of(recipe).outputs("m.weight", shape)
 
     stored = {"m.weight": packed, **{f"m.weight.{key}": t for key, t in state.as_dict(packed=True).items()}}
     safetensors_dtype = {torch.uint8: "U8", torch.float32: "F32"}
@@ -300,7 +293,7 @@ def test_the_outputs_of_a_4_bit_weight_are_the_tensors_that_bitsandbytes_stores(
 def test_the_outputs_of_an_8_bit_weight_are_codes_scales_and_a_format() -> None:
     codes, scales, _ = int8_vectorwise_quant(torch.ones(4, 64, dtype=torch.float16))
 
-    outputs = outputs_of("m.weight", (4, 64), "BF16", Recipe(quant_type="int8"), quantize=True)
+    outputs = format_of(Recipe(quant_type="int8")).outputs("m.weight", (4, 64))
 
     assert outputs == (
         Output("m.weight", "I8", tuple(codes.shape)),
@@ -309,5 +302,6 @@ def test_the_outputs_of_an_8_bit_weight_are_codes_scales_and_a_format() -> None:
     )
 
 
-def test_a_weight_that_stays_is_its_own_only_output() -> None:
-    assert outputs_of("norm.weight", (64,), "F32", NF4, quantize=False) == (Output("norm.weight", "F32", (64,)),)
+@pytest.mark.parametrize(("dtype", "spelled"), [("bfloat16", "BF16"), ("float16", "F16")])
+def test_a_weight_in_16_bits_is_its_own_only_output(dtype: Any, spelled: str) -> None:
+    assert format_of(Recipe("none", dtype=dtype)).outputs("w", (4, 64)) == (Output("w", spelled, (4, 64)),)

@@ -417,7 +417,7 @@ def test_kept_modules_stay_in_sixteen_bits_and_are_named_in_the_config(
     assert {t.name for t in plan.tensors() if t.action == "keep"} == usual | {f"{module}.weight" for module in kept}
     assert kept <= set(plan.config["quantization_config"]["llm_int8_skip_modules"])
     for module in kept:
-        assert tensor(plan, f"{module}.weight").pair is not None  # merged all the same
+        assert tensor(plan, f"{module}.weight").is_merged  # merged all the same
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_a_conv1d_is_transposed_to_be_quantized_and_kept_as_it_is_otherwise(tmp_
 
     assert quantized.source.shape == (64, 256)
     assert quantized.shape == (256, 64)
-    assert quantized.indivisible
+    assert quantized.whole == "its rows are not together on disk"
     assert kept.is_copy
     assert kept.shape == (64, 256)
     assert not kept.transpose

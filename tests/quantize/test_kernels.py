@@ -16,9 +16,10 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter.merge.lora import merge_tile
+from converter.merge.change import Rounding, add
 from converter.quantize import kernels
-from converter.quantize.bnb import Quantizer, dynamic_map, four_bit_map
+from converter.quantize.bnb import dynamic_map, four_bit_map
+from converter.quantize.four_bit import FourBitEncoder
 from converter.quantize.measure import row_sums
 from converter.recipe import BLOCK_SIZES, Recipe
 from tests.conftest import REPOSITORY
@@ -101,8 +102,10 @@ def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str
     product = torch.randn(shape, generator=generator) * magnitude if case["merged"] else None
     delta = None if product is None else product * 0.5
     recipe = Recipe(quant_type=case["quant_type"], block_size=case["block"], dtype="bfloat16")
-    merged = merge_tile(weight, delta, "float32", torch.bfloat16)
-    expected = row_sums(merged, Quantizer(recipe).tile("w", merged.values).restored)
+    merged = add(weight, delta, Rounding("float32", "bfloat16"))
+    packed, state = quantize_4bit(merged.values.float(), blocksize=case["block"], quant_type=case["quant_type"])
+    restored = FourBitEncoder(recipe, torch.device("cpu")).restore(packed, state.absmax, shape)
+    expected = row_sums(merged, restored)
 
     _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], kernels.EXACT)
 
@@ -193,7 +196,7 @@ def test_squares_beyond_the_range_of_float32_are_counted(magnitude: float, merge
 def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> None:
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1)) * 1e25
     product = -weight * (1 + torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) * 1e-3)
-    merged = merge_tile(weight, product, "float32", torch.bfloat16)
+    merged = add(weight, product, Rounding("float32", "bfloat16"))
 
     _, _, _, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
 
@@ -207,34 +210,26 @@ def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_p
     base = save_base(tmp_path / "base", "llama", dtype=dtype)
     adapter = save_adapter(tmp_path / "adapter", base, "llama")
     program = f"""
-import converter.threads
 from converter import convert
 from converter.quantize import kernels
 
-def compiled():
-    return len(kernels._quantize.signatures), len(kernels._some_have.signatures)
-
-begun = []
-begin = converter.threads.Crew.__init__
-converter.threads.Crew.__init__ = lambda *how, **more: begun.append(compiled()) or begin(*how, **more)
-convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
-print(*begun, compiled())
+seen = set()
+convert({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r}, progress=lambda _: seen.add(kernels.compiled()[0]))
+print(*seen, kernels.compiled()[0])
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, cwd=REPOSITORY)
 
     assert ran.returncode == 0, ran.stderr
-    begun, ended = ran.stdout.strip().split(") (")
-    assert begun.strip("()") == ended.strip("()")
-    assert ended[0] == "1"
+    assert ran.stdout.strip() == "1 1"
 
 
 # Where compiled code is kept
 
 
 PROGRAM = """
-import numpy as np
 from converter.quantize import kernels
-print(kernels.all_finite(np.zeros(4, np.uint16), 0x7F80), sum(kernels._some_have.stats.cache_hits.values()))
+kernels.load(["float32"])
+print(*kernels.compiled())
 """
 
 
@@ -256,34 +251,34 @@ def compute(installed: Path, **environment: str) -> str:
 
 
 def test_compiled_code_is_kept_for_the_next_process(installed: Path) -> None:
-    assert compute(installed) == "True 0"
-    assert compute(installed) == "True 1"
+    assert compute(installed) == "1 0"
+    assert compute(installed) == "1 1"
 
 
 def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: Path, tmp_path: Path) -> None:
-    (installed / "__pycache__").write_text("no folder")
+    (installed / "quantize" / "__pycache__").write_text("no folder")
     (tmp_path / "file").write_text("no folder")
     nowhere = str(tmp_path / "file" / "home")
 
     for _ in range(2):
-        assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "True 0"
+        assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "1 0"
 
 
 def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew(installed: Path) -> None:
     compute(installed)
-    for path in (installed / "__pycache__").glob("kernels.*.nb?"):
+    for path in (installed / "quantize" / "__pycache__").glob("kernels.*.nb?"):
         path.write_bytes(b"")
 
-    assert compute(installed) == "True 0"
+    assert compute(installed) == "1 0"
 
 
 def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) -> None:
-    kept = installed / "__pycache__"
+    kept = installed / "quantize" / "__pycache__"
     kept.mkdir()
     if os.system(f"mount -t tmpfs -o size=4k tmpfs '{kept}' 2>/dev/null"):
         pytest.skip("mounting needs a privilege that this machine does not give")
     try:
         (kept / "filler").write_bytes(bytes(4096))
-        assert compute(installed) == "True 0"
+        assert compute(installed) == "1 0"
     finally:
         os.system(f"umount '{kept}'")

@@ -25,7 +25,6 @@ import converter.write.renaming
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.observer import Progress
-from converter.quantize.bnb import Quantizer
 from converter.read.checkpoint import LocalFolder
 from converter.seal.destination import Destination
 from converter.seal.staging import Staging
@@ -980,20 +979,18 @@ def test_equal_inputs_give_equal_folders_wherever_they_are(
 
 
 def test_the_number_of_threads_that_torch_has_changes_nothing(
-    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path
 ) -> None:
     # The mean of many absmax depends on how many threads share them, so that it must be one.
     seen: set[int] = set()
-    statistics = Quantizer.statistics
 
-    def watched(*arguments: Any) -> dict[str, torch.Tensor]:
-        seen.add(torch.get_num_threads())
-        return statistics(*arguments)
+    def watch(progress: Progress) -> None:
+        if progress.stage == "converting":
+            seen.add(torch.get_num_threads())
 
-    monkeypatch.setattr(Quantizer, "statistics", watched)
     torch.set_num_threads(3)
     try:
-        convert(base, adapter, out)
+        convert(base, adapter, out, resources=Resources(threads=1), progress=watch)
 
         assert torch.get_num_threads() == 3
     finally:

@@ -28,8 +28,9 @@ from safetensors import deserialize, safe_open
 
 import converter.write.shard
 from converter.errors import WriteFailed
-from converter.plan.layout import Output, lay_out
+from converter.plan.layout import lay_out
 from converter.plan.plan import ShardPlan, TensorPlan
+from converter.quantize.format import Output
 from converter.read.checkpoint import DTYPE_BYTES, LocalFolder, TensorHeader, read_header
 from converter.write.shard import UNFINISHED, ShardWriter, Written, write_file
 from tests.limits import no_hang
@@ -56,10 +57,9 @@ def tensor_plan(*outputs: Output) -> TensorPlan:
     first = outputs[0]
     return TensorPlan(
         name=first.name,
-        origin="base",
         source=TensorHeader(first.name, first.dtype, first.shape, FILE, 0, first.nbytes),
         action="quantize" if len(outputs) > 1 else "keep",
-        pair=None,
+        change=None,
         transpose=False,
         shape=first.shape,
         dtype=first.dtype,

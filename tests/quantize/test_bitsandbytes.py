@@ -1,10 +1,8 @@
-"""What the quantizer makes of tiles equals what bitsandbytes makes of whole tensors, bit for bit."""
+"""What the encoders make of tiles equals what bitsandbytes makes of whole tensors, bit for bit."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import weakref
 from typing import Any
 
 import bitsandbytes.functional
@@ -15,12 +13,17 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converter.quantize.bnb
 from converter.errors import NotFinite
-from converter.plan.layout import outputs_of, tile_bounds
-from converter.quantize.bnb import Quantizer, dynamic_map, four_bit_map
+from converter.merge.change import Rounding, add
+from converter.quantize.bnb import NESTED_BLOCK, dynamic_map, four_bit_map, quantize_absmax
+from converter.quantize.cut import tile_bounds
+from converter.quantize.format import Encoded, Encoder, Rows
+from converter.quantize.formats import format_of
+from converter.quantize.four_bit import FourBitEncoder
+from converter.quantize.measure import row_sums
 from converter.read.checkpoint import DTYPE_BYTES
 from converter.recipe import BLOCK_SIZES, Recipe
+from converter.threads import Buffers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FOUR_BITS: list[Any] = ["nf4", "fp4"]
@@ -31,13 +34,34 @@ def weights(rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float
     return (torch.randn(rows, columns, generator=generator) * scale).to(dtype)
 
 
+def encoder(recipe: Recipe) -> Encoder:
+    return format_of(recipe).encoder(torch.device("cpu"))
+
+
+def encode(recipe: Recipe, values: torch.Tensor, start: int = 0, name: str = "w.weight") -> Encoded:
+    """Some rows of a weight, nothing merged."""
+    rounding = Rounding("float32", "bfloat16")
+    return encoder(recipe).encode(Rows(name, start, values, None, rounding, "BF16"), Buffers(pinned=False))
+
+
 def in_tiles(
-    quantizer: Quantizer, values: torch.Tensor, bounds: list[int] | tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, absmax and restored values of a weight that is quantized in tiles of rows."""
-    tiles = [quantizer.tile("w.weight", values[start:end]) for start, end in itertools.pairwise(bounds)]
-    packed, absmax, restored = ([getattr(tile, part) for tile in tiles] for part in ("packed", "absmax", "restored"))
-    return torch.cat(packed), torch.cat(absmax), torch.cat(restored)
+    recipe: Recipe, values: torch.Tensor, bounds: list[int] | tuple[int, ...]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Codes, and the absmax of each tile, of a weight that is quantized in tiles of rows."""
+    tiles = [encode(recipe, values[start:end], start) for start, end in itertools.pairwise(bounds)]
+    codes: list[torch.Tensor] = []
+    for tile in tiles:
+        ((name, first, piece),) = tile.pieces
+        assert (name, first) == ("w.weight", sum(before.numel() for before in codes))
+        codes.append(piece)
+    return torch.cat(codes), [tile.scales for tile in tiles if tile.scales is not None]
+
+
+def restored(recipe: Recipe, values: torch.Tensor) -> torch.Tensor:
+    """What the codes of a weight stand for."""
+    found = encode(recipe, values)
+    assert found.scales is not None
+    return FourBitEncoder(recipe, torch.device("cpu")).restore(found.pieces[0][2], found.scales, tuple(values.shape))
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -45,9 +69,9 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-def as_state_dict(quantizer: Quantizer, values: torch.Tensor, bounds: list[int]) -> dict[str, torch.Tensor]:
-    packed, absmax, _ = in_tiles(quantizer, values, bounds)
-    return {"w.weight": packed, **quantizer.statistics("w.weight", absmax, tuple(values.shape))}
+def as_state_dict(recipe: Recipe, values: torch.Tensor, bounds: list[int]) -> dict[str, torch.Tensor]:
+    codes, scales = in_tiles(recipe, values, bounds)
+    return {"w.weight": codes, **encoder(recipe).finish("w.weight", tuple(values.shape), scales)}
 
 
 @st.composite
@@ -75,9 +99,7 @@ def test_a_weight_in_tiles_is_quantized_as_bitsandbytes_quantizes_it_whole(
     expected, state = quantize_4bit(
         values, blocksize=block, compress_statistics=double_quant, quant_type=quant_type, quant_storage=torch.uint8
     )
-    quantizer = Quantizer(Recipe(quant_type, double_quant, block, "bfloat16"))
-
-    found = as_state_dict(quantizer, values, bounds)
+    found = as_state_dict(Recipe(quant_type, double_quant, block, "bfloat16"), values, bounds)
 
     assert same(found["w.weight"], expected)
     assert found["w.weight"].shape == expected.shape
@@ -98,7 +120,7 @@ def test_a_weight_in_tiles_is_quantized_to_int8_as_bitsandbytes_quantizes_it_who
     bounds = sorted(cuts | {0, values.shape[0]})
     codes, scale, _ = int8_vectorwise_quant(values.to(torch.float16))
 
-    found = as_state_dict(Quantizer(Recipe("int8")), values, bounds)
+    found = as_state_dict(Recipe("int8"), values, bounds)
 
     assert same(found["w.weight"], codes)
     assert same(found["w.SCB"], scale)
@@ -115,19 +137,23 @@ def test_restored_values_are_those_that_bitsandbytes_restores(
     values.view(-1)[:64] = 0
     packed, state = quantize_4bit(values.float(), blocksize=64, compress_statistics=False, quant_type=quant_type)
 
-    tile = Quantizer(Recipe(quant_type)).tile("w", values)
+    found = restored(Recipe(quant_type), values)
 
-    assert tile.restored.dtype is torch.float32
-    assert torch.equal(tile.restored, dequantize_4bit(packed, state))
+    assert found.dtype is torch.float32
+    assert torch.equal(found, dequantize_4bit(packed, state))
 
 
-def test_restored_values_of_int8_are_codes_times_scale() -> None:
+def test_the_figures_of_int8_are_those_of_codes_times_scale() -> None:
     values = weights(9, 33, torch.bfloat16, seed=1)
 
-    tile = Quantizer(Recipe("int8")).tile("w", values)
+    found = encode(Recipe("int8"), values)
 
-    assert torch.equal(tile.restored, tile.packed.float() * (tile.absmax[:, None] / 127))
-    assert float((tile.restored - values.float()).abs().max()) < float(values.float().abs().max()) / 100
+    assert found.scales is not None
+    stand_for = found.pieces[0][2].float() * (found.scales[:, None] / 127)
+    expected = row_sums(add(values, None, Rounding("float32", "bfloat16")), stand_for)
+    assert found.sums is not None
+    assert (found.sums == expected).all()
+    assert float((stand_for - values.float()).abs().max()) < float(values.float().abs().max()) / 100
 
 
 # What modules of bitsandbytes hold
@@ -149,7 +175,7 @@ def test_names_and_bytes_are_those_of_a_linear4bit(
     module.weight = parameter.to("cpu")
     recipe = Recipe(quant_type, double_quant, block, "bfloat16" if dtype is torch.bfloat16 else "float16")
 
-    found = as_state_dict(Quantizer(recipe), values, [0, shape[0]])
+    found = as_state_dict(recipe, values, [0, shape[0]])
 
     expected = {f"w.{key}": value for key, value in module.state_dict().items()}
     assert found.keys() == expected.keys()
@@ -163,7 +189,7 @@ def test_names_and_bytes_are_those_of_a_linear8bitlt() -> None:
     module = Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
     module.weight = Int8Params(values.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
 
-    found = as_state_dict(Quantizer(Recipe("int8")), values, [0, 32, 96])
+    found = as_state_dict(Recipe("int8"), values, [0, 32, 96])
 
     expected = {f"w.{key}": value for key, value in module.state_dict().items()}
     assert found.keys() == expected.keys()
@@ -179,9 +205,9 @@ def test_outputs_have_the_names_dtypes_and_shapes_that_the_plan_gives(
     quant_type: Any, double_quant: bool, shape: tuple[int, int]
 ) -> None:
     recipe = Recipe(quant_type, double_quant, dtype="bfloat16")
-    planned = {o.name: o for o in outputs_of("w.weight", shape, "BF16", recipe, quantize=True)}
+    planned = {o.name: o for o in format_of(recipe).outputs("w.weight", shape)}
 
-    found = as_state_dict(Quantizer(recipe), weights(*shape, torch.bfloat16, seed=3), [0, shape[0]])
+    found = as_state_dict(recipe, weights(*shape, torch.bfloat16, seed=3), [0, shape[0]])
 
     assert found.keys() == planned.keys()
     for name, value in found.items():
@@ -193,12 +219,12 @@ def test_outputs_have_the_names_dtypes_and_shapes_that_the_plan_gives(
 def test_tiles_as_the_plan_cuts_them_hold_whole_blocks() -> None:
     values = weights(1000, 24, torch.bfloat16, seed=4)
     bounds = tile_bounds(1000, 24, block=64, most=2000)
-    quantizer = Quantizer(Recipe(dtype="bfloat16"))
+    recipe = Recipe(dtype="bfloat16")
 
-    found = as_state_dict(quantizer, values, list(bounds))
+    found = as_state_dict(recipe, values, list(bounds))
 
     assert len(bounds) > 3
-    for name, value in as_state_dict(quantizer, values, [0, 1000]).items():
+    for name, value in as_state_dict(recipe, values, [0, 1000]).items():
         assert same(found[name], value), name
 
 
@@ -216,7 +242,7 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_is(
     values.view(-1)[place] = bad
 
     with pytest.raises(NotFinite, match=r"^layers\.3\.weight: holds a NaN or an infinity"):
-        Quantizer(Recipe(quant_type)).tile("layers.3.weight", values)
+        encode(Recipe(quant_type), values, name="layers.3.weight")
 
 
 def test_a_value_too_large_for_float16_is_refused_for_int8_only() -> None:
@@ -224,9 +250,9 @@ def test_a_value_too_large_for_float16_is_refused_for_int8_only() -> None:
     values[1, 3] = 70_000.0
 
     with pytest.raises(NotFinite, match="too large for float16"):
-        Quantizer(Recipe("int8")).tile("w", values)
+        encode(Recipe("int8"), values)
 
-    assert bool(Quantizer(Recipe()).tile("w", values).restored.isfinite().all())
+    assert bool(restored(Recipe(), values).isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -240,23 +266,25 @@ def test_a_value_too_large_for_float16_is_refused_for_int8_only() -> None:
 )
 def test_what_a_loader_would_make_an_infinity_of_is_refused(recipe: Recipe, value: float, words: str) -> None:
     with pytest.raises(NotFinite, match=f"^w: .*{words}$"):
-        Quantizer(recipe).statistics("w", torch.full((64,), value), (64, 64))
+        encoder(recipe).finish("w", (64, 64), [torch.full((64,), value)])
 
 
 def test_the_largest_values_that_a_dtype_has_are_quantized() -> None:
     recipe = Recipe(double_quant=False, dtype="float16")
 
-    assert Quantizer(recipe).statistics("w", torch.full((64,), 65_504.0), (64, 64))
+    assert encoder(recipe).finish("w", (64, 64), [torch.full((64,), 65_504.0)])
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int8"])
 def test_zeros_stay_zeros(quant_type: Any) -> None:
     values = torch.zeros(5, 50, dtype=torch.bfloat16)
 
-    tile = Quantizer(Recipe(quant_type)).tile("w", values)
+    tile = encode(Recipe(quant_type), values)
 
-    assert float(tile.absmax.max()) <= 1e-38  # what bitsandbytes gives to a last block that is short
-    assert not tile.restored.any()
+    assert tile.scales is not None
+    assert float(tile.scales.max()) <= 1e-38  # what bitsandbytes gives to a last block that is short
+    assert tile.sums is not None
+    assert not tile.sums.any()
 
 
 # What is taken from bitsandbytes
@@ -272,45 +300,11 @@ def test_the_map_of_an_absmax_is_that_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000, 70_000])
-def test_double_quant_is_the_same_with_and_without_the_library_called_directly(
-    count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    absmax = weights(1, count, torch.float32, seed=7)[0].abs()
-    shape = (count, 64)
-    directly = Quantizer(Recipe()).statistics("w", absmax.clone(), shape)
-    monkeypatch.setattr("converter.quantize.bnb._native_quantize_blockwise", lambda: None)
+def test_an_absmax_is_quantized_as_bitsandbytes_quantizes_it_blockwise(count: int) -> None:
+    centred = weights(1, count, torch.float32, seed=7)[0]
+    expected, state = bitsandbytes.functional.quantize_blockwise(centred.clone(), blocksize=NESTED_BLOCK)
 
-    found = Quantizer(Recipe()).statistics("w", absmax.clone(), shape)
+    codes, absmax = quantize_absmax(centred.clone())
 
-    assert found.keys() == directly.keys()
-    for name, value in found.items():
-        assert same(value, directly[name]), name
-
-
-def test_the_map_of_an_absmax_stays_while_the_library_reads_it_whatever_other_threads_remember_meanwhile(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two threads that ask for it first make it twice, and the later one is remembered in the earlier one's place."""
-    maps: list[weakref.ref[torch.Tensor]] = []
-    stayed: list[bool] = []
-
-    def forgotten() -> torch.Tensor:
-        made = torch.zeros(256)
-        maps.append(weakref.ref(made))
-        return made
-
-    class Library:
-        def __init__(self, _path: str) -> None:
-            def cquantize_blockwise_cpu_fp32(*_: int) -> None:
-                stayed.append(maps[0]() is not None)
-
-            self.cquantize_blockwise_cpu_fp32 = cquantize_blockwise_cpu_fp32
-
-    monkeypatch.setattr(ctypes, "CDLL", Library)
-    monkeypatch.setattr(converter.quantize.bnb, "dynamic_map", forgotten)
-    quantize = converter.quantize.bnb._native_quantize_blockwise.__wrapped__()
-    assert quantize is not None
-
-    quantize(torch.zeros(1000))
-
-    assert stayed == [True]
+    assert same(codes, expected)
+    assert same(absmax, state.absmax)

@@ -1,0 +1,158 @@
+"""What an adapter does to one weight: the seam behind which every kind of change lies.
+
+A `Change` is a value of the plan. Loaded, it is a `Merge`, which makes merged rows of the base's rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from converter.tensors import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.read.checkpoint import Folder, TensorHeader
+    from converter.recipe import MergePrecision, Recipe
+
+
+@dataclass(frozen=True)
+class MergedTile:
+    """Some merged rows before they are encoded. All four tensors have the shape (rows, in_features)."""
+
+    values: Tensor
+    """What is quantized or kept: float32, the recipe's dtype, or the base's own where nothing is merged."""
+    exact: Tensor
+    """The merged weight in float32, which `values` may have rounded."""
+    base: Tensor
+    """The base's values in float32."""
+    delta: Tensor | None
+    """What the change adds, in float32; None where nothing is changed."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """To what base and sum are rounded when they are merged."""
+
+    precision: MergePrecision
+    """float32: to nothing. reference: to `dtype`, as PEFT does on a model loaded in it."""
+    dtype: str
+    """bfloat16 or float16."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Rounding:
+        return cls(recipe.merge_precision, recipe.dtype)
+
+
+class Merge(Protocol):
+    """A change whose tensors are in memory. Several threads may call it at a time."""
+
+    def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
+        """Merge rows `start` to `end`; `weight` is (end - start, in_features), as the base stores it."""
+
+
+@runtime_checkable
+class Additive(Protocol):
+    """A merge that adds scaling · product to the base, so that a kernel may add it while it quantizes."""
+
+    scaling: float
+
+    def product(self, start: int, end: int, out: Tensor) -> None:
+        """Fill `out`, (end - start, in_features) in float32, with the product's rows, not yet scaled."""
+
+
+class Change(Protocol):
+    """What an adapter does to one weight: a frozen value."""
+
+    @property
+    def module(self) -> str:
+        """The module as the adapter's file names it."""
+
+    @property
+    def source(self) -> TensorHeader | None:
+        """The adapter's tensor that is read in the place of the base's; None: the base's own is read."""
+
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]:
+        """The adapter's tensors that are merged; none where a tensor is only replaced."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it fits; (out_features, in_features) of a matrix."""
+
+    @property
+    def whole(self) -> str | None:
+        """Why the weight must be in memory as a whole; None where some of its rows will do."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that loading and holding it takes."""
+
+    @property
+    def label(self) -> str:
+        """What it does, in a few words for people."""
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether `load` gives an `Additive`, or nothing to merge."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What shapes the merged bytes, for plan and receipt: {kind: {"module": …, …}}; empty: nothing is merged."""
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge | None:
+        """Read its parts; None where there is nothing to merge. Raises what reading raises."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A whole tensor of the adapter that takes the place of the base's: modules_to_save, biases, resized embeddings."""
+
+    source: TensorHeader
+    parts: tuple[TensorHeader, ...] = ()
+    whole: str | None = None
+    nbytes: int = 0
+    label: str = ""
+    is_additive: bool = True
+
+    @property
+    def module(self) -> str:
+        return self.source.name.rpartition(".")[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def as_json(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> None:
+        """Nothing to merge: the values are read like any tensor's."""
+
+
+def add(weight: Tensor, delta: Tensor | None, rounding: Rounding) -> MergedTile:
+    """Base plus delta, (rows, in_features) each.
+
+    float32: the sum in float32, of the base's own values, is what is encoded.
+    reference: the base is cast to `rounding.dtype`, the sum is computed in float32 and cast to that dtype again, as
+    PEFT's `merge_and_unload` does on a model loaded in it.
+    """
+    base = weight.float()
+    exact = base if delta is None else base + delta
+    if rounding.precision == "float32":
+        return MergedTile(weight if delta is None else exact, exact, base, delta)
+    rounded = torch_dtype(rounding.dtype)
+    values = weight.to(rounded)
+    if delta is not None:
+        values = (values.float() + delta).to(rounded)
+    return MergedTile(values, exact, base, delta)
+
+
+def read_float32(header: TensorHeader, folder: Folder) -> Tensor:
+    """A tensor of an adapter in float32, which holds every dtype that an adapter's file may have."""
+    import torch
+
+    raw = bytearray(header.nbytes)
+    folder.read_into(header.file, header.offset, memoryview(raw))
+    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()

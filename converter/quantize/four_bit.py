@@ -1,0 +1,292 @@
+"""NF4 and FP4 of bitsandbytes: codes of four bits, an absmax a block, a quant state a weight.
+
+On a CPU the kernels of `kernels.py` quantize, where numba is installed; on an accelerator, and without numba,
+bitsandbytes itself does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadCheckpoint, NotFinite
+from converter.merge.change import Additive
+from converter.quantize import bnb
+from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
+from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
+from converter.quantize.measure import row_sums
+from converter.read.checkpoint import are_sizes, parse_json_object
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.read.checkpoint import Checkpoint, TensorHeader
+    from converter.recipe import Recipe
+    from converter.threads import Buffers
+
+LONGEST_FLOAT = -2.2250738585072014e-308
+"""A float with the longest `repr` there is, 24 characters."""
+MAX_STATE_BYTES = 10_000
+"""Of a quant state; bitsandbytes' have about 400."""
+_STATE = ".quant_state.bitsandbytes__"
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_BY_KERNELS = {"BF16": 3.0, "F32": 5.0, "F16": 7.0}
+"""Bytes that a weight takes in a tile of the CPU kernels: as stored, as float32 if it was float16, packed."""
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """NF4 or FP4, with or without double quant."""
+
+    recipe: Recipe
+
+    @property
+    def description(self) -> str:
+        return f"4-bit {self.recipe.quant_type.upper()} weights of bitsandbytes"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return "bitsandbytes", "4-bit"
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        return {"double quant": str(self.recipe.double_quant).lower(), "block size": str(self.recipe.block_size)}
+
+    @property
+    def block(self) -> int:
+        return self.recipe.block_size
+
+    def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:
+        """Names and shapes are those of `bitsandbytes.nn.Params4bit` in a state dict."""
+        recipe, count = self.recipe, math.prod(shape)
+        blocks = -(count // -recipe.block_size)
+        state = quant_state_json(recipe, shape, LONGEST_FLOAT if recipe.double_quant else None)
+        outputs = [
+            Output(name, "U8", (-(count // -2), 1)),
+            Output(f"{name}.absmax", "U8" if recipe.double_quant else "F32", (blocks,)),
+            Output(f"{name}.quant_map", "F32", (16,)),
+        ]
+        if recipe.double_quant:
+            outputs += [
+                Output(f"{name}.nested_absmax", "F32", (-(blocks // -bnb.NESTED_BLOCK),)),
+                Output(f"{name}.nested_quant_map", "F32", (256,)),
+            ]
+        return (*outputs, Output(f"{name}{_STATE}{recipe.quant_type}", "U8", (len(state),), is_state=True))
+
+    def config(self, skip_modules: Sequence[str] | None) -> dict[str, Any]:
+        return bnb.quantization_config(self.recipe, skip_modules)
+
+    def state_bytes(self, rows: int, columns: int) -> int:
+        return 8 * (rows * columns // self.recipe.block_size)
+
+    def tile_bytes(self, dtype: str, *, kernels: bool) -> float:
+        return _BY_KERNELS[dtype] if kernels else BY_TORCH
+
+    def encoder(self, device: torch.device, *, kernels: bool = False) -> FourBitEncoder:
+        by_kernels = kernels and device.type == "cpu"
+        return KernelEncoder(self.recipe, device) if by_kernels else FourBitEncoder(self.recipe, device)
+
+    def find(self, written: Checkpoint) -> Found:
+        found = Found()
+        for name, tensor in written.tensors.items():
+            weight, mark, quant_type = name.partition(_STATE)
+            if not mark:
+                continue
+            found.parts |= {weight + part for part in ("", *_PARTS, mark + quant_type)} & written.tensors.keys()
+            try:
+                state = _read_state(written, tensor)
+                problem = _problem_of(written, weight, quant_type, state)
+            except (BadCheckpoint, KeyError, TypeError, ValueError, OverflowError) as exc:
+                problem, state = f"its quant state can't be read: {exc}", {}
+            if problem:
+                found.problems.append(f"{weight}: {problem}")
+            there = written.tensors.get(weight)
+            found.weights[weight] = tuple(state.get("shape", there.shape if there is not None else ()))
+            if state and found.settings is None:
+                found.settings = {
+                    "quant_type": state["quant_type"],
+                    "double_quant": "nested_offset" in state,
+                    "block_size": state["blocksize"],
+                    "dtype": state.get("dtype"),
+                }
+        return found
+
+
+class FourBitEncoder:
+    """Quantizes as `bitsandbytes.functional` does on its device."""
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        self._recipe = recipe
+        self._device = device
+        self._pairs: dict[Any, Tensor] = {}
+
+    def load(self, dtypes: Collection[str]) -> None:
+        """Nothing is compiled."""
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        merged, recipe = rows.merged(), self._recipe
+        values = merged.values.contiguous()
+        packed, state = bnb.functional().quantize_4bit(
+            values, blocksize=recipe.block_size, compress_statistics=False, quant_type=recipe.quant_type
+        )
+        # A NaN or an infinity shows in the largest absolute value of its block.
+        if not bool(state.absmax.isfinite().all()):
+            raise NotFinite(f"{rows.name}: holds a NaN or an infinity")
+        sums = row_sums(merged, self.restore(packed, state.absmax, values.shape))
+        return Encoded(((rows.name, rows.first // 2, packed),), state.absmax, sums)
+
+    def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        recipe, absmax = self._recipe, torch.cat(list(scales))
+        # A loader computes with the recipe's dtype. Double quant may make an absmax larger by a hundredth.
+        largest = float(absmax.max()) * (1.01 if recipe.double_quant else 1.0)
+        if largest > torch.finfo(torch.float16 if recipe.dtype == "float16" else torch.bfloat16).max:
+            raise NotFinite(f"{name}: holds {largest:.4g}, a value too large for {recipe.dtype}")
+        state = {"absmax": absmax, "quant_map": bnb.four_bit_map(recipe.quant_type)}
+        offset = None
+        if recipe.double_quant:
+            mean = absmax.mean()
+            offset = mean.item()
+            if not math.isfinite(offset):
+                raise NotFinite(f"{name}: its values are too large for double quantization")
+            state["absmax"], state["nested_absmax"] = bnb.quantize_absmax(absmax.sub_(mean))
+            state["nested_quant_map"] = bnb.dynamic_map()
+        raw = bytearray(quant_state_json(recipe, shape, offset))
+        state[f"{_STATE[1:]}{recipe.quant_type}"] = torch.frombuffer(raw, dtype=torch.uint8)
+        return {f"{name}.{key}": value.cpu() for key, value in state.items()}
+
+    def restore(self, packed: Tensor, absmax: Tensor, shape: Shape) -> Tensor:
+        """What codes stand for, before double quantization: float32 of a tile's shape."""
+        import torch
+
+        if packed.device not in self._pairs:
+            code = bnb.four_bit_map(self._recipe.quant_type).to(packed.device)
+            self._pairs[packed.device] = torch.cartesian_prod(code, code)
+        block, count = self._recipe.block_size, math.prod(shape)
+        restored = self._pairs[packed.device].index_select(0, packed.flatten().int()).flatten()[:count]
+        whole = count // block
+        restored[: whole * block].view(-1, block).mul_(absmax[:whole, None])
+        if whole * block < count:
+            restored[whole * block :].mul_(absmax[whole])
+        return restored.view(shape)
+
+
+class KernelEncoder(FourBitEncoder):
+    """The same bits by the CPU kernels, which add what an additive change adds while they quantize."""
+
+    def load(self, dtypes: Collection[str]) -> None:
+        from converter.quantize import kernels
+
+        kernels.load(sorted({"uint16" if dtype == "BF16" else "float32" for dtype in dtypes}))
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        import torch
+
+        merge = rows.merge
+        if merge is None or isinstance(merge, Additive):
+            return self._fused(rows, rows.stored, merge, buffers)
+        merged = rows.merged()
+        values = merged.values if merged.values.dtype is not torch.float16 else merged.values.float()
+        encoded = self._fused(rows, values, None, buffers)
+        assert encoded.scales is not None  # noqa: S101  (`_fused` gives them)
+        restored = self.restore(encoded.pieces[0][2], encoded.scales, tuple(values.shape))
+        return Encoded(encoded.pieces, encoded.scales, row_sums(merged, restored))
+
+    def _fused(self, rows: Rows, stored: Tensor, merge: Additive | None, buffers: Buffers) -> Encoded:
+        import numpy
+        import torch
+
+        from converter.quantize import kernels
+
+        recipe, (count, columns), block = self._recipe, stored.shape, self._recipe.block_size
+        if stored.dtype is torch.float16:
+            stored = stored.float()
+        flat = stored.contiguous().flatten()
+        bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
+        packed = buffers.take("packed", torch.uint8, -(count * columns // -2))
+        absmax = torch.empty(-(count * columns // -block), dtype=torch.float32)
+        sums = numpy.empty((count, kernels.SUMS))
+        rounding = kernels.EXACT
+        if rows.rounding.precision == "reference":
+            rounding = kernels.BFLOAT16 if rows.rounding.dtype == "bfloat16" else kernels.FLOAT16
+        # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
+        for first, last in pairwise(tile_bounds(count, columns, block=block, most=STRIP_ELEMENTS)):
+            values = slice(first * columns, last * columns)
+            delta = None
+            if merge is not None:
+                delta = buffers.take("delta", torch.float32, last - first, columns)
+                merge.product(rows.start + first, rows.start + last, delta)
+            finite = kernels.quantize_rows(
+                bits[values],
+                None if delta is None else delta.numpy().ravel(),
+                1.0 if merge is None else merge.scaling,
+                columns,
+                quant_type=recipe.quant_type,
+                block=block,
+                rounding=rounding,
+                packed=packed[values.start // 2 : -(values.stop // -2)].numpy(),
+                absmax=absmax[values.start // block : -(values.stop // -block)].numpy(),
+                sums=sums[first:last],
+            )
+            if not finite:
+                raise NotFinite(f"{rows.name}: holds a NaN or an infinity")
+        pieces = ((rows.name, rows.first // 2, packed),)
+        return Encoded(pieces, absmax, sums if merge is not None else sums[:, :2])
+
+
+def quant_state_json(recipe: Recipe, shape: Shape, offset: float | None) -> bytes:
+    """The part of a quant state that isn't tensors, as `bitsandbytes.utils.pack_dict_to_tensor` spells it.
+
+    `offset` is the mean that double quant subtracts from absmax; None: single quant.
+    """
+    state: dict[str, Any] = {
+        "quant_type": recipe.quant_type,
+        "blocksize": recipe.block_size,
+        "dtype": recipe.dtype,
+        "shape": list(shape),
+    }
+    if offset is not None:
+        state |= {"nested_blocksize": bnb.NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    return json.dumps(state).encode()
+
+
+def _read_state(written: Checkpoint, tensor: TensorHeader) -> dict[str, Any]:
+    """`BadCheckpoint` unless its sizes are some: what is computed with them would take what it likes."""
+    if tensor.nbytes > MAX_STATE_BYTES:
+        raise BadCheckpoint(f"{tensor.nbytes:,} bytes, expected at most {MAX_STATE_BYTES:,}")
+    raw = bytearray(tensor.nbytes)
+    written.folder.read_into(tensor.file, tensor.offset, memoryview(raw))
+    state = parse_json_object(bytes(raw), tensor.name)
+    blocks = [state.get("blocksize"), state.get("nested_blocksize", 1)]
+    if not are_sizes(state.get("shape")) or not are_sizes(blocks) or 0 in blocks:
+        raise BadCheckpoint("its shape or its block sizes are none")
+    return state
+
+
+def _problem_of(written: Checkpoint, weight: str, quant_type: str, state: dict[str, Any]) -> str | None:
+    count, block = math.prod(state["shape"]), state["blocksize"]
+    blocks = -(count // -block)
+    nested = "nested_offset" in state
+    expected = {"": ("U8", (-(count // -2), 1)), ".absmax": ("U8" if nested else "F32", (blocks,))}
+    expected[".quant_map"] = ("F32", (16,))
+    if nested:
+        expected[".nested_absmax"] = ("F32", (-(blocks // -state["nested_blocksize"]),))
+        expected[".nested_quant_map"] = ("F32", (256,))
+    if nested and not math.isfinite(offset := float(state["nested_offset"])):
+        return f"its quant state's offset is {offset}"
+    if state["quant_type"] != quant_type:
+        return f"its quant state says {state['quant_type']!r}, its name {quant_type!r}"
+    for part, (dtype, shape) in expected.items():
+        tensor = written.tensors.get(weight + part)
+        if tensor is None:
+            return f"{weight + part} is missing"
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            return f"{weight + part} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+    files = {written.tensors[weight + part].file for part in expected}
+    return f"its tensors lie in {len(files)} shards, which transformers 4.46 can't load" if len(files) > 1 else None
