@@ -17,6 +17,7 @@ import xxhash
 
 from converter.quantize import kernels
 from converter.silence import quietly
+from converter.tensors import refuse_not_finite
 
 ROWS, COLUMNS, RANK, BLOCK = 2048, 4096, 16, 64
 SECONDS = 0.5
@@ -75,7 +76,7 @@ class Digest(_Tile):
 
 class Check(_Tile):
     def __call__(self) -> None:
-        kernels.all_finite(self.bits, 0x7F80)
+        refuse_not_finite("w", self.values)
 
 
 class Merge:

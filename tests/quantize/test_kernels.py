@@ -162,15 +162,6 @@ def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(ro
     assert torch.equal(expected.view(torch.int32), torch.from_numpy(rounded.view(np.int32)))
 
 
-@pytest.mark.parametrize(("dtype", "exponent"), [("uint16", 0x7F80), ("uint16", 0x7C00), ("uint32", 0x7F800000)])
-def test_the_check_for_finite_values_knows_the_exponents(dtype: str, exponent: int) -> None:
-    bits = np.arange(1000).astype(dtype)
-
-    assert kernels.all_finite(bits, exponent)
-    bits[321] |= exponent
-    assert not kernels.all_finite(bits, exponent)
-
-
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_the_code_tables_are_those_of_bitsandbytes(quant_type: str) -> None:
     expected = get_4bit_type(quant_type, device="cpu")
