@@ -16,12 +16,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import converter.merge.patterns
 from fuzz.targets import STRANGE, TARGETS, mutated
 
 SECONDS_OF_AN_INPUT = 10
-SECONDS_OF_PATTERNS = 0.5
-"""Instead of those that a user waits; an expression that takes them all is refused, and no find."""
 
 
 def main() -> int:
@@ -68,7 +65,6 @@ def _unguided(name: str, corpus: Path, seconds: float) -> tuple[int, bool]:
     from hypothesis.errors import NoSuchExample
 
     target, end, count = TARGETS[name], time.monotonic() + seconds, 0
-    converter.merge.patterns.SECONDS = SECONDS_OF_PATTERNS
     with tempfile.TemporaryDirectory() as scratch:
 
         def crashes(raw: bytes) -> bool:

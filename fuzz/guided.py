@@ -9,13 +9,10 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["converter", "json"]):
-    import converter.merge.patterns
-    from fuzz.__main__ import SECONDS_OF_PATTERNS
     from fuzz.targets import TARGETS
 
 
 def main() -> None:
-    converter.merge.patterns.SECONDS = SECONDS_OF_PATTERNS
     target = TARGETS[sys.argv.pop(1)]
     # In memory where there is such a place: each run writes its file.
     memory = Path("/dev/shm")

@@ -17,7 +17,7 @@ from converter.batch.jobs import read_jobs
 from converter.errors import ConverterError
 from converter.merge import adapter as adapters
 from converter.merge.adapter import Adapter
-from converter.merge.patterns import Patterns
+from converter.merge.patterns import Pattern, Patterns
 from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
 from converter.read.checksums import SUMS, read_sums
 from converter.read.hub.record import digest_at_download
@@ -26,6 +26,8 @@ from converter.seal.receipt import FORMAT, RECEIPT, read_receipt
 from converter.write.journal import FORMAT as JOURNAL_FORMAT
 from converter.write.journal import JOURNAL, Journal
 
+SECONDS_OF_PATTERNS = 0.5
+"""Instead of those that a user waits; an expression that takes them all is refused, and no find."""
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "lm_head", "a" * 60)
 JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
 
@@ -82,11 +84,12 @@ def parse_adapter_config(raw: bytes, scratch: Path) -> bool:
     (place / adapters.CONFIG).write_bytes(raw)
 
     def use() -> None:
-        adapter = Adapter(folder)
+        adapter = Adapter(folder, seconds=SECONDS_OF_PATTERNS)
+        adapter.options.learn(MODULES)
         for module in MODULES:
-            adapter.targets(module)
-            adapter.is_saved_whole(module)
-            adapter.scaling(module)
+            adapter.options.targets(module)
+            adapter.options.is_saved_whole(module)
+            adapter.options.scaling(module)
         adapter.check_finite()
         _ = adapter.base_name, adapter.base_revision
 
@@ -98,11 +101,11 @@ def parse_patterns(raw: bytes, _: Path) -> bool:
     expression = raw.decode("utf-8", "replace")
 
     def use() -> None:
-        patterns = Patterns("config")
-        patterns.check("target_modules", expression, expression)
+        pattern = Pattern("target_modules", expression, expression, whole=True)
+        patterns = Patterns("config", [pattern], SECONDS_OF_PATTERNS)
+        patterns.learn(MODULES)
         for module in MODULES:
-            patterns.covers(expression, module)
-            patterns.search_from_start(expression, module)
+            patterns.match(pattern, module)
 
     return _understood(use)
 

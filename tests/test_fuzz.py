@@ -6,15 +6,12 @@ The same targets run for long by `make fuzz`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import converter.merge.patterns
-from fuzz.__main__ import SECONDS_OF_PATTERNS
 from fuzz.targets import TARGETS, Target, mutated
 from tests.limits import cpu_below
 
@@ -25,13 +22,6 @@ EXAMPLES = 300
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the examples overwrite in turn."""
     return tmp_path_factory.mktemp("fuzz")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_time_for_patterns() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter.merge.patterns, "SECONDS", SECONDS_OF_PATTERNS)
-        yield
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())

@@ -53,7 +53,6 @@ ONLY_IN = {
     "bitsandbytes": {"quantize.bnb"},
     "huggingface_hub": {"read.hub.folder", "read.hub.errors"},
     "numba": {"quantize.kernels"},
-    "regex": {"merge.patterns"},
     "click": {"cli.main"},
     "rich": {"cli.show"},
     "psutil": {"cli.show"},

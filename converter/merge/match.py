@@ -40,6 +40,7 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
     Raises `AdapterMismatch` naming the first tensor without a place, or with one that it doesn't fit.
     """
     found = Match()
+    adapter.options.learn(module for name in architecture.roles for module in architecture.module_names(name))
     for name, tensor in adapter.replacements.items():
         target = _target(architecture, name)
         if target is None:
@@ -76,9 +77,9 @@ def _target(architecture: Architecture, name: str) -> str | None:
 def _check_replacement(adapter: Adapter, architecture: Architecture, target: str, name: str) -> None:
     module, _, leaf = name.rpartition(".")
     embedding = target in architecture.embeddings
-    if adapter.is_saved_whole(module) or embedding:
+    if adapter.options.is_saved_whole(module) or embedding:
         return
-    if leaf == "bias" and adapter.config.get("bias") in ("all", "lora_only"):
+    if leaf == "bias" and adapter.options.trains_biases:
         return
     raise AdapterMismatch(
         f"{name}: in the adapter's file, but neither modules_to_save nor bias says that it replaces the base's"
@@ -92,9 +93,9 @@ def _check_targeted(adapter: Adapter, architecture: Architecture, module: str, t
         kind = architecture.roles[target].kind
         if kind not in ("linear", "conv1d"):
             raise Unsupported(f"{module}: LoRA on a module of kind {kind!r}; this tool merges linear layers and Conv1D")
-    if adapter.config.get("target_modules") is not None and not any(adapter.targets(name) for name in spellings):
+    if adapter.options.names_targets and not any(adapter.options.targets(name) for name in spellings):
         raise AdapterMismatch(f"{module}: the adapter has a delta for it, but its target_modules don't name it")
-    if len({adapter.scaling(name) for name in spellings}) > 1:
+    if len({adapter.options.scaling(name) for name in spellings}) > 1:
         raise AdapterMismatch(f"{module}: rank_pattern or alpha_pattern differ between its names {sorted(spellings)}")
 
 
@@ -107,7 +108,7 @@ def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
             continue
         # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
         trained = shared is not None and any(
-            adapter.is_saved_whole(module) for module in architecture.module_names(source)
+            adapter.options.is_saved_whole(module) for module in architecture.module_names(source)
         )
         if target in found.deltas or own is not None or trained or source in found.deltas:
             # The two part where one of them was trained: the other stays what the base has.
@@ -160,7 +161,7 @@ def _check_saved_whole(adapter: Adapter, architecture: Architecture, found: Matc
     owners = {name: architecture.module_names(name) for name in architecture.roles}
     owners |= {name: (name.rpartition(".")[0],) for name in architecture.tied}
     for name, modules in owners.items():
-        if name not in found.replacements and any(adapter.is_saved_whole(module) for module in modules):
+        if name not in found.replacements and any(adapter.options.is_saved_whole(module) for module in modules):
             raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
 
 
@@ -173,8 +174,8 @@ def _check_nothing_lost(adapter: Adapter, architecture: Architecture, found: Mat
         kind = re.sub(r"\d+", "*", modules[0])
         if name in found.deltas:
             touched[kind].add(modules[0])
-        explicit = adapter.config.get("target_modules") is not None
-        if explicit and role.kind in ("linear", "conv1d") and any(adapter.targets(module) for module in modules):
+        targeted = adapter.options.names_targets and any(adapter.options.targets(module) for module in modules)
+        if targeted and role.kind in ("linear", "conv1d"):
             expected[kind].add(modules[0])
     for kind, modules_touched in touched.items():
         # Names that match but have no tensors at all are normal: a vision tower that wasn't trained.

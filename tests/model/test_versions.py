@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from converter.merge.adapter import _UNDERSTOOD
+from converter.merge.options import UNDERSTOOD
 from converter.recipe import BLOCK_SIZES
 from tests.models import make_model
 
@@ -169,7 +169,7 @@ def test_transformers_knows_the_usual_class_of_a_model_type() -> None:
 
 def test_peft_lora_config_has_no_option_that_was_never_judged() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    judged = set(REFUSED_OPTIONS.split()) | set(_UNDERSTOOD)
+    judged = set(REFUSED_OPTIONS.split()) | set(UNDERSTOOD)
 
     assert sorted(fields - judged) == []
     assert len(fields) == 42
@@ -178,13 +178,13 @@ def test_peft_lora_config_has_no_option_that_was_never_judged() -> None:
 def test_peft_still_has_the_options_that_we_refuse_or_read() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
 
-    gone = (set(REFUSED_OPTIONS.split()) | set(_UNDERSTOOD)) - fields
+    gone = (set(REFUSED_OPTIONS.split()) | set(UNDERSTOOD)) - fields
 
     assert sorted(gone) == ["lora_B_layout"]  # Unsloth's own, about stacked experts, which are refused by their keys
 
 
 def test_no_option_is_both_refused_and_understood() -> None:
-    assert set(REFUSED_OPTIONS.split()) & set(_UNDERSTOOD) == set()
+    assert set(REFUSED_OPTIONS.split()) & set(UNDERSTOOD) == set()
 
 
 def test_peft_linear_get_delta_weight_is_the_product_and_then_the_scaling() -> None:

@@ -1,0 +1,197 @@
+"""An adapter's config: which options are understood, and what they say of a module.
+
+Every rule is PEFT's own, down to what a pattern matches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from converter.errors import BadAdapter, Unsupported
+from converter.merge.patterns import SECONDS, Pattern, Patterns
+
+# What a saved LoraConfig may say without changing the merge, and what is read below.
+_WITHOUT_EFFECT = """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
+    megatron_core runtime_config eva_config lora_B_layout qalora_group_size
+"""
+_READ = """
+    r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
+    layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights
+"""
+UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
+"""Options of a LoraConfig that may have any value that PEFT gives a meaning."""
+# Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+_LARGEST = float(2**128 - 2**104)
+"""What float32 holds, in which deltas are computed."""
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
+
+class Options:
+    """What an adapter's config says. Opening it refuses what is not understood.
+
+    `where` names the file in messages; `seconds` is the time for matching patterns. Raises `BadAdapter` for options
+    that contradict themselves, `Unsupported` for those that change the merge in ways that this tool does not reproduce.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str, seconds: float = SECONDS) -> None:
+        self._config = config
+        self._where = where
+        self._lists: dict[str, frozenset[Any]] = {}
+        self._check()
+        self._saved = [Pattern("modules_to_save", name, _around(name)) for name in self._strings("modules_to_save")]
+        self._whole = {
+            key: Pattern(key, value, value, whole=True)
+            for key in ("target_modules", "exclude_modules")
+            if isinstance(value := config.get(key), str)
+        }
+        self._layers = [
+            Pattern("layers_pattern", name, _layer_after(name)) for name in as_list(config.get("layers_pattern"))
+        ] or [Pattern("layers_pattern", "", _ANY_LAYER)]
+        self._values = {
+            key: {Pattern(key, name, _at_the_end(name)): value for name, value in (config.get(key) or {}).items()}
+            for key in ("rank_pattern", "alpha_pattern")
+        }
+        valued = [pattern for values in self._values.values() for pattern in values]
+        self._patterns = Patterns(where, [*self._whole.values(), *self._saved, *self._layers, *valued], seconds)
+
+    def learn(self, modules: Iterable[str]) -> None:
+        """Match all patterns against modules that will be asked for, which is faster than one by one."""
+        self._patterns.learn(modules)
+
+    @property
+    def names_targets(self) -> bool:
+        """Whether target_modules is given; PEFT would guess it by the architecture, in each version otherwise."""
+        return self._config.get("target_modules") is not None
+
+    @property
+    def trains_biases(self) -> bool:
+        return self._config.get("bias") in ("all", "lora_only")
+
+    def is_saved_whole(self, module: str) -> bool:
+        """Whether `modules_to_save` names the module, one around it, or the end of its name.
+
+        PEFT wraps every module whose path ends with the name, without regard to dots: `norm` means input_layernorm,
+        too (`peft.utils.other._set_trainable`).
+        """
+        return self._excluded(module) or any(module.endswith(pattern.written) for pattern in self._saved)
+
+    def targets(self, module: str) -> bool:
+        """Whether the config's targeting names the module; PEFT's rules, `exclude_modules` and layer lists included.
+
+        `peft.tuners.tuners_utils.check_target_module_exists`
+        """
+        if self._excluded(module) or self._names("exclude_modules", module):
+            return False
+        target = self._config.get("target_modules")
+        if isinstance(target, str) and target.lower() == "all-linear":
+            return True  # resolved by what the modules are; that the file has their tensors is what says it here
+        if not self._names("target_modules", module):
+            return False
+        layers = self._config.get("layers_to_transform")
+        if layers in (None, [], "") or isinstance(target, str) or module in self._listed("target_modules"):
+            return True
+        matching = (pattern for pattern in self._layers if self._patterns.match(pattern, module))
+        first = next(matching, None)
+        index = None if first is None else self._patterns.index(first, module)
+        return index is not None and int(index) in self._listed("layers_to_transform")
+
+    def scaling(self, module: str) -> tuple[int, float]:
+        """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+        `r` and `alpha` may be overridden by the first matching pattern, as in `peft.utils.get_pattern_key`.
+        """
+        rank = self._by_pattern("rank_pattern", module, self._config.get("r"))
+        alpha = self._by_pattern("alpha_pattern", module, self._config.get("lora_alpha"))
+        if type(rank) is not int or not 1 <= rank < 1 << 31:
+            raise BadAdapter(f"{self._where}: rank {rank!r} for {module}, expected a positive integer")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST:
+            raise BadAdapter(
+                f"{self._where}: lora_alpha {str(alpha)[:60]!r} for {module}, expected a number that float32 can hold"
+            )
+        return rank, alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+
+    def _check(self) -> None:
+        config, where = self._config, self._where
+        kind = config.get("peft_type")
+        if kind != "LORA":
+            raise Unsupported(f"{where}: peft_type {kind!r}; this tool merges LORA")
+        init = config.get("init_lora_weights", True)
+        if init not in _PLAIN_INITIALISATIONS:
+            raise Unsupported(
+                f"{where}: init_lora_weights {init!r} may change the base that the adapter was trained on; convert the "
+                "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        for key, value in config.items():
+            if key not in UNDERSTOOD and value not in (None, False, 0) and value not in ({}, [], ""):
+                raise Unsupported(f"{where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
+        bias = config.get("bias", "none")
+        if bias not in ("none", "all", "lora_only"):
+            raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")
+        if not isinstance(config.get("use_rslora", False), bool | None):
+            raise BadAdapter(f"{where}: use_rslora {config['use_rslora']!r}, expected true or false")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """The options that name modules or layers."""
+        config, where = self._config, self._where
+        for key in ("target_modules", "exclude_modules"):
+            if not isinstance(config.get(key), str):
+                self._strings(key)
+        layers = config.get("layers_to_transform")
+        if layers is not None and not all(type(layer) is int for layer in as_list(layers)):
+            raise BadAdapter(f"{where}: layers_to_transform is not a list of numbers")
+        if not all(isinstance(pattern, str) for pattern in as_list(config.get("layers_pattern"))):
+            raise BadAdapter(f"{where}: layers_pattern is not a list of names")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(config.get(key) or {}, Mapping):
+                raise BadAdapter(f"{where}: {key} is not a mapping")
+
+    def _excluded(self, module: str) -> bool:
+        return any(self._patterns.match(pattern, module) for pattern in self._saved)
+
+    def _names(self, key: str, module: str) -> bool:
+        """Whether an expression is all of the module's path, or a list has it or an end of it."""
+        if key in self._whole:
+            return self._patterns.match(self._whole[key], module)
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in self._listed(key) for start in range(len(parts)))
+
+    def _listed(self, key: str) -> frozenset[Any]:
+        """The names or numbers of a list, which may be long, for looking up; a number is a list of one."""
+        if key not in self._lists:
+            value = self._config.get(key)
+            self._lists[key] = frozenset(as_list(value) if isinstance(value, list | int) else ())
+        return self._lists[key]
+
+    def _by_pattern(self, key: str, module: str, default: object) -> object:
+        matching = (value for pattern, value in self._values[key].items() if self._patterns.match(pattern, module))
+        return next(matching, default)
+
+    def _strings(self, key: str) -> list[str]:
+        value = self._config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise BadAdapter(f"{self._where}: {key} is not a list of names")
+        return value
+
+
+def as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None or value == "" else [value]
+
+
+def _at_the_end(pattern: str) -> str:
+    """What `peft.utils.other.get_pattern_key` makes of a key of rank_pattern."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _around(name: str) -> str:
+    """What `peft.tuners.tuners_utils.check_target_module_exists` makes of a name in modules_to_save."""
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+def _layer_after(pattern: str) -> str:
+    """What `peft.tuners.tuners_utils.check_target_module_exists` makes of a layers_pattern."""
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."

@@ -1,0 +1,48 @@
+"""Adapters for one module, saved and opened, and what they are refused with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converter.errors import ConversionRefused
+from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from converter.merge.patterns import SECONDS
+from converter.read.checkpoint import LocalFolder
+
+MODULE = "model.layers.0.self_attn.q_proj"
+A, B = f"{PREFIX}{MODULE}.lora_A.weight", f"{PREFIX}{MODULE}.lora_B.weight"
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+def factors(rank: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {A: torch.ones(rank, 16, dtype=dtype), B: torch.ones(8, rank, dtype=dtype)}
+
+
+def save(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """An adapter for one module; `config` changes a plain LoRA's."""
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps({**PLAIN, **config}))
+    save_file(factors() if tensors is None else tensors, folder / WEIGHTS)
+    return folder
+
+
+def opened(folder: Path, *, seconds: float = SECONDS) -> Adapter:
+    return Adapter(LocalFolder(folder), seconds=seconds)
+
+
+def refusal(folder: Path, kind: type[ConversionRefused], *, seconds: float = SECONDS) -> str:
+    """The message with which an adapter is refused, less the folder's name."""
+    with pytest.raises(kind) as caught:
+        opened(folder, seconds=seconds)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: ")
+    assert message.isprintable()
+    return message.removeprefix(f"{folder}: ")
