@@ -36,6 +36,8 @@ class ConverterError(Exception):
     """Anything this package raises on purpose."""
 
     exit_code = 1
+    resumable = False
+    """Whether the same command can resume the work that this error ended. Where it can't, the work is thrown away."""
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(printable(message)))
@@ -106,13 +108,19 @@ class InputChanged(ConversionFailed):
 class ReadFailed(ConversionFailed):
     """The disk could not give an input's bytes."""
 
+    resumable = True
+
 
 class WriteFailed(ConversionFailed):
     """The disk said no."""
 
+    resumable = True
+
 
 class NoThread(ConversionFailed):
     """The system has no thread for us, or no memory for one."""
+
+    resumable = True
 
 
 class VerificationFailed(ConversionFailed):
@@ -122,9 +130,13 @@ class VerificationFailed(ConversionFailed):
 class HubFailed(ConversionFailed):
     """The connection or the server failed."""
 
+    resumable = True
+
 
 class Interrupted(ConversionFailed):
     """A signal asked for an end, which came between two tiles."""
+
+    resumable = True
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

@@ -203,7 +203,7 @@ def test_what_fails_at_any_tensor_costs_that_tensor_and_no_other(
         assert contents(out) == whole
 
 
-@pytest.mark.parametrize("stage", ["verify", "model_card", "write_receipt", "read_side_files"])
+@pytest.mark.parametrize("stage", ["check_written", "model_card", "write_receipt", "read_side_files"])
 def test_what_fails_while_it_is_sealed_costs_no_tensor(
     stage: str, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,6 @@ from converter.observer import Progress
 from converter.plan import budget
 from converter.plan.inputs import Base, Inputs
 from converter.seal.destination import first_that_exists, room
-from converter.seal.production import UNFINISHED_BUSINESS
 from converter.tensors import torch_device
 
 
@@ -86,7 +85,7 @@ class Batch:
         self.end(index, "refused", str(error))
 
     def fail(self, index: int, error: ConverterError) -> None:
-        if isinstance(error, UNFINISHED_BUSINESS):
+        if error.resumable:
             self.unfinished.add(index)
         status: Status = "refused" if isinstance(error, ConversionRefused) else "failed"
         self.end(index, status, str(error), is_locked=isinstance(error, OutputLocked))

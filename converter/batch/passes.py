@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.read.digests import remember
-from converter.seal.production import UNFINISHED_BUSINESS, Made, Production, Target
+from converter.seal.production import Made, Production, Target
 from converter.seal.staging import Staging
 from converter.tile import Encoding
 from converter.write.journal import job_of
@@ -80,7 +81,6 @@ class Pass:
         """Convert, and seal each output that nothing went wrong with."""
         batch, base = self._batch, self._group.base
         of_base = Inputs(None, None, opened=base)
-        failure: BaseException | None = None
         try:
             with of_base.unchanged():
                 self._convert()
@@ -91,13 +91,12 @@ class Pass:
                 batch.show(Progress("sealing", total, total, str(self._members[index].job.out)))
                 self._seal(index, digests)
         except BaseException as exc:
-            failure = exc
+            for production in self._productions.values():
+                production.fail(exc)
             raise
         finally:
             for production in self._productions.values():
-                if isinstance(failure, UNFINISHED_BUSINESS):
-                    production.keep()
-                production.close(failure)
+                production.close()
 
     def _convert(self) -> None:
         batch, base = self._batch, self._group.base.checkpoint
@@ -133,22 +132,16 @@ class Pass:
         for index, member in self._members.items():
             plan = self._plans[index]
             files = [shard.file for shard in plan.shards]
-            try:
-                staging = Staging(member.destination, job_of(plan, member.inputs), files, resume=terms.resume)
-            except ConverterError as exc:
-                self._batch.fail(index, exc)
-                continue
-            try:
-                # At once: the output that has them may be gone when this one is sealed.
-                for given, planned in zip(self._given, plan.shards, strict=False):
-                    self._links[index] = staging.take(given.shard, planned.file, terms.link)
-            except ConverterError as exc:
-                staging.__exit__(type(exc), exc, None)
-                self._batch.fail(index, exc)
-                continue
             adapter = member.inputs.adapter.folder if member.inputs.adapter else None
             try:
-                self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
+                with ExitStack() as stack:
+                    job = job_of(plan, member.inputs)
+                    staging = stack.enter_context(Staging(member.destination, job, files, resume=terms.resume))
+                    # At once: the output that has them may be gone when this one is sealed.
+                    for given, planned in zip(self._given, plan.shards, strict=False):
+                        self._links[index] = staging.take(given.shard, planned.file, terms.link)
+                    stack.pop_all()  # from here on the production closes it
+                    self._productions[index] = Production(plan, adapter, staging, index, files[: self._shared])
             except ConverterError as exc:
                 self._batch.fail(index, exc)
 
@@ -202,9 +195,8 @@ class Pass:
         """Do without an output; what is done of it stays, where that is of use to another run."""
         if (production := self._productions.pop(index, None)) is None:
             return  # it was dropped already
-        if isinstance(error, UNFINISHED_BUSINESS):
-            production.keep()
-        production.close(error)
+        production.fail(error)
+        production.close()
         self._batch.fail(index, error)
 
     def _seal(self, index: int, digests: Mapping[str, str]) -> None:
@@ -219,7 +211,7 @@ class Pass:
             self._drop(index, exc)
             return
         del self._productions[index]
-        production.close(None)
+        production.close()
         touched = {tensor.name for tensor in plan.tensors() if tensor.is_touched}
         self._batch.end(
             index,

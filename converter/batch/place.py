@@ -18,8 +18,8 @@ from converter.plan.budget import recut
 from converter.plan.inputs import Inputs
 from converter.read.checkpoint import LocalFolder, read_json
 from converter.seal.destination import Destination
-from converter.seal.link import GivenShard
-from converter.seal.production import UNFINISHED_BUSINESS, Made, Production
+from converter.seal.link import ReusableShard
+from converter.seal.production import Made, Production
 from converter.seal.staging import Staging
 from converter.write.journal import job_of
 from converter.write.shard import write_file
@@ -66,7 +66,7 @@ class Place:
         if self.production is not None:
             self.production.cut(recut(self.production.plan, reserved))
 
-    def shards(self) -> list[GivenShard]:
+    def shards(self) -> list[ReusableShard]:
         """The finished shards."""
         if self.production is None:
             return []
@@ -89,9 +89,11 @@ class Place:
     ) -> None:
         if self.production is None:
             return
-        if value is None or isinstance(value, UNFINISHED_BUSINESS):
+        if value is None:
             self.production.keep()
-        self.production.close(value)
+        else:
+            self.production.fail(value)
+        self.production.close()
 
 
 def place_of(member: Member) -> Path:

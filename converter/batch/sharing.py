@@ -13,7 +13,7 @@ from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Checkpoint, LocalFolder
 from converter.read.digests import digests_of
-from converter.seal.link import GivenShard, identity_of
+from converter.seal.link import ReusableShard, identity_of
 from converter.seal.production import Made
 from converter.seal.receipt import identity, read_receipt
 from converter.seal.staging import sha256_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Given:
     """A shard of an earlier output that later ones may have as it is."""
 
-    shard: GivenShard
+    shard: ReusableShard
     made: tuple[Made, ...]
     """Its tensors, in the order in which they were made."""
 
@@ -102,7 +102,7 @@ def given_by(folder: Path, plan: Plan, common: Mapping[str, TensorPlan], inputs:
     return found
 
 
-def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
+def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> ReusableShard:
     try:
         file = path.resolve()  # in the Hub's cache it is a link, which means nothing elsewhere
         identity = identity_of(file)
@@ -111,7 +111,7 @@ def _as_it_was_made(path: Path, receipt: Mapping[str, Any]) -> GivenShard:
         raise ReadFailed(f"{path}: {exc.strerror}") from exc
     if sha256 != receipt["files"][path.name]["sha256"]:
         raise BadOutput(f"{path}: has changed since it was made: its sha256 is not the receipt's")
-    return GivenShard(file, sha256, identity)
+    return ReusableShard(file, sha256, identity)
 
 
 def _made(tensor: TensorPlan, digest: str, receipt: Mapping[str, Any]) -> Made:

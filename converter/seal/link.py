@@ -23,7 +23,7 @@ _NOT_HERE = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENO
 
 
 @dataclass(frozen=True)
-class GivenShard:
+class ReusableShard:
     """A finished shard that another output may have, too."""
 
     path: Path

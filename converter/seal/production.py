@@ -6,13 +6,13 @@ A conversion makes one of these, a batch many at a time, from the same tiles of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from converter.errors import Interrupted, NoThread, ReadFailed, WriteFailed
+from converter.errors import ConverterError, WriteFailed
 from converter.quantize.measure import Fidelity
 from converter.threads import pool
 from converter.write.journal import Entry
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan, TensorPlan
     from converter.read.checkpoint import Folder
     from converter.seal.staging import Staging
-
-UNFINISHED_BUSINESS = (Interrupted, NoThread, ReadFailed, WriteFailed)
-"""Ends after which what was made is worth keeping: the same command goes on with it."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Production:
     """The making of one output in its staging folder.
 
     A shard is opened when the first of its tensors is asked for, and gets its name when the last one is made. Shards
-    in `given` come from elsewhere and are not made. Left by an exception, the staging folder stays for another run
-    wherever that is of use.
+    in `given` come from elsewhere and are not made. `close` closes the staging folder, too, and so does a failure to
+    begin. After `fail` the folder stays where another run can resume it.
     """
 
     def __init__(
@@ -71,11 +68,14 @@ class Production:
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, set[str]] = {}
         self._syncing: Future[None] | None = None
-        try:
-            self._background = pool(1, "sync") if plan.resources.threads > 1 else None
-        except BaseException as exc:
-            staging.__exit__(type(exc), exc, None)
-            raise
+        self._background: ThreadPoolExecutor | None = None
+        with ExitStack() as stack:
+            stack.enter_context(staging)
+            stack.callback(self._close_writers)
+            if plan.resources.threads > 1:
+                self._background = pool(1, "sync")
+                stack.callback(self._background.shutdown)  # waits for a sync, whose failure nobody needs any more
+            self._open_things = stack.pop_all()
 
     def cut(self, plan: Plan) -> None:
         """Take the same plan with its tensors cut into other tiles."""
@@ -122,8 +122,16 @@ class Production:
         elif journal.is_due() and self._syncing is None:
             self._sync_behind()
 
+    def fail(self, reason: BaseException) -> bool:
+        """Say why the output won't be finished: what another run can resume is made durable, what none can is thrown
+        away at the end. Whether there is something to resume."""
+        if isinstance(reason, ConverterError) and reason.resumable:
+            return self.keep()
+        self.staging.fail(reason)
+        return False
+
     def keep(self) -> bool:
-        """After an exception: make durable what is there. Whether a run of the same command can go on with it."""
+        """Make durable what is there. Whether another run of the same command can resume it."""
         with suppress(Exception):  # whatever fails here must not hide what went wrong
             self._sync()
         for file, writer in self._writers.items():
@@ -183,15 +191,13 @@ class Production:
         if syncing is not None:
             syncing.result()
 
-    def close(self, reason: BaseException | None) -> None:
-        """Let go of files and staging folder; `reason` says whether what was made is of any more use."""
-        kind = None if reason is None else type(reason)
-        if self._background is not None:
-            self._background.shutdown()  # waits for a sync; what that meets with is of no more interest
-        for writer in self._writers.values():
-            writer.__exit__(kind, reason, None)
-        self._writers.clear()
-        self.staging.__exit__(kind, reason, None)
+    def close(self) -> None:
+        """Close the shards and the staging folder."""
+        self._open_things.close()
+
+    def _close_writers(self) -> None:
+        while self._writers:
+            self._writers.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -199,6 +205,9 @@ class Production:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(value, UNFINISHED_BUSINESS) and self.keep():
-            value.args = (f"{value}; what is done is kept in {self.staging.folder}: the same command goes on with it",)
-        self.close(value)
+        try:
+            if value is not None and self.fail(value):
+                kept = f"what is done is kept in {self.staging.folder}: the same command goes on with it"
+                value.args = (f"{value}; {kept}",)
+        finally:
+            self.close()

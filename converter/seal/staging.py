@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from converter.errors import (
     BadOutput,
-    ConversionRefused,
-    InputChanged,
-    NotFinite,
+    ConverterError,
     OutputLocked,
     VerificationFailed,
     WriteFailed,
@@ -32,7 +30,7 @@ from converter.read.checkpoint import CONFIG, INDEX, Checkpoint, LocalFolder
 from converter.read.checksums import SUMS
 from converter.seal.card import CARD, model_card
 from converter.seal.destination import OURS, Destination, clear, remove
-from converter.seal.link import GivenShard, How, identity_of, link
+from converter.seal.link import How, ReusableShard, identity_of, link
 from converter.seal.receipt import RECEIPT, Origin, write_receipt
 from converter.threads import pool
 from converter.write.journal import JOURNAL, Journal
@@ -44,15 +42,14 @@ if TYPE_CHECKING:
     from converter.quantize.measure import Fidelity
 
 ANEW = "an earlier run had begun it with the same tensors in other shards: it was begun anew"
-_INPUTS_AT_FAULT = (ConversionRefused, InputChanged, NotFinite, VerificationFailed)
 
 
 class Staging:
     """The locked staging folder of one run, with the journal of what is done.
 
-    Left without `seal` it stays for the next run of the same job, if something is done and the reason was not a fault
-    of the inputs. `resume` false: what an earlier run left is discarded. That is done, too, where it has the same
-    tensors in other shards, and `notes` says so.
+    Closed without `seal` it stays for the next run of the same job if something is done in it, unless `spend` or `fail`
+    said that it is of no more use. `resume` false: what an earlier run left is discarded. That is done, too, where it
+    has the same tensors in other shards, and `notes` says so.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class Staging:
         """Begin to compute a finished file's sha256, while the next one is made."""
         self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
 
-    def take(self, shard: GivenShard, name: str, how: How) -> str:
+    def take(self, shard: ReusableShard, name: str, how: How) -> str:
         """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
 
         `ReadFailed` if it is gone, or isn't what its digest was taken of.
@@ -108,10 +105,10 @@ class Staging:
         self._digests[name] = done
         return self._links[name]
 
-    def finished(self, name: str) -> GivenShard:
+    def finished(self, name: str) -> ReusableShard:
         """A finished shard of this folder, for other folders to take."""
         with writing(self.folder / name):
-            return GivenShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
+            return ReusableShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
 
     def is_there(self) -> bool:
         """Whether the folder is still this run's: while a run lives, somebody may delete or move it all the same."""
@@ -120,6 +117,11 @@ class Staging:
     def spend(self) -> None:
         """What is here has served its purpose: it is removed at the end."""
         self._spent = True
+
+    def fail(self, reason: BaseException) -> None:
+        """Say why this is not sealed: what no run can resume is removed at the end."""
+        if isinstance(reason, ConverterError) and not reason.resumable:
+            self.spend()
 
     def seal(
         self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
@@ -131,7 +133,7 @@ class Staging:
             write_file(self.folder / INDEX, _index(self.folder))
         write_file(self.folder / CARD, model_card(plan, origin))
         write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
-        verify(self.folder, plan)
+        check_written(self.folder, plan)
         with writing(self.folder):
             files = {
                 entry.name: (entry.stat().st_size, self._digest(entry.name))
@@ -153,17 +155,12 @@ class Staging:
         known = self._digests.get(name)
         return sha256_of(self.folder / name) if known is None else known.result()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Remove the folder if it is of no more use, and release its lock."""
         self._ended.set()
         self._hasher.shutdown(cancel_futures=True)
         self.journal.close()
-        at_fault = kind is not None and issubclass(kind, _INPUTS_AT_FAULT)
-        useless = at_fault or self._spent or not self.journal.entries or self._destination.accepted
+        useless = self._spent or not self.journal.entries or self._destination.accepted
         try:
             if not self._sealed and useless and self.is_there():
                 with contextlib.suppress(OSError):  # the next run takes away what is left
@@ -171,8 +168,18 @@ class Staging:
         finally:
             self._lock.release()
 
+    def __enter__(self) -> Self:
+        return self
 
-def verify(folder: Path, plan: Plan) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if value is not None:
+            self.fail(value)
+        self.close()
+
+
+def check_written(folder: Path, plan: Plan) -> None:
     """Open what was written as a reader would and hold it against the plan; `VerificationFailed` names a difference."""
     with Checkpoint(LocalFolder(folder)) as written:
         planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}

@@ -363,14 +363,18 @@ class ShardWriter:
             with contextlib.suppress(OSError):
                 self._temporary.unlink()
 
+    def close(self) -> None:
+        """Close the file. An unfinished one stays, unless a sync failed."""
+        if not self._finished:
+            self._discard(lost=self._lost)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._finished:
-            self._discard(lost=self._lost)
+        self.close()
 
 
 def write_file(path: Path, raw: bytes) -> None:

@@ -281,7 +281,7 @@ def test_whatever_goes_wrong_at_the_last_look_leaves_no_out(
         raise reason
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("converter.seal.staging.verify", fail)
+        monkeypatch.setattr("converter.seal.staging.check_written", fail)
         with pytest.raises((RuntimeError, KeyboardInterrupt, VerificationFailed)):
             convert(base, adapter, out)
 
@@ -697,7 +697,7 @@ def test_an_end_does_not_wait_for_the_sha256_of_a_shard_that_nobody_wants_any_mo
     with no_hang():
         while staging.folder / "shard" not in map(path_of, map(int, os.listdir("/proc/self/fd"))):
             pass
-        staging.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        staging.close()
 
     assert not staging.folder.exists()
 
