@@ -8,24 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from converter.cli.signals import Signals
+from tests.cli.conftest import Ran, Run
 from tests.conftest import REPOSITORY
 from tests.limits import HANG
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,100 @@
+"""`convert batch jobs.toml`: many adapters, one pass over each base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.options import (
+    Part,
+    Printing,
+    flag,
+    printing_from,
+    run_options_from,
+    take,
+    with_batch_options,
+    with_printing,
+    with_run_options,
+)
+
+if TYPE_CHECKING:
+    from converter.batch.forecast import Forecast
+    from converter.batch.members import Outcome
+    from converter.job import Job, RunOptions
+
+
+@click.command()
+@click.argument("jobs", type=click.Path(path_type=Path))
+@click.option("--slice", "part", type=Part(), metavar="I/N", help="Convert the I-th of N parts of the jobs, from 1.")
+@click.option("--ray", metavar="HOST:PORT|local", help="Run on the nodes of this Ray cluster; local: start one here.")
+@flag("--dry-run", text="Plan every job; write nothing.")
+@with_run_options
+@with_printing
+@with_batch_options
+def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
+    r"""Make a checkpoint for each job of a file: TOML with [[jobs]], or one JSON object per line.
+
+    \b
+    {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}
+    """
+    from converter.batch.jobs import read_jobs, slice_of
+
+    wanted = read_jobs(jobs)
+    if part is not None:
+        wanted = slice_of(wanted, *part)
+    of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
+    run_batch(wanted, run_options_from(options), of_batch, printing, **options)
+
+
+def run_batch(
+    jobs: Sequence[Job],
+    how: RunOptions,
+    of_batch: dict[str, Any],
+    printing: Printing,
+    *,
+    dry_run: bool,
+    ray: str | None = None,
+) -> None:
+    """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start."""
+    from converter.batch.members import BatchOptions
+    from converter.cli.heap import keep_small
+    from converter.cli.printing import complain, print_text
+    from converter.cli.show.batch import batch_json, batch_text
+    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.words import json_text
+    from converter.cli.signals import Signals
+    from converter.errors import printable
+
+    if of_batch["against"] is not None:
+        of_batch["against"] = Path(of_batch["against"])
+    terms = BatchOptions(**vars(how), **of_batch)
+    keep_small()
+    stop = Signals()
+    with progress_bar(shown=printing.shows_progress) as (progress, clock):
+
+        def tell(outcome: Outcome) -> None:
+            if not outcome.is_good:
+                complain(f"{printable(outcome.job.label)}: {outcome.message}")
+
+        watched: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
+        forecasts: list[Forecast] = []
+        if dry_run:
+            watched["foretell"] = forecasts.append
+        if ray is None:
+            from converter.batch.batch import convert_batch
+
+            outcomes = convert_batch(jobs, terms, **watched)
+        else:
+            from converter.batch.cluster.cluster import convert_on_cluster
+
+            outcomes = convert_on_cluster(jobs, terms, ray, **watched)
+    if printing.as_json:
+        print_text(json_text(batch_json(outcomes, clock(), forecasts)))
+    elif not printing.quiet:
+        print_text(batch_text(outcomes, clock(), forecasts, verbose=printing.verbose))
+    if not all(outcome.is_good for outcome in outcomes):
+        begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
+        raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)

@@ -1,0 +1,12 @@
+"""All commands. A new one is a file of its own beside this one, and a line here."""
+
+from __future__ import annotations
+
+from converter.cli.batch import batch
+from converter.cli.convert import cli
+from converter.cli.verify import verify
+
+for command in (verify, batch):
+    cli.add_command(command)
+
+__all__ = ["cli"]

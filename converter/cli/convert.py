@@ -1,0 +1,135 @@
+"""`convert --base X --adapter Y --out Z`: one conversion, its plan, or one output for each of several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.batch import run_batch
+from converter.cli.options import (
+    Printing,
+    flag,
+    printing_from,
+    recipe_from,
+    run_options_from,
+    take,
+    with_batch_options,
+    with_printing,
+    with_recipe,
+    with_run_options,
+)
+
+if TYPE_CHECKING:
+    from converter.job import Job
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),  # both spellings
+        "max_content_width": 100,
+    },
+)
+@click.option(
+    "--base", metavar="PATH|ID", help="Base model: folder or Hub id.  [default: the one that the adapter names]"
+)
+@click.option("--base-revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="[NAME=]PATH|ID",
+    multiple=True,
+    help="PEFT adapter: folder or Hub id. Without one, only quantize. Give several to make OUT/NAME for each.",
+)
+@click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
+@click.option("--out", metavar="PATH", help="Folder to write. It appears only when it is complete.")
+@with_recipe
+@with_run_options
+@with_printing
+@flag("--dry-run", text="Print the plan; write nothing, download no shard.")
+@with_batch_options
+@click.version_option(package_name="nf4-converter")
+@click.pass_context
+def cli(context: click.Context, /, **options: Any) -> None:
+    r"""Merge a LoRA adapter into a base model and write a quantized checkpoint, in one streaming pass.
+
+    \b
+    convert --base X --adapter Y --out Z
+    """
+    if context.invoked_subcommand is not None:
+        return
+    adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
+    if not options["base"] and not adapters:
+        raise click.UsageError("Give --base, or an --adapter that names its base.")
+    if not options["out"] and not dry_run:
+        raise click.UsageError("Give --out, or --dry-run.")
+    of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
+    if is_named(adapters) or of_batch["against"] is not None:
+        jobs = jobs_from(adapters, options)
+        run_batch(jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
+        return
+    what: dict[str, Any] = {"adapter": adapters[0] if adapters else None, "recipe": recipe_from(options)}
+    what |= vars(run_options_from(options))
+    if dry_run:
+        print_plan(printing, what | options)
+        return
+
+    from converter.cli.heap import keep_small
+    from converter.cli.printing import print_text
+    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.summary import summary, summary_json
+    from converter.cli.show.words import json_text
+    from converter.cli.signals import Signals
+    from converter.pipeline import convert
+
+    keep_small()
+    stop = Signals()
+    with progress_bar(shown=printing.shows_progress) as (progress, clock):
+        report = convert(**what, **options, progress=progress, stop=stop)
+    if printing.as_json:
+        print_text(json_text(summary_json(report, clock())))
+    elif not printing.quiet:
+        print_text(summary(report, clock(), verbose=printing.verbose))
+
+
+def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
+    """Print what `convert` would do."""
+    from converter.cli.printing import print_text
+    from converter.cli.show.plan import plan_text
+    from converter.cli.show.words import json_text
+    from converter.pipeline import plan_conversion
+
+    del asked["resume"]
+    dry_run = plan_conversion(**asked)
+    if printing.as_json:
+        print_text(json_text(dry_run.as_json()))
+    elif not printing.quiet:
+        print_text(plan_text(dry_run, verbose=printing.verbose))
+
+
+def is_named(adapters: Sequence[str]) -> bool:
+    """Whether each adapter's output lies under OUT by the adapter's name."""
+    if len(adapters) == 1 and "=" in adapters[0]:
+        from converter.batch.jobs import split_name
+
+        return split_name(adapters[0])[0] is not None
+    return len(adapters) > 1
+
+
+def jobs_from(adapters: Sequence[str], options: dict[str, Any]) -> list[Job]:
+    """A job for each adapter; takes what a job says out of the options."""
+    from converter.batch.jobs import named_jobs
+    from converter.job import Job
+
+    recipe = recipe_from(options)
+    base, out, *revisions = take(options, "base", "out", "base_revision", "adapter_revision").values()
+    if revisions[-1] is not None and len(adapters) > 1:
+        raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
+    folder = Path(out or "OUT")
+    if is_named(adapters):
+        return named_jobs(adapters, folder, base, recipe, *revisions)
+    return [Job(folder, adapters[0] if adapters else None, base, recipe, *revisions)]

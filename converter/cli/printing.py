@@ -1,0 +1,35 @@
+"""Results go to stdout and errors to stderr; nobody may be there to read them."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import click
+
+
+def print_text(text: str) -> None:
+    """Print what was asked for. `WriteFailed` if that is impossible."""
+    from converter.errors import WriteFailed
+
+    try:
+        click.echo(text, nl=False)
+    except BrokenPipeError:
+        raise  # click ends with 1, quietly: the reader has seen enough
+    except OSError as exc:
+        raise WriteFailed(f"standard output: {exc.strerror or exc}") from exc
+
+
+def complain(message: str) -> None:
+    """Print an error for people. If stderr is closed or full, go on: that must not stop the work."""
+    with suppress(OSError):
+        click.echo(f"error: {message}", err=True)
+
+
+def report_error(message: str, code: int, *, as_json: bool) -> int:
+    """Print an error for people and, with `as_json`, for programs; its exit code."""
+    complain(message)
+    if as_json:
+        with suppress(OSError):  # the exit code says it too
+            click.echo(json.dumps({"error": message, "exit_code": code}))
+    return code

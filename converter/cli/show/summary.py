@@ -1,0 +1,74 @@
+"""The summary of a conversion."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
+from converter.pipeline import Report
+from converter.plan.plan import Plan
+
+
+def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
+    """What was done, in a few lines."""
+    if report.nothing_to_do:
+        return text_of([f"{report.out}: made of the same inputs by the same recipe already; nothing to do"])
+    figures = summary_json(report, seconds)
+    lines = []
+    if verbose:
+        rows: list[tuple[str, ...]] = [("tensor", "error", "survival")]
+        for name, fidelity in report.fidelity.items():
+            survival = "" if fidelity.survival is None else f"{fidelity.survival:.4f}"
+            rows.append((name, f"{fidelity.error:.4f}", survival))
+        lines += [*table(rows), ""]
+    lines.append(
+        f"{report.out}: {amount(figures['output_bytes'])} from {amount(figures['base_bytes'])} "
+        f"in {seconds:.1f} s, peak memory {amount(figures['peak_memory_bytes'])}"
+    )
+    lines.append(", ".join(f"{count} {what}" for what, count in figures["tensors"].items() if count))
+    if figures["computed_by"] != "kernels":
+        lines.append(f"computed by {figures['computed_by']}")
+    for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
+        if figure := figures[key]:
+            lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
+    if stated := Counter(by for files in report.checked.values() for by in files.values()):
+        lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
+    lines += [f"note: {note}" for note in report.plan.notes]
+    return text_of(lines)
+
+
+def summary_json(report: Report, seconds: float) -> dict[str, Any]:
+    """What was done, as JSON values: bytes, seconds, tensors by what happened, mean and worst figures."""
+    quantized = {t.name for t in report.plan.tensors() if t.action == "quantize"}
+    errors = {name: f.error for name, f in report.fidelity.items() if name in quantized}
+    survivals = {name: f.survival for name, f in report.fidelity.items() if f.survival is not None}
+    counts = report.plan.counts()
+    sizes = [path.stat().st_size for path in report.out.glob("*.safetensors")]
+    return {
+        "out": str(report.out),
+        "nothing_to_do": report.nothing_to_do,
+        "fingerprint": report.fingerprint,
+        "base_bytes": report.plan.base_bytes,
+        "output_bytes": sum(sizes),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "predicted_memory_bytes": report.plan.memory,
+        "computed_by": _computed_by(report.plan),
+        "tensors": {
+            "merged": counts.get("merged", 0),
+            "quantized": counts.get("quantize", 0),
+            "kept": counts.get("keep", 0),
+            "replaced": counts.get("replaced", 0),
+        },
+        "error": figures_of(errors, max),
+        "survival": figures_of(survivals, min),
+        "notes": list(report.plan.notes),
+        "checked": report.checked,
+    }
+
+
+def _computed_by(plan: Plan) -> str:
+    if plan.device == "cpu" and plan.recipe.four_bit:
+        return "kernels" if plan.resources.kernels else "bitsandbytes, several times slower: numba is not installed"
+    return f"torch and bitsandbytes on {plan.device}"

@@ -1,0 +1,65 @@
+"""Words and shapes of what is printed: amounts, durations, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from converter.errors import printable
+
+
+def amount(count: float) -> str:
+    """Bytes for people: 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 1 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes (VmHWM)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def figures_of(values: dict[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    tensor = worst(values, key=lambda name: values[name])
+    return {"mean": statistics.fmean(values.values()), "worst": values[tensor], "worst_tensor": tensor}
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """One JSON object, as it is printed."""
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """The same without infinities, which configs may have and JSON has not, but for Python: as texts."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else f"{value}".replace("inf", "Infinity")
+
+
+def text_of(lines: Iterable[str]) -> str:
+    """Lines for a terminal: names of files, of classes and of outputs may have control characters."""
+    return "".join(f"{printable(line)}\n" for line in lines)
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

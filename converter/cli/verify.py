@@ -1,0 +1,41 @@
+"""`convert verify OUT`: is it complete, unchanged, loadable, and what its base and adapter give?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.options import Share, printing_from, with_device, with_offline, with_printing
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", metavar="PATH|ID", help="Make OUT again from this base, and compare.")
+@click.option("--base-revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
+@click.option("--adapter", metavar="PATH|ID", help="The adapter that is merged in.")
+@click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
+@click.option("--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again.")
+@with_device
+@with_offline
+@with_printing
+def verify(out: Path, **options: Any) -> None:
+    """Check a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
+    from converter.cli.printing import print_text
+    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.verification import verification_json, verification_text
+    from converter.cli.show.words import json_text
+    from converter.cli.surroundings import refuse_without_memory
+    from converter.verify import verify as look
+
+    refuse_without_memory()
+    printing = printing_from(options)
+    with progress_bar(shown=printing.shows_progress) as (progress, _):
+        found = look(out, progress=progress, **options)
+    if printing.as_json:
+        print_text(json_text(verification_json(found)))
+    elif not printing.quiet or not found.is_good:
+        print_text(verification_text(out, found))
+    if not found.is_good:
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,85 @@
+"""The command line, run in this process or in one of its own, and what it is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from converter.cli.main import main
+from tests.limits import HANG
+from tests.models import save_adapter, save_base
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], signal_handlers: None) -> Run:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ran(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    base = save_base(folder / "base", "llama")
+    return base, save_adapter(folder / "adapter", base, "llama")
+
+
+@pytest.fixture
+def base(inputs: tuple[Path, Path]) -> Path:
+    return inputs[0]
+
+
+@pytest.fixture
+def adapter(inputs: tuple[Path, Path]) -> Path:
+    return inputs[1]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "place" / "out"
+
+
+def is_one_line(text: str) -> bool:
+    return text.endswith("\n") and text.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With a cache that these tests share, so that transformers is asked once."""
+    return os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+
+
+def start(command: Sequence[object], environment: dict[str, str], **settings: Any) -> Ran:
+    ran = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+        **settings,
+    )
+    return Ran(ran.returncode, ran.stdout, ran.stderr)

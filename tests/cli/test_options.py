@@ -1,0 +1,95 @@
+"""Options: what is understood, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, is_one_line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ([], "Give --base, or an --adapter that names its base"),
+        (["--base", "x"], "Give --out, or --dry-run"),
+        (["--bose", "x"], "No such option"),
+        (["--base"], "requires an argument"),
+        (["--quant-type", "nf5"], "'nf5' is not one of"),
+        (["--block-size", "many"], "not a valid integer"),
+        (["--threads", "0"], "not in the range"),
+        (["--max-shard-size", "5 cows"], "'5 cows' is not a size such as 5GB or 512MiB"),
+        (["--memory", "-1"], "is not a size"),
+        (["swap"], "No such command"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run: Run, arguments: list[str], found: str) -> None:
+    ran = run(*arguments)
+
+    assert (ran.code, ran.out) == (2, "")
+    assert found in ran.err
+    assert ran.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--block-size", "100"], "--block-size 100: expected one of 32, 64"),
+        (["--max-shard-size", "1KB"], "--max-shard-size 1000: expected at least 1MB"),
+        (["--memory", "1MB"], "--memory 1,000,000: "),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--quant-type", "none", "--keep", "q_proj"], "--keep has no meaning with --quant-type none"),
+        (["--keep", "nothing_like_it"], "nothing_like_it"),
+        (["--keep", "*"], "quantize none of its layers"),
+    ],
+    ids=str,
+)
+def test_choices_that_make_no_sense_end_with_2_and_name_the_option(
+    run: Run, base: Path, out: Path, arguments: list[str], found: str
+) -> None:
+    ran = run("--base", base, "--out", out, *arguments)
+
+    assert (ran.code, ran.out) == (2, "")
+    assert is_one_line(ran.err)
+    assert found in ran.err
+    assert not out.parent.exists()
+
+
+def test_both_spellings_of_an_option_mean_the_same(run: Run, base: Path, tmp_path: Path) -> None:
+    arguments = ["--base", base, "--json", "--out", tmp_path / "out"]
+    hyphens = run(*arguments, "--dry-run", "--quant-type", "fp4", "--no-double-quant", "--max-shard-size", "2MB")
+    underscores = run(*arguments, "--dry_run", "--quant_type", "fp4", "--no_double_quant", "--max_shard_size", "2MB")
+
+    assert hyphens.code == underscores.code == 0
+    for key in ("recipe", "shards", "config"):
+        assert json.loads(hyphens.out)[key] == json.loads(underscores.out)[key]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2000000", 2_000_000), ("2MB", 2_000_000), ("2.5 gb", 2_500_000_000), ("2MiB", 2_097_152)]
+)
+def test_sizes_are_given_with_or_without_units(run: Run, base: Path, text: str, size: int) -> None:
+    ran = run("--base", base, "--dry-run", "--json", "--max-shard-size", text)
+
+    assert json.loads(ran.out)["recipe"]["max_shard_size"] == size
+
+
+def test_every_choice_reaches_the_recipe(run: Run, base: Path, adapter: Path, out: Path) -> None:
+    arguments = ["--quant-type", "fp4", "--no-double-quant", "--block-size", "128", "--dtype", "float16"]
+    arguments += ["--merge-precision", "reference", "--keep", "o_proj", "--keep", "*.0.mlp.*"]
+
+    ran = run("--base", base, "--adapter", adapter, "--out", out, *arguments, "--max-shard-size", "3MB", "--quiet")
+
+    assert ran.code == 0
+    assert json.loads((out / "conversion.json").read_text())["recipe"] == {
+        "quant_type": "fp4",
+        "double_quant": False,
+        "block_size": 128,
+        "dtype": "float16",
+        "merge_precision": "reference",
+        "keep": ["*.0.mlp.*", "o_proj"],
+        "max_shard_size": 3_000_000,
+    }
