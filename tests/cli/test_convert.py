@@ -173,7 +173,7 @@ def test_a_disk_that_others_fill_meanwhile_ends_with_1_and_leaves_no_out(
 
     number = itertools.count()
 
-    with pytest.raises(WriteFailed, match=rf"{out}.partial/model-0000.*No space left on device") as failed:
+    with pytest.raises(WriteFailed, match=rf"{out}.partial/.*No space left on device") as failed:
         convert(large_base, None, out, Recipe(max_shard_size=1_000_000), progress=fill)
 
     assert failed.value.exit_code == 1
