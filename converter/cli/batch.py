@@ -61,9 +61,9 @@ def run_batch(
     """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start."""
     from converter.batch.members import BatchOptions
     from converter.cli.heap import keep_small
-    from converter.cli.printing import complain, print_text
+    from converter.cli.printing import print_text
     from converter.cli.show.batch import batch_json, batch_text
-    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.progress import display
     from converter.cli.show.words import json_text
     from converter.cli.signals import Signals
     from converter.errors import printable
@@ -73,13 +73,12 @@ def run_batch(
     terms = BatchOptions(**vars(how), **of_batch)
     keep_small()
     stop = Signals()
-    with progress_bar(shown=printing.shows_progress) as (progress, clock):
+    with display(printing.progress, outputs=len(jobs)) as shown:
 
         def tell(outcome: Outcome) -> None:
-            if not outcome.is_good:
-                complain(f"{printable(outcome.job.label)}: {outcome.message}")
+            shown.ended(printable(outcome.job.label), None if outcome.is_good else outcome.message)
 
-        watched: dict[str, Any] = {"dry_run": dry_run, "progress": progress, "stop": stop, "tell": tell}
+        watched: dict[str, Any] = {"dry_run": dry_run, "progress": shown.progress, "stop": stop, "tell": tell}
         forecasts: list[Forecast] = []
         if dry_run:
             watched["foretell"] = forecasts.append
@@ -92,9 +91,9 @@ def run_batch(
 
             outcomes = convert_on_cluster(jobs, terms, ray, **watched)
     if printing.as_json:
-        print_text(json_text(batch_json(outcomes, clock(), forecasts)))
+        print_text(json_text(batch_json(outcomes, shown.seconds(), forecasts)))
     elif not printing.quiet:
-        print_text(batch_text(outcomes, clock(), forecasts, verbose=printing.verbose))
+        print_text(batch_text(outcomes, shown.seconds(), forecasts, verbose=printing.verbose))
     if not all(outcome.is_good for outcome in outcomes):
         begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
         raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)

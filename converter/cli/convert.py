@@ -80,7 +80,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
-    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.progress import display
     from converter.cli.show.summary import summary, summary_json
     from converter.cli.show.words import json_text
     from converter.cli.signals import Signals
@@ -88,12 +88,12 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
     keep_small()
     stop = Signals()
-    with progress_bar(shown=printing.shows_progress) as (progress, clock):
-        report = convert(**what, **options, progress=progress, stop=stop)
+    with display(printing.progress) as shown:
+        report = convert(**what, **options, progress=shown.progress, stop=stop)
     if printing.as_json:
-        print_text(json_text(summary_json(report, clock())))
+        print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:
-        print_text(summary(report, clock(), verbose=printing.verbose))
+        print_text(summary(report, shown.seconds(), verbose=printing.verbose))
 
 
 def print_plan(printing: Printing, asked: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from converter.cli.show.progress import Kind
     from converter.job import RunOptions
     from converter.recipe import Recipe
     from converter.resources import Resources
@@ -81,6 +82,13 @@ with_device = click.option("--device", default="auto", show_default=True, help="
 with_offline = flag("--offline", text="Read Hub ids from the local cache only.")
 with_printing = together(
     flag("--json", "as_json", text="Print one JSON object on stdout."),
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "bar", "plain", "json", "none"]),
+        default="auto",
+        show_default=True,
+        help="On stderr. auto: a bar in a terminal; elsewhere plain, a line every ten seconds; none with --json.",
+    ),
     flag("--quiet", "-q", text="Print nothing but errors."),
     flag("--verbose", "-v", text="List every tensor; show tracebacks."),
 )
@@ -150,10 +158,7 @@ class Printing:
     quiet: bool
     verbose: bool
     as_json: bool
-
-    @property
-    def shows_progress(self) -> bool:
-        return not self.quiet and not self.as_json
+    progress: Kind
 
 
 def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -163,7 +168,9 @@ def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def printing_from(options: dict[str, Any]) -> Printing:
     """What `with_printing` adds, taken out of the options."""
-    return Printing(**take(options, "quiet", "verbose", "as_json"))
+    printing = Printing(**take(options, "quiet", "verbose", "as_json", "progress"))
+    silent = printing.quiet or (printing.as_json and printing.progress == "auto")
+    return replace(printing, progress="none") if silent else printing
 
 
 def recipe_from(options: dict[str, Any]) -> Recipe:

@@ -23,7 +23,7 @@ from converter.cli.options import Share, printing_from, with_device, with_offlin
 def verify(out: Path, **options: Any) -> None:
     """Check a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
     from converter.cli.printing import print_text
-    from converter.cli.show.progress import progress_bar
+    from converter.cli.show.progress import display
     from converter.cli.show.verification import verification_json, verification_text
     from converter.cli.show.words import json_text
     from converter.cli.surroundings import refuse_without_memory
@@ -31,8 +31,8 @@ def verify(out: Path, **options: Any) -> None:
 
     refuse_without_memory()
     printing = printing_from(options)
-    with progress_bar(shown=printing.shows_progress) as (progress, _):
-        found = look(out, progress=progress, **options)
+    with display(printing.progress) as shown:
+        found = look(out, progress=shown.progress, **options)
     if printing.as_json:
         print_text(json_text(verification_json(found)))
     elif not printing.quiet or not found.is_good:

@@ -21,10 +21,17 @@ def amount(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: 1 h 5 min."""
+def share(done: int, total: int) -> str:
+    """Bytes of a whole, for people: 0.3/1.2 GB."""
+    whole, unit = amount(total).split()
+    digits = len(whole.partition(".")[2])
+    return f"{done * float(whole) / total if total else 0:.{digits}f}/{whole} {unit}"
+
+
+def duration(seconds: float, *, whole: bool = False) -> str:
+    """Seconds for people: 1 h 5 min. `whole`: without tenths, as a guess deserves."""
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.0f} s" if whole else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
