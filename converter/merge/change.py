@@ -5,6 +5,7 @@ A `Change` is a value of the plan. Loaded, it is a `Merge`, which makes merged r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -151,8 +152,37 @@ def add(weight: Tensor, delta: Tensor | None, rounding: Rounding) -> MergedTile:
 
 def read_float32(header: TensorHeader, folder: Folder) -> Tensor:
     """A tensor of an adapter in float32, which holds every dtype that an adapter's file may have."""
+    return read_stored(header, folder).float()
+
+
+def read_stored(header: TensorHeader, folder: Folder) -> Tensor:
+    """A tensor of an adapter, in the dtype of its file."""
     import torch
 
     raw = bytearray(header.nbytes)
     folder.read_into(header.file, header.offset, memoryview(raw))
-    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape).float()
+    return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape)
+
+
+def add_rounded(weight: Tensor, delta: Tensor, rounding: Rounding) -> MergedTile:
+    """`add`, where PEFT rounds the delta to the base's dtype before it adds it: two roundings, not one."""
+    exact = add(weight, delta, Rounding("float32", rounding.dtype))
+    if rounding.precision == "float32":
+        return exact
+    rounded = torch_dtype(rounding.dtype)
+    values = weight.to(rounded) + delta.to(rounded)
+    return MergedTile(values, exact.exact, exact.base, delta)
+
+
+def transform(weight: Tensor, formula: Callable[[Tensor], Tensor], rounding: Rounding) -> MergedTile:
+    """Rows that `formula` makes of the base's, both in float32, where the change is no sum.
+
+    reference: the base is cast to `rounding.dtype` before, and the result after.
+    """
+    base = weight.float()
+    exact = formula(base)
+    if rounding.precision == "float32":
+        return MergedTile(exact, exact, base, exact - base)
+    rounded = torch_dtype(rounding.dtype)
+    loaded = exact if weight.dtype is rounded else formula(weight.to(rounded).float())
+    return MergedTile(loaded.to(rounded), exact, base, exact - base)

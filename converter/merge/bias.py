@@ -1,0 +1,63 @@
+"""A bias of lora_B, which is added, scaled, to the layer's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converter.merge.change import MergedTile, Rounding, add, read_float32
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.read.checkpoint import Folder, TensorHeader
+
+
+@dataclass(frozen=True)
+class LoraBias:
+    """b + scaling · lora_B.bias"""
+
+    module: str
+    bias: TensorHeader
+    """(out_features,)"""
+    scaling: float
+    source: TensorHeader | None = None
+    whole: str | None = None
+    is_additive: bool = False
+
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]:
+        return (self.bias,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.bias.shape
+
+    @property
+    def nbytes(self) -> int:
+        return 6 * self.bias.shape[0]
+
+    @property
+    def label(self) -> str:
+        return f"merge, scaling {self.scaling:g}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"lora_bias": {"module": self.module, "scaling": self.scaling}}
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> LoraBiasMerge:
+        return LoraBiasMerge(read_float32(self.bias, folder).to(device) * self.scaling, rounding)
+
+
+@dataclass(frozen=True)
+class LoraBiasMerge:
+    """scaling · lora_B.bias in float32, (out_features,).
+
+    `peft.tuners.lora.layer.Linear.merge`
+    """
+
+    delta: Tensor
+    rounding: Rounding
+
+    def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
+        return add(weight, self.delta[start:end].view(weight.shape), self.rounding)

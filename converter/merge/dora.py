@@ -1,0 +1,81 @@
+"""DoRA: every row of W + scaling · B · A is brought to a length of its own. https://arxiv.org/abs/2402.09353"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from converter.merge.change import MergedTile, Rounding, read_float32, transform
+from converter.merge.lora import Lora, delta_rows
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.read.checkpoint import Folder, TensorHeader
+
+
+@dataclass(frozen=True)
+class Dora:
+    """LoRA on a linear layer or a Conv1D, and the length of each row of the merged weight."""
+
+    lora: Lora
+    magnitude: TensorHeader
+    """(out_features,)"""
+    source: TensorHeader | None = None
+    whole: str | None = None
+    is_additive: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.lora.module
+
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]:
+        return *self.lora.parts, self.magnitude
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.lora.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.lora.nbytes + 6 * self.shape[0]
+
+    @property
+    def label(self) -> str:
+        return f"DoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"dora": self.lora.as_json()["lora"]}
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> DoraMerge:
+        a, b, magnitude = (read_float32(part, folder).to(device) for part in self.parts)
+        return DoraMerge(a, b, magnitude.flatten(), self.lora.scaling, rounding)
+
+
+@dataclass(frozen=True)
+class DoraMerge:
+    """In memory, in float32: `a` (rank, in_features), `b` (out_features, rank), `magnitude` (out_features,)."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor
+    scaling: float
+    rounding: Rounding
+
+    def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
+        delta = delta_rows(self.a, self.b[start:end], self.scaling)
+        return transform(weight, lambda base: dora_rows(base + delta, self.magnitude[start:end]), self.rounding)
+
+
+def dora_rows(merged: Tensor, magnitude: Tensor) -> Tensor:
+    """Rows of W + D brought to the lengths `magnitude`: (rows, in_features) and (rows,), float32.
+
+    A row takes part in no other's length, so tiles have the bits of the whole.
+    `peft.tuners.lora.variants.DoraLinearVariant.merge_unsafe`
+    """
+    import torch
+
+    factor = magnitude / torch.linalg.norm(merged, dim=1)
+    return factor.view(-1, 1) * merged
