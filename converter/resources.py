@@ -22,6 +22,9 @@ class Resources:
     kernels: bool = field(default_factory=lambda: find_spec("numba") is not None)
     """Whether the CPU kernels quantize; not so on an accelerator, or without numba."""
 
+    tile_weights: tuple[int, int] = (1 << 16, 2 << 20)
+    """Weights of a tile, at least and at most: larger tiles were no faster."""
+
     @property
     def slots(self) -> int:
         """Tiles in memory at a time: one a thread, and one that is being read."""

@@ -30,9 +30,6 @@ IN_FIXED = 2_000
 """Tensors of a base whose objects are in that; those of more are counted."""
 PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
 """Bytes of Python's objects for one of these, and for one that is made of it. Measured with 27,000 and 190,000."""
-MOST_ELEMENTS = 2 << 20
-"""Weights of one tile: larger ones were no faster."""
-FEWEST_ELEMENTS = 1 << 16
 MOST_TOGETHER = 200
 """Outputs that are made together: each has a lock, a journal and a shard open."""
 PER_TENSOR = 8_000
@@ -57,13 +54,14 @@ def cut_into_tiles(
         objects = _objects(tensors)
         reserved = FIXED + objects + in_flight(tensors, recipe, resources)
     room = ((resources.memory or DEFAULT_MEMORY + objects) - reserved) / resources.slots
+    fewest, largest_tile = resources.tile_weights
     cut: list[TensorPlan] = []
     largest, name = 0.0, ""
     for tensor in tensors:
         each = _tile_bytes(tensor, recipe, resources)
         if tensor.whole is None:
             block = format_of(recipe).block if tensor.action == "quantize" else 1
-            most = max(FEWEST_ELEMENTS, min(MOST_ELEMENTS, int(room / each)))
+            most = max(fewest, min(largest_tile, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)
         strip = 0 if not tensor.is_merged else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)

@@ -16,10 +16,11 @@ from converter.model.architecture import Architecture, Role
 from converter.model.ask import check_output, describe, dismiss
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import output_config, refuse_unconvertible
+from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.format import Output
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import MAX_JSON_BYTES, MAX_TENSORS, Checkpoint, TensorHeader, read_bytes
+from converter.read.checkpoint import Checkpoint, TensorHeader, read_bytes
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -37,6 +38,7 @@ def make_plan(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
+    limits: Limits = LIMITS,
 ) -> Plan:
     """Decide everything that will happen to an opened base and adapter, or refuse.
 
@@ -66,7 +68,7 @@ def make_plan(
         raise Unsupported(
             f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
         )
-    _check_names(tensors)
+    _check_names(tensors, limits)
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
@@ -85,7 +87,7 @@ def make_plan(
     return Plan(
         recipe=recipe,
         class_name=architecture.class_name,
-        shards=in_shards(packed(tensors, recipe)),
+        shards=in_shards(packed(tensors, recipe, limits.header_bytes)),
         config=config,
         side_files=side_files,
         notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors)),
@@ -148,14 +150,14 @@ def _weights_dtype(base: Checkpoint) -> str:
     return max(sorted(counter), key=lambda dtype: counter[dtype])
 
 
-def _check_names(tensors: list[TensorPlan]) -> None:
+def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
     """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state; and
     all names together must not be more than is read of a checkpoint."""
     made = Counter(output.name for tensor in tensors for output in tensor.outputs)
-    if len(made) > MAX_TENSORS or sum(tensor.header_bytes for tensor in tensors) > MAX_JSON_BYTES:
+    if len(made) > limits.tensors or sum(tensor.header_bytes for tensor in tensors) > limits.json_bytes:
         raise Unsupported(
-            f"the output would have {len(made):,} tensors, expected at most {MAX_TENSORS:,}, whose names and shapes "
-            f"take at most {MAX_JSON_BYTES:,} bytes"
+            f"the output would have {len(made):,} tensors, expected at most {limits.tensors:,}, whose names and shapes "
+            f"take at most {limits.json_bytes:,} bytes"
         )
     quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
     for name in (tensor.name for tensor in tensors if tensor.action == "keep"):

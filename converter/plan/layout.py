@@ -13,10 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.quantize.format import Output
-from converter.read.checkpoint import DTYPE_BYTES, MAX_HEADER_BYTES
+from converter.read.checkpoint import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS
 
-MAX_SHARD_HEADER = MAX_HEADER_BYTES - 1_000
-"""Bytes of all tensors' entries in one header."""
+
+@dataclass(frozen=True)
+class Limits:
+    """How much an output may have, so that what reads it takes it."""
+
+    tensors: int = MAX_TENSORS
+    json_bytes: int = MAX_JSON_BYTES
+    """Of an index."""
+    header_bytes: int = MAX_HEADER_BYTES - 1_000
+    """Of all tensors' entries in one shard's header."""
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -33,17 +44,19 @@ class ShardLayout:
     """Bytes of the file if every quant state had its longest length."""
 
 
-def pack_shards(sizes: Sequence[int], limit: int, headers: Sequence[int] | None = None) -> list[list[int]]:
+def pack_shards(
+    sizes: Sequence[int], limit: int, headers: Sequence[int] | None = None, most: int = LIMITS.header_bytes
+) -> list[list[int]]:
     """Indices of consecutive units in shards of at most `limit` bytes; a larger unit has one for itself.
 
-    `headers` are the bytes that each takes of a header, which has a limit, too.
+    `headers` are the bytes that each takes of a header, which has at most `most`.
     """
     shards: list[list[int]] = [[]]
-    room, header_room = limit, MAX_SHARD_HEADER
+    room, header_room = limit, most
     for index, (size, header) in enumerate(zip(sizes, headers or [0] * len(sizes), strict=True)):
         if shards[-1] and (size > room or header > header_room):
             shards.append([])
-            room, header_room = limit, MAX_SHARD_HEADER
+            room, header_room = limit, most
         shards[-1].append(index)
         room -= size
         header_room -= header

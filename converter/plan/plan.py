@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from converter.merge.change import Change
-from converter.plan.layout import ShardLayout, lay_out, pack_shards, shard_names
+from converter.plan.layout import LIMITS, ShardLayout, lay_out, pack_shards, shard_names
 from converter.quantize.format import Output
 from converter.read.checkpoint import TensorHeader
 from converter.read.side_files import SideFile
@@ -216,10 +216,12 @@ class Plan:
         }
 
 
-def packed(tensors: Sequence[TensorPlan], recipe: Recipe) -> list[list[TensorPlan]]:
+def packed(
+    tensors: Sequence[TensorPlan], recipe: Recipe, header_bytes: int = LIMITS.header_bytes
+) -> list[list[TensorPlan]]:
     """Tensors, in their order, in groups that fit a shard; none for none."""
     sizes, headers = [tensor.nbytes for tensor in tensors], [tensor.header_bytes for tensor in tensors]
-    groups = pack_shards(sizes, recipe.max_shard_size, headers) if tensors else []
+    groups = pack_shards(sizes, recipe.max_shard_size, headers, header_bytes) if tensors else []
     return [[tensors[index] for index in group] for group in groups]
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import converter.plan.budget
 from converter import Inputs, Recipe, Resources, convert, make_plan
 from converter.errors import BadRecipe
+from converter.plan.budget import cut_into_tiles
 from converter.resources import DEFAULT_MEMORY
 from tests.models import save_adapter, save_base
 from tests.reference import differences
@@ -25,14 +25,12 @@ def test_neither_threads_nor_kernels_change_a_byte_of_the_tensors(threads: int, 
     assert (usual / "conversion.json").read_bytes() == (out / "conversion.json").read_bytes()
 
 
-def test_neither_does_the_size_of_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_does_the_size_of_tiles(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", hidden_size=192, intermediate_size=448)
     adapter = save_adapter(tmp_path / "adapter", base, "llama")
     usual = convert(base, adapter, tmp_path / "usual").out
-    monkeypatch.setattr("converter.plan.budget.FEWEST_ELEMENTS", 1)
-    monkeypatch.setattr("converter.plan.budget.MOST_ELEMENTS", 10_000)
 
-    report = convert(base, adapter, tmp_path / "out")
+    report = convert(base, adapter, tmp_path / "out", resources=Resources(tile_weights=(1, 10_000)))
 
     assert max(len(tensor.tiles) for tensor in report.plan.tensors()) > 4
     assert differences(report.out, usual) == []
@@ -68,16 +66,16 @@ def test_the_default_gives_way_to_a_tensor_that_can_not_be_cut_and_says_so(tmp_p
     assert any("memory: " in note and "is needed whole" in note for note in plan.notes)
 
 
-def test_the_objects_of_very_many_tensors_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_objects_of_very_many_tensors_are_counted(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     with Inputs(base, None) as inputs:
-        before = make_plan(inputs.base)
-        monkeypatch.setattr(converter.plan.budget, "IN_FIXED", 0)
-        monkeypatch.setattr(converter.plan.budget, "PER_OUTPUT", 10_000_000)
-        counted = make_plan(inputs.base)
-        with pytest.raises(BadRecipe, match=r"because of .* threads, and 910,084,000 for 21 tensors$"):
-            make_plan(inputs.base, resources=Resources(memory=512_000_000))
+        plan = make_plan(inputs.base)
+    few, many = list(plan.tensors()), list(plan.tensors()) * 10_000
 
-    assert counted.memory - before.memory == 21 * 4_000 + 91 * 10_000_000
-    assert counted.notes == (f"memory: {counted.memory:,} bytes instead of 512,000,000: the base has 21 tensors",)
-    assert [tensor.tiles for tensor in counted.tensors()] == [tensor.tiles for tensor in before.tensors()]
+    tensors, memory, notes = cut_into_tiles(many, plan.recipe, Resources(threads=2))
+
+    assert memory - cut_into_tiles(few, plan.recipe, Resources(threads=2))[1] > 1_000_000_000
+    assert notes == [f"memory: {memory:,} bytes instead of 512,000,000: the base has 210,000 tensors"]
+    assert [tensor.tiles for tensor in tensors] == [tensor.tiles for tensor in few] * 10_000
+    with pytest.raises(BadRecipe, match=r"because of .* threads, and [\d,]+ for 210,000 tensors$"):
+        cut_into_tiles(many, plan.recipe, Resources(memory=512_000_000, threads=2))

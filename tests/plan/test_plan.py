@@ -10,8 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converter.plan.decide
-import converter.plan.layout
 from converter import (
     Adapter,
     Checkpoint,
@@ -25,10 +23,11 @@ from converter import (
     make_plan,
 )
 from converter.errors import BadCheckpoint, BadRecipe, Unsupported
+from converter.plan.layout import Limits
 from converter.plan.plan import TensorPlan
 from tests.folders import change_json, contents, copy
 from tests.models import ARCHITECTURES, save_adapter, save_base
-from tests.reference import differences, tensors_of
+from tests.reference import tensors_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -101,24 +100,25 @@ def test_what_is_written_is_what_was_planned(name: str, tmp_path: Path) -> None:
     assert plan.base_bytes == sum(value.nbytes for value in tensors_of(base).values())
 
 
-def test_making_a_plan_writes_nothing_and_reads_headers_only(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Counting(LocalFolder):
+    """A folder that counts the bytes that are read of it."""
+
+    read = 0
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        self.read += len(buffer)
+        super().read_into(name, offset, buffer)
+
+
+def test_making_a_plan_writes_nothing_and_reads_headers_only(base: Path, adapter: Path) -> None:
     before = contents(base), contents(adapter)
-    read: list[int] = []
-    read_into = LocalFolder.read_into
+    folder = Counting(base)
 
-    def counted(folder: LocalFolder, name: str, offset: int, buffer: memoryview) -> None:
-        if folder.path == base:
-            read.append(len(buffer))
-        read_into(folder, name, offset, buffer)
-
-    monkeypatch.setattr(LocalFolder, "read_into", counted)
-
-    plan_of(base, adapter)
+    with Checkpoint(folder) as checkpoint:
+        make_plan(checkpoint, Adapter(LocalFolder(adapter)))
 
     assert (contents(base), contents(adapter)) == before
-    assert sum(read) < 20_000
+    assert 0 < folder.read < 20_000
 
 
 def test_a_plan_counts_what_happens_to_the_tensors(base: Path, adapter: Path) -> None:
@@ -361,35 +361,30 @@ def test_weights_without_elements_are_refused_by_name(base: Path, tmp_path: Path
 
 
 def test_more_tensors_than_a_checkpoint_may_have_are_refused_before_they_are_made(
-    base: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
 ) -> None:
-    monkeypatch.setattr(converter.plan.decide, "MAX_TENSORS", 90)
+    few = Limits(tensors=90)
 
     with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, expected at most 90, whose names"):
-        plan_of(base, None)
-    assert plan_of(base, None, Recipe("none"))
+        plan_of(base, None, limits=few)
+    assert plan_of(base, None, Recipe("none"), limits=few)
 
 
 def test_names_that_no_index_can_hold_are_refused_before_anything_is_made(
-    base: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path,
 ) -> None:
-    monkeypatch.setattr(converter.plan.decide, "MAX_JSON_BYTES", 10_000)
-
     with pytest.raises(Unsupported, match=r"^the output would have 91 tensors, .* take at most 10,000 bytes$"):
-        plan_of(base, None)
+        plan_of(base, None, limits=Limits(json_bytes=10_000))
 
 
-def test_a_header_that_would_be_longer_than_one_may_be_is_divided_among_shards(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = convert(base, adapter, tmp_path / "whole").out
-    monkeypatch.setattr(converter.plan.layout, "MAX_SHARD_HEADER", 5_000)
+def test_a_header_that_would_be_longer_than_one_may_be_is_divided_among_shards(base: Path, adapter: Path) -> None:
+    whole = plan_of(base, adapter)
 
-    divided = convert(base, adapter, tmp_path / "divided")
+    divided = plan_of(base, adapter, limits=Limits(header_bytes=5_000))
 
-    assert len(divided.plan.shards) > 2
-    assert all(shard.layout.header_bytes <= 5_100 for shard in divided.plan.shards)
-    assert differences(whole, divided.out) == []
+    assert len(divided.shards) > 2
+    assert all(shard.layout.header_bytes <= 5_100 for shard in divided.shards)
+    assert list(divided.tensors()) == list(whole.tensors())
 
 
 def test_a_memory_that_is_too_small_is_refused_with_what_is_needed(base: Path) -> None:
