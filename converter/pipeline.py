@@ -48,12 +48,12 @@ class Report:
     plan: Plan
     fingerprint: str
     fidelity: dict[str, Fidelity]
-    """By tensor name; empty if there was nothing to do."""
+    """By tensor name. Empty if there was nothing to do."""
     nothing_to_do: bool = False
-    """OUT was a finished conversion of the same inputs by the same recipe already."""
+    """Whether OUT already was a finished conversion of the same inputs by the same recipe."""
     checked: dict[str, dict[str, str]] = field(default_factory=dict)
-    """base, adapter → weights file → who stated the sha256 that it was found to have: `checksums.HUB`, `CACHE`,
-    `DOWNLOAD` or `SUMS`. Others have none that is known."""
+    """base or adapter → weights file → who stated the sha256 that it has: `checksums.HUB`, `CACHE`, `DOWNLOAD` or
+    `SUMS`. Files without a known sha256 are absent."""
 
 
 def convert(
@@ -120,7 +120,7 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
 
 
 def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], out: Path) -> Report:
-    """Make the checkpoint `out` of an output all of whose tensors are made; `digests` are those of the base's."""
+    """Seal an output whose tensors are all made. `digests`: xxh3-128 of the base's tensors."""
     plan = output.plan
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
@@ -173,10 +173,10 @@ def convert_tensors(
     crew: Crew,
     observer: Observer = Observer(),
 ) -> Iterator[Result]:
-    """Convert tensors and write them, in order: tiles are read here, one after the other, and converted by the crew.
+    """Convert tensors and write them, in order. Tiles are read here, one after the other; the crew converts them.
 
-    Each element of `tensors` is what becomes of one tensor, in one output or in several: its tiles are read once for
-    all of them. What goes wrong with one of several is given in the place of what was made.
+    Each element of `tensors` says what becomes of one tensor, in one output or in several; its tiles are read once for
+    all of them. Where one output fails, its error comes in place of what was made.
     """
     under_way: deque[_UnderWay] = deque()
     for targets in tensors:
@@ -200,7 +200,7 @@ def convert_tensors(
 
 @dataclass
 class _UnderWay:
-    """A tensor some of whose tiles may not be converted yet."""
+    """A tensor whose tiles are on their way."""
 
     conversions: Sequence[Conversion]
     tiles: list[Future[None]] = field(default_factory=list)
@@ -210,7 +210,7 @@ class _UnderWay:
         return all(tile.done() for tile in self.tiles)
 
     def finish(self) -> Iterator[Result]:
-        """Wait for the tiles; what became of the tensor."""
+        """Wait for the tiles; say what became of the tensor."""
         for tile in self.tiles:
             tile.result()
         for conversion in self.conversions:
@@ -223,15 +223,15 @@ class _UnderWay:
 
 
 def crew_of(plan: Plan, encoding: Encoding) -> Crew:
-    """Threads that convert a plan's tiles, with what they compute by loaded."""
+    """The threads that convert a plan's tiles. Their compiled code is loaded first."""
     encoding.load(plan)
-    # Copies to and from an accelerator overlap its work only from memory that is pinned.
+    # Only from pinned memory do copies to an accelerator overlap its work.
     return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread: the mean of absmax depends on their number, and so do the output's bytes."""
+    """Let torch compute on one thread. The mean of absmax, and so the output's bytes, depend on their number."""
     import torch
 
     before = torch.get_num_threads()

@@ -19,7 +19,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices that shape the output's bytes; part of the fingerprint. `BadRecipe` for contradictions."""
+    """The choices that shape the output's bytes; part of the fingerprint. Raises `BadRecipe` for contradictions."""
 
     quant_type: QuantType = "nf4"
     """nf4, fp4: four bits. int8: LLM.int8. none: the merged model in 16 bits."""
@@ -28,7 +28,7 @@ class Recipe:
     block_size: int = 64
     """Values that share one absmax (nf4 and fp4)."""
     dtype: Dtype = "auto"
-    """Of the tensors that stay, of `quant_state` and of compute. auto: the base's, bfloat16 for a float32 base."""
+    """The dtype of kept tensors, of `quant_state` and of compute. auto: the base's; bfloat16 for a float32 base."""
     merge_precision: MergePrecision = "float32"
     """float32: quantize the float32 sum. reference: round it to `dtype` first, as the usual flow does."""
     keep: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, stated: object) -> Recipe:
-        """The recipe in JSON or TOML values, such as `as_json` gives; `BadRecipe` for all that is not understood."""
+        """A recipe from JSON or TOML values, such as `as_json` gives. `BadRecipe` for anything else."""
         if not isinstance(stated, dict) or not stated.keys() <= {field.name for field in fields(cls)}:
             raise BadRecipe("not a table of a recipe's names and values")
         keep = stated.get("keep", [])

@@ -1,5 +1,4 @@
-"""Threads that run before there is work for them; those that convert tiles, and the buffers that bound how many are in
-flight."""
+"""Threads that start before there is work; those that convert tiles; the buffers that bound how many are in flight."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ _SECONDS = 60.0
 
 
 def pool(count: int, name: str, initializer: Callable[[], None] | None = None) -> ThreadPoolExecutor:
-    """A pool all of whose threads run already; `NoThread` where the system has none.
+    """A pool whose threads all run already. `NoThread` where the system has none.
 
     By itself a pool begins a thread when work comes, and by then memory may be short: a thread that has none dies
     before it can say that it runs, and who began it waits for ever. https://github.com/python/cpython/issues/140746
@@ -41,11 +40,11 @@ def pool(count: int, name: str, initializer: Callable[[], None] | None = None) -
 
 
 def no_thread(name: str, reason: Exception) -> NoThread:
-    return NoThread(f"the system has no thread for us ({name}: {reason}); fewer --threads need fewer and less memory")
+    return NoThread(f"the system starts no thread ({name}: {reason}); try fewer --threads, which also need less memory")
 
 
 class Buffers:
-    """The memory of one tile in flight, kept and used again: fresh memory costs a page fault every 4 kB."""
+    """The memory of one tile in flight. It is used again: fresh memory costs a page fault every 4 kB."""
 
     def __init__(self, *, pinned: bool) -> None:
         self._pinned = pinned
@@ -64,7 +63,7 @@ class Buffers:
 
 
 class Crew:
-    """Runs jobs in threads, in any order; with one thread, at once. As many jobs are under way as there are buffers."""
+    """Runs work in threads, in any order; with one thread, at once. There is as much under way as there are buffers."""
 
     def __init__(self, threads: int, slots: int, *, pinned: bool = False) -> None:
         self._free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
@@ -73,11 +72,11 @@ class Crew:
         self._pool = pool(threads, "tile", _one_thread) if threads > 1 else None
 
     def buffers(self) -> Buffers:
-        """Buffers that nobody uses; waits for them."""
+        """Free buffers; waits until there are some."""
         return self._free.get()
 
     def submit(self, buffers: Buffers, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run a job that uses `buffers`, and have them back when it has ended."""
+        """Run a job that uses `buffers`, and take them back when it has ended."""
 
         def run() -> T:
             try:

@@ -38,15 +38,15 @@ class Encoding:
         return self._quantized if tensor.action == "quantize" else self._kept
 
     def load(self, plan: Plan) -> None:
-        """Load what is compiled before there are threads: where one of several that load it runs out of memory,
-        numba's lock may stay locked, and the others wait for it for ever."""
+        """Load the compiled code before there are threads: if one of several ran out of memory while it loads, numba's
+        lock could stay locked, and the others would wait for ever."""
         self._quantized.load({tensor.source.dtype for tensor in plan.tensors() if tensor.action == "quantize"})
 
 
 class Conversion:
-    """A tensor on its way into one output. What goes wrong with it is kept, for other outputs may do without it.
+    """A tensor on its way into one output. An error is kept, not raised: other outputs go on without this one.
 
-    Its tiles may be converted in any order, by several threads: the one that comes last does what takes all of them.
+    Several threads may convert its tiles, in any order. The last of them finishes the tensor.
     """
 
     def __init__(self, target: Target, encoding: Encoding) -> None:
@@ -67,7 +67,7 @@ class Conversion:
                 self._failure = exc
 
     def convert(self, start: int, stored: Tensor, buffers: Buffers) -> None:
-        """Convert rows from `start` on and write them; nothing once something went wrong."""
+        """Convert rows from `start` on and write them. After an error, do nothing."""
         try:
             if self._failure is None:
                 self._tiles[start] = self._copied(start, stored) or self._encoded(start, stored, buffers)
@@ -105,7 +105,7 @@ class Conversion:
         return Encoded((), encoded.scales, encoded.sums)  # the values lie in buffers that are used again
 
     def _finish(self) -> Fidelity:
-        """Write what takes the whole tensor: its quant state."""
+        """Write what needs the whole tensor: its quant state."""
         tensor, tally = self.target.tensor, Tally()
         encoded = [self._tiles[start] for start, _ in tensor.spans()]
         for tile in encoded:

@@ -1,4 +1,4 @@
-"""Is this OUT whole, unchanged and loadable; and is it what its base and adapter give?
+"""Is this OUT whole, unchanged and loadable? And is it what its base and adapter give?
 
 Works on what this tool made, and, as far as that goes, on any checkpoint that transformers and bitsandbytes wrote.
 """
@@ -40,14 +40,14 @@ _PIECE = 8 << 20
 
 @dataclass
 class Verification:
-    """What was looked at, and what is wrong with it."""
+    """What was checked, and what is wrong."""
 
     problems: list[str] = field(default_factory=list)
     """One line each; empty: nothing was found."""
     files: int = 0
-    """Files whose size and sha256 were held against the receipt, or SHA256SUMS."""
+    """Files whose size and sha256 were compared with the receipt or SHA256SUMS."""
     tensors: int = 0
-    """Tensors that were read for NaN and infinity."""
+    """Tensors that were searched for NaN and infinity."""
     recomputed: int = 0
     """Tensors that were made again from base and adapter, and compared byte by byte."""
     has_receipt: bool = False
@@ -95,7 +95,7 @@ def verify(
 
 
 def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification) -> None:
-    """Hold files against the receipt, the receipt and what else it doesn't know against SHA256SUMS."""
+    """Compare files with the receipt; the receipt, and files that it doesn't list, with SHA256SUMS."""
     known = receipt["files"] if receipt is not None else {}
     stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
     # Names are looked up among what is there: a receipt may have any text for one.
@@ -106,7 +106,7 @@ def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification)
         for name, sha256 in _sums(out, there, found).items():
             _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))
             if expected != sha256:
-                found.problems.append(f"{SUMS}: of {name} it says another sha256 than the receipt")
+                found.problems.append(f"{SUMS}: has another sha256 for {name} than the receipt")
     for name, (said_by, sha256, size) in sorted(stated.items()):
         if name not in sizes:
             found.problems.append(f"{name}: missing")
@@ -136,7 +136,7 @@ def _sums(out: Path, there: Container[str], found: Verification) -> dict[str, st
 
 
 def _check_structure(written: Checkpoint, found: Verification) -> Found:
-    """The quantized weights, of whatever format, and what is wrong with them; then what a loader would say."""
+    """Find the quantized weights, in whatever format, and note what is wrong with them and what a loader would say."""
     quantized = Found()
     for one in (kind.find(written) for kind in all_formats()):
         quantized.weights |= one.weights
@@ -175,7 +175,7 @@ def _check_values(
 
 
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: Found) -> Recipe:
-    """The recipe that the receipt states; of a checkpoint without one, that of the usual flow with its settings."""
+    """The recipe in the receipt; without a receipt, the usual flow's with the checkpoint's own settings."""
     where = RECEIPT
     if receipt is not None:
         stated = receipt.get("recipe")
@@ -194,7 +194,7 @@ def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: F
 
 
 class _Comparer:
-    """Takes what a conversion would write, and holds it against what is written."""
+    """Takes what a conversion would write, and compares it with what is there."""
 
     def __init__(self, written: Checkpoint, tensors: list[TensorPlan]) -> None:
         self._written = written
@@ -238,7 +238,7 @@ def _compare(
             found.recomputed += 1
             done += made.nbytes
             progress(Progress("comparing", done, total, made.name))
-    # Under a limit of memory a loop of CPython 3.11 was seen to end as if it had come to its end.
+    # With too little memory, CPython 3.11 was seen to end a loop early, without an error.
     if found.recomputed < len(tensors):
         count = f"{found.recomputed} of {len(tensors)}"
         raise ConversionFailed(f"only {count} tensors were made again: too little memory")
@@ -251,7 +251,7 @@ def _compare(
 
 
 def _other_headers(written: Checkpoint, planned: Mapping[str, Output]) -> dict[str, str]:
-    """Tensors that are missing, or whose bytes a loader would take for something else."""
+    """Tensors that are missing, or that have another dtype or shape."""
     other: dict[str, str] = {}
     for name, output in planned.items():
         there = written.tensors.get(name)
@@ -263,7 +263,7 @@ def _other_headers(written: Checkpoint, planned: Mapping[str, Output]) -> dict[s
 
 
 def _sample(plan: Plan, written: Checkpoint, share: float) -> set[str]:
-    """The tensors that are looked at: of each shard the same ones each time, and one at least."""
+    """The tensors to make again: of each shard at least one, and the same ones each time."""
     shards: dict[str, list[str]] = {}
     for tensor in plan.tensors():
         there = written.tensors.get(tensor.outputs[0].name)

@@ -272,7 +272,7 @@ def test_a_file_that_was_added_is_found_if_loaders_would_read_it(name: str, out:
         (lambda out: (out / "SHA256SUMS").write_text("no sums"), "SHA256SUMS: line 1 is 'no sums', expected a sha256"),
         (
             lambda out: (out / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n"),
-            "SHA256SUMS: of config.json it says another sha256 than the receipt",
+            "SHA256SUMS: has another sha256 for config.json than the receipt",
         ),
         (lambda out: change_json(out / "conversion.json", tensors={}), "conversion.json: .* SHA256SUMS says otherwise"),
         (lambda out: (out / "conversion.json").unlink(), "conversion.json: missing"),

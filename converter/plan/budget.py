@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FIXED = 64_000_000
-"""What doesn't depend on tensors: Python's objects, plan and receipt, allocators' slack. Measured; a test holds it."""
+"""Bytes that don't depend on tensors: Python's objects, plan, receipt, allocators' waste. A test holds it."""
 IN_FIXED = 2_000
-"""Tensors of a base whose objects are in that; those of more are counted."""
+"""Tensors of a base whose Python objects `FIXED` includes."""
 PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
-"""Bytes of Python's objects for one of these, and for one that is made of it. Measured with 27,000 and 190,000."""
+"""Bytes of Python's objects for each further tensor, and for each output tensor. Measured with 27,000 and 190,000."""
 MOST_TOGETHER = 200
-"""Outputs that are made together: each has a lock, a journal and a shard open."""
+"""The most outputs of one pass: each has a lock, a journal and a shard open."""
 PER_TENSOR = 8_000
 """Bytes of Python's objects for a tensor that an adapter changes: its plan, its place, its line of the receipt."""
 
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
-"""Rows of a strip at the most, where a row is so long that fewer would make up its elements."""
+"""The most rows of a strip, where rows are long."""
 
 
 def cut_into_tiles(
@@ -85,7 +85,7 @@ def cut_into_tiles(
 
 
 def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
-    """The plan with some of its tensors, by name and rows, cut otherwise, which changes no byte."""
+    """The plan with other tiles for some tensors, by (name, rows). No byte of the output changes."""
     shards = tuple(
         replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
         for s in plan.shards
@@ -100,7 +100,7 @@ def recut(plan: Plan, reserved: int) -> Plan:
 
 
 def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
-    """Which outputs are made together, as indices: as many as leave a quarter of the budget to the tiles."""
+    """The indices of the outputs of each pass. A quarter of the budget stays for the tiles."""
     room = (resources.memory or DEFAULT_MEMORY) * 3 // 4 - FIXED
     groups: list[list[int]] = [[]]
     left = room
@@ -136,13 +136,13 @@ def in_passes(
 
 
 def fits(memory: int, count: int, resources: Resources) -> bool:
-    """Whether so many outputs may take so much together: one alone may take more than the default."""
+    """Whether `count` outputs may take `memory` bytes together. One alone may take more than the default."""
     return count == 1 or resources.memory is not None or memory <= DEFAULT_MEMORY
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one output takes besides its tiles, in bytes."""
+    """Bytes that one output takes besides its tiles."""
 
     in_flight: int
     objects: int
@@ -175,7 +175,7 @@ def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resource
 
 
 def _objects(tensors: Sequence[TensorPlan]) -> int:
-    """Bytes of Python's objects for tensors that are more than a usual base has."""
+    """Bytes of Python's objects for the tensors beyond `IN_FIXED`."""
     whole = sum(PER_TENSOR_OF_BASE + PER_OUTPUT * len(tensor.outputs) for tensor in tensors)
     return int(whole * max(0, len(tensors) - IN_FIXED) / max(1, len(tensors)))
 
@@ -191,7 +191,7 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
-    """Bytes that the absmax of a whole tensor and the sums of its rows take until it is finished."""
+    """Bytes that a tensor's absmax and the sums of its rows take until its last tile is done."""
     state = format_of(recipe).state_bytes(tensor.rows, tensor.columns) if tensor.action == "quantize" else 0
     return state + (0 if tensor.is_copy else 80 * tensor.rows)
 

@@ -1,4 +1,4 @@
-"""Deciding: a base, an adapter and a recipe become a plan, or are refused by name."""
+"""A base, an adapter and a recipe become a plan, or are refused by name."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def make_plan(
     unknown = sum(role.parameter is None for role in architecture.roles.values())
     if unknown:
         found.notes.append(
-            f"{unknown} tensors of the base are not part of {architecture.class_name}: copied as they are"
+            f"{unknown} tensors of the base are not part of {architecture.class_name}: they are copied as they are"
         )
     return Plan(
         recipe=recipe,
@@ -136,7 +136,7 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
 
 
 def _change(delta: Lora | None, replacement: TensorHeader | None) -> Change | None:
-    """What the adapter does to a tensor: it may save one whole and have a delta for it, too."""
+    """What the adapter does to a tensor. It may replace one and also have a delta for it."""
     if replacement is None:
         return delta
     return Replacement(replacement) if delta is None else replace(delta, source=replacement)
@@ -151,8 +151,9 @@ def _weights_dtype(base: Checkpoint) -> str:
 
 
 def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
-    """What the model doesn't have keeps its name, which must not be one that a loader takes for a weight's state; and
-    all names together must not be more than is read of a checkpoint."""
+    """Refuse more names than a reader takes, and names that a loader would take for a weight's quant state.
+
+    A tensor that the model doesn't have keeps its name, whatever that is."""
     made = Counter(output.name for tensor in tensors for output in tensor.outputs)
     if len(made) > limits.tensors or sum(tensor.header_bytes for tensor in tensors) > limits.json_bytes:
         raise Unsupported(
@@ -195,7 +196,7 @@ def _check_tokenizer(
 
 
 def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
-    """An adapter fits any base of its shapes; whether it was trained on this one, only the names can tell."""
+    """An adapter fits any base of its shapes. Only the names can tell whether it was trained on this one."""
     trained_on = adapter.base_name if adapter is not None else None
     if trained_on is None:
         return []
@@ -206,7 +207,7 @@ def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
 
 
 def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:
-    """VLLM fuses some weights, which must then be quantized all or not at all."""
+    """VLLM fuses some weights. Either all parts of such a group are quantized, or none."""
     actions = {tensor.name: tensor.action for tensor in tensors}
     for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name, action in actions.items():

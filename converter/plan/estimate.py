@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from converter.read.checkpoint import Checkpoint
 
 WRITE_RATE = 400e6
-"""Bytes a second that a disk is taken to write durably: a dry run writes nothing, so this one is not sampled."""
+"""Assumed rate of durable writes, in bytes a second. A dry run writes nothing, so it can't be sampled."""
 _SAMPLE_BYTES = 64 << 20
 _SAMPLE_VALUES = 4 << 20
 _START_SECONDS = 2.0
@@ -31,7 +31,7 @@ _START_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds that each stage would take alone. They overlap, so the longest of them rules."""
+    """Seconds that each stage would take alone. They overlap, so the longest decides."""
 
     read: float
     """At the rate at which the first bytes of the base were read just now; 0 for a base on the Hub."""
@@ -40,11 +40,11 @@ class Estimate:
     write: float
     """At `WRITE_RATE`."""
     check: float = 0.0
-    """Before all else: taking the sha256 of weights that are held against one for the first time, by a sample, too."""
+    """First of all: the sha256 of weights that are checked for the first time, at a sampled rate."""
 
     @property
     def seconds(self) -> float:
-        """Of the whole: start, check, the longest stage, and a tenth of the others, which don't overlap entirely."""
+        """The whole: start, check, the longest stage, and a tenth of the others, which overlap in part."""
         stages = (self.read, self.compute, self.write)
         return _START_SECONDS + self.check + max(stages) + 0.1 * (sum(stages) - max(stages))
 
@@ -82,7 +82,7 @@ def computed(tensors: Iterable[TensorPlan]) -> int:
 
 
 def _unchecked(base: Checkpoint) -> int:
-    """Bytes that are read for their sha256 first; 0 of a base on the Hub, whose shards are hashed as they arrive."""
+    """Bytes that are read for their sha256 first. None of a base on the Hub: its shards are hashed as they arrive."""
     folder = base.folder
     if not isinstance(folder, LocalFolder):
         return 0
@@ -118,7 +118,7 @@ def _compute_rate(plan: Plan) -> float:
 
     recipe, resources = plan.recipe, plan.resources
     if recipe.quant_type == "none":
-        return 500e6 * resources.threads  # a sum and a rounding: far from being what takes the time
+        return 500e6 * resources.threads  # a sum and a rounding: reading and writing take longer
     device = torch_device(plan.device)
     encoder = format_of(recipe).encoder(device, kernels=resources.kernels)
     weight = torch.randn(_SAMPLE_VALUES // 4096, 4096).bfloat16().to(device)

@@ -1,4 +1,4 @@
-"""Base and adapter as the user named them, opened: folders of this machine, or repositories on the Hub."""
+"""Base and adapter as the user named them, opened: local folders, or repositories on the Hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.side_files import wanted_from_base
 
 Show = Callable[[str, int, int, str], None]
-"""Told a stage, how many bytes are done, of how many, and a file's name."""
+"""Called with a stage, the bytes done, the bytes in all, and a file's name."""
 
 
 class Base:
-    """An opened base. Of one on the Hub, config, index and headers are read by range; `fetch` brings the shards."""
+    """An opened base. On the Hub, config, index and headers are read by range; `fetch` downloads the shards."""
 
     def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
         self._opened = _open(reference, revision, offline=offline)
@@ -39,7 +39,7 @@ class Base:
         progress: Callable[[str, int], None] | None = None,
         arrived: Callable[[LocalFolder, str], None] = lambda *_: None,
     ) -> None:
-        """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder. `arrived` hears of shards."""
+        """Download what a conversion reads of a base on the Hub. `arrived` is called for each shard."""
         if isinstance(self._opened, HubFolder):
             code = [name for name in self._opened.names() if name.endswith(".py")]
             rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
@@ -49,13 +49,13 @@ class Base:
             self.checkpoint = Checkpoint(folder)
 
     def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
-        """`fetch`, and hold the shards against what is known of their sha256.
+        """Download what is missing, and check the shards whose sha256 is known.
 
         `BadCheckpoint` names one that is another; `Interrupted` once `stop` gives the number of a signal.
         """
         total, hub = self.checkpoint.nbytes, self.hub_digests()
         with Hashing() as hashing:
-            # What has arrived is hashed while the next shard does: it is in memory still.
+            # A shard is hashed while the next one arrives: it is still in memory.
             self.fetch(
                 lambda name, done: show("fetching", done, total, name),
                 lambda folder, shard: hashing.begin(folder, shard) if shard in hub else None,
@@ -157,21 +157,21 @@ class Inputs:
 
     @contextmanager
     def unchanged(self, before: Mapping[Path, list[int] | None] | None = None) -> Iterator[None]:
-        """Raise `InputChanged` at the end if a weights file was written to, or replaced, in the meantime, or since
-        `identities` gave `before`."""
+        """`InputChanged` at the end if a weights file was changed or replaced since `identities` gave `before`;
+        None: since now."""
         before = self.identities() if before is None else before
         yield
         self.refuse_if_changed(before)
 
     def refuse_if_changed(self, before: Mapping[Path, list[int] | None]) -> None:
-        """`InputChanged` if a weights file was written to, or replaced, since `identities` gave `before`."""
+        """`InputChanged` if a weights file was changed or replaced since `identities` gave `before`."""
         after = self.identities()
         for path, identity in before.items():
             if after[path] != identity:
                 raise InputChanged(f"{path}: changed while it was being read")
 
     def identities(self) -> dict[Path, list[int] | None]:
-        """By which the weights files would be told from others in their place."""
+        """Path → what tells a weights file from another one in its place; None: the file is gone."""
         files = [(self.base.folder, shard) for shard in self.base.shards]
         if self.adapter is not None:
             files.append((self.adapter.folder, ADAPTER_WEIGHTS))
@@ -210,7 +210,7 @@ class OpenedAdapter(NamedTuple):
 
 
 def open_adapter(reference: Reference, revision: str | None = None, *, offline: bool = False) -> OpenedAdapter:
-    """An adapter, fetched if it is on the Hub; `BadAdapter` if its sha256 is known and it has another.
+    """Open an adapter, downloaded if it is on the Hub. `BadAdapter` if its sha256 is not the known one.
 
     That costs little, for planning reads its values, too.
     """

@@ -1,8 +1,8 @@
-"""Where every byte of an output goes, decided from names, shapes and dtypes alone.
+"""Where every byte of an output goes. Names, shapes and dtypes alone decide it.
 
-A shard holds regions by width of dtype, so that every tensor is aligned and nothing lies between them. The JSON quant
-states, whose length depends on the weights, come last; the header, which must know those lengths, is written when they
-are known, into room reserved for its longest form and padded with spaces.
+A shard holds its tensors by width of dtype, so that each is aligned and no gaps remain. The JSON quant states come
+last, because their length depends on the weights. The header needs those lengths. It is written when they are known,
+into room reserved for its longest form, and padded with spaces.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from converter.read.checkpoint import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_JSON_BY
 
 @dataclass(frozen=True)
 class Limits:
-    """How much an output may have, so that what reads it takes it."""
+    """The most that an output may have: readers refuse more."""
 
     tensors: int = MAX_TENSORS
     json_bytes: int = MAX_JSON_BYTES
-    """Of an index."""
+    """Bytes of an index."""
     header_bytes: int = MAX_HEADER_BYTES - 1_000
-    """Of all tensors' entries in one shard's header."""
+    """Bytes of all entries in one shard's header."""
 
 
 LIMITS = Limits()
@@ -35,13 +35,13 @@ class ShardLayout:
     """Offsets of one output file, in bytes from its start."""
 
     header_bytes: int
-    """Room for the header's JSON, the length that the file's first eight bytes give."""
+    """Bytes reserved for the header's JSON: the length that the first eight bytes of the file give."""
     offsets: dict[str, int]
-    """Tensor name → offset, quant states excepted."""
+    """Tensor name → offset, without the quant states."""
     states_offset: int
     """Where the quant states begin: after everything else."""
     size: int
-    """Bytes of the file if every quant state had its longest length."""
+    """Bytes of the file, if every quant state is as long as it can be."""
 
 
 def pack_shards(

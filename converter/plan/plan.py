@@ -1,4 +1,4 @@
-"""The plan: everything decided from headers, as frozen values. Nothing has been written when it is made.
+"""The plan: everything that is decided from headers, as frozen values. Nothing has been written by then.
 
 What happens to each tensor, every output name, dtype, shape and offset, the output's config, the predicted memory and
 disk. It can be printed, compared and hashed.
@@ -43,12 +43,12 @@ class TensorPlan:
     shape: tuple[int, ...]
     """In the output, before packing."""
     dtype: str
-    """In the output, of a tensor that is kept; of its quant state, else."""
+    """safetensors' name. Of a kept tensor: its dtype in the output. Of a quantized one: the dtype of compute."""
     tiles: tuple[int, ...]
     """Row numbers at which it is cut, (0, …, rows), in the orientation of the product B·A."""
     outputs: tuple[Output, ...]
     checked: bool
-    """Whether a NaN or an infinity in it is an error; not so in a tensor that the model doesn't have."""
+    """Whether a NaN or an infinity in it is an error. It is none in a tensor that the model doesn't have."""
 
     @property
     def rows(self) -> int:
@@ -89,7 +89,7 @@ class TensorPlan:
 
     @property
     def header_bytes(self) -> int:
-        """What its outputs take of a shard's header, at the most."""
+        """The most bytes that its outputs take of a shard's header."""
         return sum(output.header_bytes for output in self.outputs)
 
     @property
@@ -116,7 +116,7 @@ class ShardPlan:
 
     @property
     def is_of_the_base_alone(self) -> bool:
-        """Whether no tensor in it has anything of the adapter: then other conversions may have the same file."""
+        """Whether the adapter changes no tensor in it. Then other conversions may use the same file."""
         return not any(tensor.is_touched for tensor in self.tensors)
 
     def as_json(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class ShardPlan:
         }
 
     def essence(self) -> dict[str, Any]:
-        """The same without how its tensors are cut, for the same bytes come out however that is."""
+        """`as_json` without the tiles: they change no byte."""
         whole = self.as_json()
         for tensor in whole["tensors"]:
             del tensor["tiles"]
@@ -147,7 +147,7 @@ class Plan:
     """The output's config.json."""
     side_files: tuple[SideFile, ...]
     notes: tuple[str, ...]
-    """What a user should know and nothing refuses."""
+    """What the user should know, but what is no reason to refuse."""
     base_bytes: int
     adapter_digest: str | None
     device: str
@@ -157,7 +157,7 @@ class Plan:
     memory: int
     """Predicted peak of memory above what Python and its libraries take, in bytes."""
     verifiable: bool = True
-    """Whether transformers can be asked what it makes of the output; not so where the base's own code defines it."""
+    """Whether transformers can build the model. It can't where the base's own code defines it."""
 
     def tensors(self) -> Iterator[TensorPlan]:
         for shard in self.shards:
@@ -165,7 +165,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the shards; an upper bound by a few bytes a quantized weight."""
+        """Bytes of the shards; a few bytes too many for each quantized weight."""
         return sum(shard.layout.size for shard in self.shards)
 
     def counts(self) -> dict[str, int]:
@@ -188,7 +188,7 @@ class Plan:
 
     @cached_property
     def content(self) -> str:
-        """sha256 of what will happen to each tensor, in whatever shard it will lie: of what a loader gets."""
+        """sha256 of what will happen to each tensor, whatever shard it lies in: of what a loader gets."""
         whole = self.as_json()
         tensors = [tensor for shard in self.shards for tensor in shard.essence()["tensors"]]
         for tensor in tensors:
@@ -219,7 +219,7 @@ class Plan:
 def packed(
     tensors: Sequence[TensorPlan], recipe: Recipe, header_bytes: int = LIMITS.header_bytes
 ) -> list[list[TensorPlan]]:
-    """Tensors, in their order, in groups that fit a shard; none for none."""
+    """Tensors, in their order, in groups that fit a shard. No tensors: no groups."""
     sizes, headers = [tensor.nbytes for tensor in tensors], [tensor.header_bytes for tensor in tensors]
     groups = pack_shards(sizes, recipe.max_shard_size, headers, header_bytes) if tensors else []
     return [[tensors[index] for index in group] for group in groups]

@@ -95,8 +95,8 @@ def dynamic_map() -> Tensor:
 
 @cache
 def _native_quantize_blockwise() -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-    """The function of bitsandbytes' CPU library that its `quantize_blockwise` calls, without the second that importing
-    the package takes; None where this version's library doesn't have it."""
+    """The function of bitsandbytes' CPU library that `quantize_blockwise` calls. A direct call saves importing the
+    package, which takes a second. None where this version's library doesn't have it."""
     import torch
 
     found = importlib.util.find_spec("bitsandbytes")
@@ -113,7 +113,7 @@ def _native_quantize_blockwise() -> Callable[[Tensor], tuple[Tensor, Tensor]] | 
         values = values.contiguous()
         codes = torch.empty(values.shape, dtype=torch.uint8)
         absmax = torch.empty(-(values.numel() // -NESTED_BLOCK), dtype=torch.float32)
-        # Held by a name of its own: where two threads ask first, the later map is remembered in place of the earlier.
+        # A name keeps it alive: if two threads ask first, the cache drops the earlier map while the library reads it.
         code = dynamic_map()
         pointers = (tensor.data_ptr() for tensor in (code, values, absmax, codes))
         function(*pointers, NESTED_BLOCK, values.numel())

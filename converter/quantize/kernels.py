@@ -42,8 +42,8 @@ _FEW, _MANY = np.float32(1e-30), np.float32(1e30)
 
 
 class _Kept(_function_cache):  # type: ignore[misc]
-    """Compiled code, for other processes. Whatever is wrong with its folder, it is compiled anew: numba would fail
-    where the disk is full, or has of a file only the name."""
+    """Compiled code, kept for other processes. Where its folder can't be used, the code is compiled again: numba itself
+    would fail on a full disk, or on a file that is empty."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with suppress(Exception):
@@ -56,8 +56,8 @@ class _Kept(_function_cache):  # type: ignore[misc]
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Numba's decorator, with a cache where there is a folder for one: an installation may be read-only, and its user
-    without a home."""
+    """Numba's decorator, with a cache if there is a folder for one. An installation may be read-only, and its user may
+    have no home."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
@@ -171,7 +171,7 @@ def _value(_typing, bits):  # type: ignore[no-untyped-def]
 @_compiled()
 def _round(value, rounding):  # type: ignore[no-untyped-def]
     """Round a float32 to the nearest bfloat16 or float16; ties to even."""
-    # Unless it is said each time, numba makes 64 bits of what becomes of 32, and a vector holds half as many.
+    # Without the casts numba computes with 64 bits, and a vector holds half as many values.
     u = _bits(value)
     if rounding == BFLOAT16:
         even = (u >> np.uint32(16)) & np.uint32(1)

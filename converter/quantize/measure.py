@@ -48,7 +48,7 @@ class Tally:
         self.add_rows(row_sums(tile, restored))
 
     def add_rows(self, sums: np.ndarray[Any, Any]) -> None:
-        """Count a tile by what `row_sums` says of it."""
+        """Count a tile by its `row_sums`."""
         self._rows.append(sums)
 
     def fidelity(self) -> Fidelity:
