@@ -12,7 +12,8 @@ from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.quantize.measure import Fidelity
-from converter.read.checkpoint import Checkpoint, LocalFolder
+from converter.read.checkpoint import Checkpoint
+from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
 

@@ -24,8 +24,8 @@ from converter.plan.estimate import DryRun, estimate
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.quantize.measure import Fidelity
-from converter.read.checkpoint import Folder
-from converter.read.digests import remember
+from converter.read.digests import remember_digests
+from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -115,7 +115,7 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
 
             observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
-            remember(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
+            remember_digests(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
             return seal(output, inputs, digests, job.out)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from converter.merge.change import Merge
     from converter.plan.plan import Plan, TensorPlan
     from converter.quantize.format import Encoder
-    from converter.read.checkpoint import Folder
+    from converter.read.folder import Folder
     from converter.seal.production import Target
     from converter.threads import Buffers
 

@@ -23,8 +23,9 @@ from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan, TensorPlan
 from converter.quantize.format import Found, Output
 from converter.quantize.formats import all_formats
-from converter.read.checkpoint import Checkpoint, LocalFolder
+from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import SUMS, read_sums
+from converter.read.folder import LocalFolder
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
 from converter.resources import Resources

@@ -18,8 +18,10 @@ from converter.errors import ConverterError
 from converter.merge import adapter as adapters
 from converter.merge.adapter import Adapter
 from converter.merge.patterns import Pattern, Patterns
-from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint, LocalFolder, read_header
+from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint
 from converter.read.checksums import SUMS, read_sums
+from converter.read.folder import LocalFolder
+from converter.read.header import read_header
 from converter.read.hub.record import digest_at_download
 from converter.read.side_files import largest_token
 from converter.seal.receipt import FORMAT, RECEIPT, read_receipt

@@ -53,6 +53,7 @@ ONLY_IN = {
     "bitsandbytes": {"quantize.bnb"},
     "huggingface_hub": {"read.hub.folder", "read.hub.errors"},
     "numba": {"quantize.kernels"},
+    "platformdirs": {"read.cache"},
     "click": {f"cli.{name}" for name in ("main", "printing", "options", "convert", "verify", "batch")},
     "rich": {"cli.show.progress"},
     "psutil": {"cli.show.progress"},

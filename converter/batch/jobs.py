@@ -15,7 +15,8 @@ from typing import Any
 from converter.errors import BadCheckpoint, BadRecipe, ConverterError
 from converter.job import Job, Reference
 from converter.plan.inputs import base_of_adapter, open_adapter
-from converter.read.checkpoint import is_folder, parse_json_object
+from converter.read.folder import is_folder
+from converter.read.strict_json import parse_json_object
 from converter.recipe import Recipe
 
 MOST_BYTES = 10_000_000

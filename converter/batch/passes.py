@@ -15,7 +15,7 @@ from converter.plan import budget
 from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
-from converter.read.digests import remember
+from converter.read.digests import remember_digests
 from converter.seal.production import Made, Production, Target
 from converter.seal.staging import Staging
 from converter.tile import Encoding
@@ -85,7 +85,7 @@ class Pass:
             with of_base.unchanged():
                 self._convert()
             digests = self._digests()
-            remember(base.checkpoint, digests)
+            remember_digests(base.checkpoint, digests)
             for index in list(self._productions):
                 total = base.checkpoint.nbytes
                 batch.show(Progress("sealing", total, total, str(self._members[index].job.out)))

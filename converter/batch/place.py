@@ -16,7 +16,8 @@ from converter.batch.sharing import Given, laid_out, shards_of
 from converter.errors import BadOutput, ConverterError, WriteFailed
 from converter.plan.budget import recut
 from converter.plan.inputs import Inputs
-from converter.read.checkpoint import LocalFolder, read_json
+from converter.read.folder import LocalFolder
+from converter.read.strict_json import read_json
 from converter.seal.destination import Destination
 from converter.seal.link import ReusableShard
 from converter.seal.production import Made, Production

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import BadOutput, ReadFailed
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.measure import Fidelity
-from converter.read.checkpoint import Checkpoint, LocalFolder
+from converter.read.checkpoint import Checkpoint
 from converter.read.digests import digests_of
+from converter.read.folder import LocalFolder
 from converter.seal.link import ReusableShard, identity_of
 from converter.seal.production import Made
 from converter.seal.receipt import identity, read_receipt

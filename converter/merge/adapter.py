@@ -15,7 +15,9 @@ from converter.errors import BadAdapter, BadCheckpoint, Unsupported
 from converter.merge.lora import Lora
 from converter.merge.options import Options
 from converter.merge.patterns import SECONDS
-from converter.read.checkpoint import Folder, TensorHeader, read_header, read_json
+from converter.read.folder import Folder
+from converter.read.header import TensorHeader, read_header
+from converter.read.strict_json import read_json
 
 if TYPE_CHECKING:
     import numpy as np

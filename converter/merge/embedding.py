@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from converter.read.checkpoint import Folder, TensorHeader
+    from converter.read.folder import Folder
+    from converter.read.header import TensorHeader
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from converter.read.checkpoint import Folder, TensorHeader
+    from converter.read.folder import Folder
+    from converter.read.header import TensorHeader
 
 _ENOUGH_ROWS = 64
 """Rows of a product that BLAS computes to the same bits as the whole product."""

@@ -15,7 +15,7 @@ from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.lora import Lora
 from converter.model.architecture import Architecture, Shape
-from converter.read.checkpoint import TensorHeader
+from converter.read.header import TensorHeader
 
 
 @dataclass

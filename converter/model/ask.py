@@ -17,13 +17,12 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from converter import errors
 from converter.model.answers import answer
 from converter.model.architecture import Architecture, Shape
-from converter.read.digests import cache_folder, keep
+from converter.read import cache
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
@@ -32,7 +31,7 @@ _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 MEMORY = 4_000_000_000
 """Bytes that the process may take which answers: a config can name lists and modules without end. As many tensors as a
 checkpoint may have take about one billion."""
-_KEPT_ANSWERS = 64
+_KIND, _KEPT_ANSWERS = "architectures", 64
 _CHILD = "from converter.model.answers import serve; serve({memory})"
 
 _known: dict[str, Any] = {}
@@ -63,11 +62,11 @@ def _ask(request: dict[str, Any]) -> Any:
     raw = json.dumps(request, sort_keys=True)
     key = _key(raw)
     if key not in _known:
-        remembered = _recall(key)
+        remembered = cache.load(_KIND, key)
         if remembered is None:
             # Where transformers is loaded already, there is nothing to save.
             remembered = answer(json.loads(raw)) if "transformers" in sys.modules else _ask_child(raw)
-            _remember(key, remembered)
+            cache.store(_KIND, key, remembered, most=_KEPT_ANSWERS)
         _known[key] = remembered
     return _known[key]
 
@@ -151,23 +150,3 @@ def dismiss() -> None:
 def _key(raw: str) -> str:
     made_by = [version(name) for name in ("nf4-converter", "transformers", "bitsandbytes")]
     return hashlib.sha256("\n".join([*made_by, raw]).encode()).hexdigest()
-
-
-def _recall(key: str) -> Any:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(_path(key).read_text())
-    return None
-
-
-def _remember(key: str, value: Any) -> None:
-    """Keep an answer for other processes; where there is no place for it, they ask again."""
-    path = _path(key)
-    keep(path, value)
-    with contextlib.suppress(OSError):
-        by_age = sorted(path.parent.glob("*.json"), key=lambda old: old.stat().st_mtime)
-        for old in by_age[:-_KEPT_ANSWERS]:
-            old.unlink()
-
-
-def _path(key: str) -> Path:
-    return cache_folder() / "architectures" / f"{key}.json"

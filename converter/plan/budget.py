@@ -16,7 +16,7 @@ from converter.plan.plan import Plan, TensorPlan
 from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import DTYPE_BYTES
+from converter.read.header import DTYPE_BYTES
 from converter.resources import DEFAULT_MEMORY, Resources
 
 if TYPE_CHECKING:

@@ -20,7 +20,9 @@ from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.format import Output
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import Checkpoint, TensorHeader, read_bytes
+from converter.read.checkpoint import Checkpoint
+from converter.read.folder import read_bytes
+from converter.read.header import TensorHeader
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
 from converter.recipe import Recipe
 from converter.resources import Resources

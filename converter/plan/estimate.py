@@ -12,8 +12,8 @@ from converter.merge.change import MergedTile, Rounding, add
 from converter.plan.plan import Plan
 from converter.quantize.format import Rows
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import LocalFolder
-from converter.read.checksums import READERS, recall, stated
+from converter.read.checksums import READERS, remembered_sha256, stated
+from converter.read.folder import LocalFolder
 from converter.tensors import torch_device
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _unchecked(base: Checkpoint) -> int:
     folder = base.folder
     if not isinstance(folder, LocalFolder):
         return 0
-    return sum(folder.size(name) for name in stated(folder, base.shards) if recall(folder, name) is None)
+    return sum(folder.size(name) for name in stated(folder, base.shards) if remembered_sha256(folder, name) is None)
 
 
 def _hash_rate() -> float:

@@ -14,8 +14,9 @@ from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import CONFIG as ADAPTER_CONFIG
 from converter.merge.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.merge.adapter import Adapter
-from converter.read.checkpoint import Checkpoint, Folder, LocalFolder
+from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import Hashing, stated
+from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.side_files import wanted_from_base
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.quantize.format import Output
-from converter.read.checkpoint import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TENSORS
+from converter.read.header import DTYPE_BYTES, MAX_HEADER_BYTES, MAX_TENSORS
+from converter.read.strict_json import MAX_JSON_BYTES
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from converter.merge.change import Change
 from converter.plan.layout import LIMITS, ShardLayout, lay_out, pack_shards, shard_names
 from converter.quantize.format import Output
-from converter.read.checkpoint import TensorHeader
+from converter.read.header import TensorHeader
 from converter.read.side_files import SideFile
 from converter.recipe import Recipe
 from converter.resources import Resources

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.merge.change import Merge, MergedTile, Rounding, add
-from converter.read.checkpoint import DTYPE_BYTES
+from converter.read.header import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import numpy as np

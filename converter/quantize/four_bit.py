@@ -19,13 +19,15 @@ from converter.quantize import bnb
 from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.read.checkpoint import are_sizes, parse_json_object
+from converter.read.header import are_sizes
+from converter.read.strict_json import parse_json_object
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from converter.read.checkpoint import Checkpoint, TensorHeader
+    from converter.read.checkpoint import Checkpoint
+    from converter.read.header import TensorHeader
     from converter.recipe import Recipe
     from converter.threads import Buffers
 

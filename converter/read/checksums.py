@@ -7,7 +7,6 @@ once: its sha256 is remembered per user, under all by which the file would be to
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import signal
 import threading
@@ -19,8 +18,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from converter.errors import BadCheckpoint, InputChanged, Interrupted
-from converter.read.checkpoint import LocalFolder, read_bytes
-from converter.read.digests import cache_folder, keep, kept
+from converter.read import cache
+from converter.read.folder import LocalFolder, read_bytes
 from converter.read.hub.record import digest_at_download, digest_in_cache
 
 HUB, CACHE, DOWNLOAD = "the Hub", "the Hub's cache", "the record of hf download"
@@ -32,6 +31,7 @@ MAX_SUMS_BYTES = 1_000_000
 READERS = 2
 """Files that are read at a time: while one waits for the disk, the other is hashed."""
 
+_KIND = "sha256"
 _PIECE = 1 << 20
 _TICK = 0.1  # seconds after which somebody is told how far it is, and asked whether to go on
 _PREFIX = "sha256:"
@@ -162,7 +162,7 @@ class Hashing:
         # A folder of its own, whose descriptor no other thread closes.
         with closing(LocalFolder(path.parent)) as folder:
             state, size = folder.state(path.name), folder.size(path.name)
-            if (known := recall(folder, path.name)) is not None:
+            if (known := remembered_sha256(folder, path.name)) is not None:
                 return _Hashed(state, known, remembered=True)
             with self._lock:
                 self._total += size
@@ -178,7 +178,7 @@ class Hashing:
             if folder.state(path.name) != state:
                 raise InputChanged(f"{path}: changed while it was being read")
             with self._lock:
-                remember(folder, path.name, digest.hexdigest())
+                _remember(folder, path.name, digest.hexdigest())
             return _Hashed(state, digest.hexdigest(), remembered=False)
 
     def __enter__(self) -> Self:
@@ -195,9 +195,9 @@ class _Ended(Exception):
     """Nobody waits for the sha256 any more."""
 
 
-def recall(folder: LocalFolder, name: str) -> str | None:
+def remembered_sha256(folder: LocalFolder, name: str) -> str | None:
     """The sha256 of a file that was read before, and is the very same."""
-    files = kept(_path(folder))
+    files = cache.load(_KIND, cache.key_of(folder.path))
     entry = files.get(name) if isinstance(files, dict) else None
     if not isinstance(entry, dict) or entry.get("file") != folder.state(name):
         return None
@@ -205,16 +205,11 @@ def recall(folder: LocalFolder, name: str) -> str | None:
     return sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None
 
 
-def remember(folder: LocalFolder, name: str, sha256: str) -> None:
+def _remember(folder: LocalFolder, name: str, sha256: str) -> None:
     """Keep what was found, right or wrong, for later runs."""
-    files = kept(_path(folder))
+    files = cache.load(_KIND, cache.key_of(folder.path))
     entry = {"file": folder.state(name), "sha256": sha256}
-    keep(_path(folder), (files if isinstance(files, dict) else {}) | {name: entry})
-
-
-def _path(folder: LocalFolder) -> Path:
-    name = hashlib.sha256(os.fsencode(folder.path.resolve())).hexdigest()[:32]
-    return cache_folder() / "sha256" / f"{name}.json"
+    cache.store(_KIND, cache.key_of(folder.path), (files if isinstance(files, dict) else {}) | {name: entry})
 
 
 def _is_another(folder: LocalFolder, name: str, found: str, expected: Stated) -> str:

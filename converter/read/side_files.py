@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from converter.errors import BadCheckpoint, ConversionRefused
-from converter.read.checkpoint import Folder, read_bytes, read_json
+from converter.read.folder import Folder, read_bytes
+from converter.read.strict_json import read_json
 
 MAX_SIDE_FILE_BYTES = 200_000_000
 """Of one file, and of all of them: they are in memory when they are copied."""

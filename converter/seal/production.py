@@ -20,7 +20,7 @@ from converter.write.shard import ShardWriter, Writer
 
 if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan, TensorPlan
-    from converter.read.checkpoint import Folder
+    from converter.read.folder import Folder
     from converter.seal.staging import Staging
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConverterError
-from converter.read.checkpoint import LocalFolder, read_json
+from converter.read.folder import LocalFolder
+from converter.read.strict_json import read_json
 from converter.recipe import versions
 
 if TYPE_CHECKING:

@@ -26,8 +26,9 @@ from converter.errors import (
 )
 from converter.model.ask import check_output
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import CONFIG, INDEX, Checkpoint, LocalFolder
+from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
+from converter.read.folder import LocalFolder
 from converter.seal.card import CARD, model_card
 from converter.seal.destination import OURS, Destination, clear, remove
 from converter.seal.link import How, ReusableShard, identity_of, link
@@ -199,7 +200,7 @@ def check_written(folder: Path, plan: Plan) -> None:
 
 def _index(folder: Path) -> bytes:
     """The index, from the headers of the finished shards."""
-    from converter.read.checkpoint import read_header
+    from converter.read.header import read_header
 
     local = LocalFolder(folder)
     shards = sorted(name for name in local.names() if name.endswith(".safetensors"))

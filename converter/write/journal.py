@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from converter.errors import BadOutput
-from converter.read.checkpoint import LocalFolder
 from converter.read.digests import sample
+from converter.read.folder import LocalFolder
 from converter.recipe import versions
 from converter.write.shard import Piece, Written, write_file, writing
 

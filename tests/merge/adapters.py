@@ -14,7 +14,7 @@ from torch import Tensor
 from converter.errors import ConversionRefused
 from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from converter.merge.patterns import SECONDS
-from converter.read.checkpoint import LocalFolder
+from converter.read.folder import LocalFolder
 
 MODULE = "model.layers.0.self_attn.q_proj"
 A, B = f"{PREFIX}{MODULE}.lora_A.weight", f"{PREFIX}{MODULE}.lora_B.weight"

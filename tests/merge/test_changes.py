@@ -23,7 +23,8 @@ from converter.merge.embedding import EmbeddingDora, EmbeddingLora
 from converter.merge.experts import ExpertFactors, OneExpert, StackedExperts
 from converter.merge.lora import Lora
 from converter.merge.tokens import TokenRows
-from converter.read.checkpoint import LocalFolder, TensorHeader, read_header
+from converter.read.folder import LocalFolder
+from converter.read.header import TensorHeader, read_header
 
 CPU = torch.device("cpu")
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

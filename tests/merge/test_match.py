@@ -18,7 +18,8 @@ from converter.errors import AdapterMismatch, BadAdapter, ConversionRefused, Uns
 from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
 from converter.merge.match import Match, match
 from converter.model.answers import describe
-from converter.read.checkpoint import Checkpoint, LocalFolder
+from converter.read.checkpoint import Checkpoint
+from converter.read.folder import LocalFolder
 from tests.models import save_adapter, save_base
 
 Q0 = "model.layers.0.self_attn.q_proj"

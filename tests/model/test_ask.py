@@ -11,7 +11,8 @@ import pytest
 from converter import errors
 from converter.model import ask
 from converter.model.ask import _Child
-from converter.read.checkpoint import Checkpoint, LocalFolder
+from converter.read.checkpoint import Checkpoint
+from converter.read.folder import LocalFolder
 from tests.limits import no_hang
 
 

@@ -17,7 +17,7 @@ from converter.quantize.cut import MIN_MERGE_ROWS, tile_bounds
 from converter.quantize.format import Output
 from converter.quantize.formats import format_of
 from converter.quantize.four_bit import LONGEST_FLOAT, quant_state_json
-from converter.read.checkpoint import DTYPE_BYTES
+from converter.read.header import DTYPE_BYTES
 from converter.recipe import BLOCK_SIZES, Recipe
 from converter.silence import quietly
 

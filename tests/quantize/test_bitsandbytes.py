@@ -21,7 +21,7 @@ from converter.quantize.format import Encoded, Encoder, Rows
 from converter.quantize.formats import format_of
 from converter.quantize.four_bit import FourBitEncoder
 from converter.quantize.measure import row_sums
-from converter.read.checkpoint import DTYPE_BYTES
+from converter.read.header import DTYPE_BYTES
 from converter.recipe import BLOCK_SIZES, Recipe
 from converter.threads import Buffers
 

@@ -25,9 +25,9 @@ from converter.errors import BadAdapter, BadCheckpoint, InputChanged, Interrupte
 from converter.observer import Progress
 from converter.pipeline import plan_conversion
 from converter.plan.inputs import Base
-from converter.read.checkpoint import LocalFolder
-from converter.read.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, recall, stated
-from converter.read.digests import cache_folder
+from converter.read.cache import cache_folder
+from converter.read.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, remembered_sha256, stated
+from converter.read.folder import LocalFolder
 from tests.folders import contents, copy, flip_bit, write_sums
 from tests.hub_server import StandInHub, sha256
 from tests.models import save_adapter, save_originals
@@ -689,4 +689,4 @@ def test_leaving_it_ends_the_reading_of_what_nobody_waits_for(tmp_path: Path, mo
     with closing(LocalFolder(tmp_path)) as folder:
         with Hashing() as hashing:
             hashing.begin(folder, SHARD)
-        assert recall(folder, SHARD) is None
+        assert remembered_sha256(folder, SHARD) is None

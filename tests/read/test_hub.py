@@ -29,7 +29,9 @@ from converter.errors import (
     InputChanged,
     WriteFailed,
 )
-from converter.read.checkpoint import INDEX, Checkpoint, read_bytes, read_header
+from converter.read.checkpoint import INDEX, Checkpoint
+from converter.read.folder import read_bytes
+from converter.read.header import read_header
 from converter.read.hub.folder import HEAD_BYTES, HubFolder, is_hub_id
 from tests.hub_server import MOST, StandInHub, git_sha1, sha256
 

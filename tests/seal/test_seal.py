@@ -25,7 +25,7 @@ import converter.write.renaming
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.observer import Progress
-from converter.read.checkpoint import LocalFolder
+from converter.read.folder import LocalFolder
 from converter.seal.destination import Destination
 from converter.seal.staging import Staging
 from tests.folders import change_json, change_tensor, contents, copy

@@ -31,7 +31,8 @@ from converter.errors import WriteFailed
 from converter.plan.layout import lay_out
 from converter.plan.plan import ShardPlan, TensorPlan
 from converter.quantize.format import Output
-from converter.read.checkpoint import DTYPE_BYTES, LocalFolder, TensorHeader, read_header
+from converter.read.folder import LocalFolder
+from converter.read.header import DTYPE_BYTES, TensorHeader, read_header
 from converter.write.shard import UNFINISHED, ShardWriter, Written, write_file
 from tests.limits import no_hang
 

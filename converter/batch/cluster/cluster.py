@@ -23,7 +23,7 @@ from converter.batch.members import BatchOptions, Outcome
 from converter.errors import ConverterError, Interrupted
 from converter.job import Job
 from converter.observer import Progress
-from converter.read.checkpoint import is_folder
+from converter.read.folder import is_folder
 
 MOST_BEGINNINGS = 4
 """How often a part is begun whose node or process is lost each time."""

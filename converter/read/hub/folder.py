@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
-from converter.read.checkpoint import INDEX, LocalFolder, read_json
+from converter.read.checkpoint import INDEX
+from converter.read.folder import LocalFolder
 from converter.read.hub.answers import COMMIT, checking
 from converter.read.hub.errors import Subject, brief, endpoint, not_a_hub, retrying
 from converter.read.hub.record import digest_in_cache, prefixed
+from converter.read.strict_json import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling

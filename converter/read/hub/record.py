@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from converter.errors import BadCheckpoint
-from converter.read.checkpoint import LocalFolder, is_folder, read_bytes
+from converter.read.folder import LocalFolder, is_folder, read_bytes
 
 MAX_RECORD_BYTES = 10_000  # of one download; the library's have about 130
 

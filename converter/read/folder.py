@@ -1,0 +1,157 @@
+"""A folder of named files that can be read in pieces.
+
+Nothing is mapped into memory: a file that shrinks under a mapping kills the process, and mapped pages count against its
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import Protocol
+
+from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, ReadFailed
+
+READ_AHEAD = 64_000_000
+"""Bytes of a file that the disk may be ahead of its reader."""
+
+
+class Folder(Protocol):
+    """A flat set of named files that can be read in pieces: a local folder, or a repository on the Hub."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+
+    def names(self) -> frozenset[str]:
+        """The names of its plain files."""
+
+    def size(self, name: str) -> int:
+        """Bytes of one file; `BadCheckpoint` if it is not a plain file of this folder."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before, `ReadFailed`
+        if the disk fails."""
+
+    def expect(self, name: str, offset: int) -> None:
+        """What follows byte `offset` of a file is read next, in order: no more than a hint."""
+
+    def close(self) -> None:
+        """Let go of open files."""
+
+
+class LocalFolder:
+    """A folder on this machine. Only plain files directly inside it are seen, and the Hub cache's own links."""
+
+    def __init__(self, path: Path, *, read_ahead: int = READ_AHEAD) -> None:
+        if not is_folder(path):
+            raise ConversionRefused(f"{path}: no such folder")
+        self.path = path
+        self._read_ahead = read_ahead
+        self._descriptors: dict[str, int] = {}
+        self._asked: dict[str, int] = {}
+        """Of each file: up to where the system was asked to read ahead."""
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def names(self) -> frozenset[str]:
+        try:
+            return frozenset(entry.name for entry in os.scandir(self.path) if self._is_ours(entry.name))
+        except OSError as exc:
+            raise BadCheckpoint(f"{self.path}: {exc.strerror}") from exc
+
+    def size(self, name: str) -> int:
+        return os.fstat(self._open(name)).st_size
+
+    def identity(self, name: str) -> list[int]:
+        """Size, modification time in ns and inode by the folder: for telling whether a file is still the one it was."""
+        status = (self.path / name).stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def state(self, name: str) -> list[int]:
+        """Of the file that is open: size, modification time in ns, inode, and the time of its last change of any kind,
+        in ns, which nobody can set."""
+        status = os.fstat(self._open(name))
+        return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        descriptor = self._open(name)
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as exc:
+                raise ReadFailed(f"{self.path / name}: reading at byte {offset + done}: {exc.strerror}") from exc
+            if count == 0:
+                raise InputChanged(f"{self.path / name}: ends at byte {offset + done}, expected {offset + len(buffer)}")
+            done += count
+
+    def expect(self, name: str, offset: int) -> None:
+        # Of itself the system reads ahead by less than a tile, and the disk idles while tiles are converted.
+        asked, until = self._asked.get(name, offset), offset + self._read_ahead
+        if not offset <= asked <= until:
+            asked = offset
+        if until - asked >= self._read_ahead // 2:
+            _hint(self._open(name), asked, until - asked, os.POSIX_FADV_WILLNEED)
+            self._asked[name] = until
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _open(self, name: str) -> int:
+        if name not in self._descriptors:
+            if not self._is_ours(name):
+                raise BadCheckpoint(f"{self.path}: {name!r} is not a plain file inside the folder")
+            try:
+                # O_NONBLOCK: should the file become a pipe after the check, opening it must not hang.
+                self._descriptors[name] = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                # A conversion reads its base from end to end: the system may read further ahead than it would.
+                _hint(self._descriptors[name], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            except OSError as exc:
+                raise BadCheckpoint(f"{self.path / name}: {exc.strerror}") from exc
+        return self._descriptors[name]
+
+    def _is_ours(self, name: str) -> bool:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            return False
+        path = self.path / name
+        try:
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                # The Hub's cache keeps snapshots/<commit>/NAME -> ../../blobs/<digest>, which may itself be a link into
+                # blobs/<2 hex>/ that its repositories share. No other link is followed.
+                real = path.resolve(strict=True)
+                snapshots = self.path.resolve().parent
+                repository = snapshots.parent
+                own, shared = repository / "blobs", repository.parent / "blobs"
+                inside = real.parent == own or real.parent.parent == shared
+                return snapshots.name == "snapshots" and inside and real.is_file()
+            return stat.S_ISREG(mode)
+        except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
+            return False
+
+
+def _hint(descriptor: int, start: int, length: int, advice: int) -> None:
+    with contextlib.suppress(OSError):  # a filesystem, or a system, that takes no hints
+        os.posix_fadvise(descriptor, start, length, advice)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; of a name that no file can have, too: `Path.is_dir` raises for a long one."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def read_bytes(folder: Folder, name: str, *, limit: int) -> bytes:
+    """A whole small file; `BadCheckpoint` if it is larger than `limit` bytes."""
+    size = folder.size(name)
+    if size > limit:
+        raise BadCheckpoint(f"{folder.label}: {name} has {size:,} bytes, expected at most {limit:,}")
+    buffer = bytearray(size)
+    folder.read_into(name, 0, memoryview(buffer))
+    return bytes(buffer)
