@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from converter.errors import ConversionRefused, NotFinite
-from converter.tensors import as_bytes, refuse_not_finite, torch_device, torch_dtype
+from converter.tensors import all_finite, as_bytes, refuse_not_finite, torch_device, torch_dtype
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -21,6 +23,15 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, 
 
     with pytest.raises(NotFinite, match=r"^w: holds a NaN or an infinity"):
         refuse_not_finite("w", values.view(600, 1000))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+@given(raw=st.binary(min_size=8, max_size=64))
+def test_bytes_are_finite_where_torch_finds_their_values_finite(dtype: str, raw: bytes) -> None:
+    raw = raw[: len(raw) // 8 * 8]
+    values = torch.frombuffer(bytearray(raw), dtype=torch_dtype(dtype))
+
+    assert all_finite(raw, dtype) == bool(values.isfinite().all())
 
 
 def test_whole_numbers_and_nothing_are_always_finite() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadAdapter, BadCheckpoint, Unsupported
 from converter.merge.lora import Lora
@@ -18,17 +16,13 @@ from converter.merge.patterns import SECONDS
 from converter.read.folder import Folder
 from converter.read.header import TensorHeader, read_header
 from converter.read.strict_json import read_json
-
-if TYPE_CHECKING:
-    import numpy as np
+from converter.tensors import all_finite
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-_FLOATS = {"F32": (4, 0x7F800000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
-"""Bytes and the exponent's bits; all of them set means infinity or NaN."""
-_PIECE = 8 << 20
+_FLOATS = ("F32", "F16", "BF16")
 
 
 class Adapter:
@@ -74,21 +68,22 @@ class Adapter:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for tensor in sorted(self.tensors.values(), key=lambda tensor: tensor.name):
             digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
-            for piece in self._pieces(tensor):
+            for piece in tensor.pieces(self.folder):
                 digest.update(piece)
-                if tensor.dtype in _FLOATS and not _all_finite(piece, tensor.dtype):
+                if not all_finite(piece, tensor.dtype):
                     raise BadAdapter(f"{self.folder.label}: {tensor.name!r} holds a NaN or an infinity")
         return digest.hexdigest()
 
     def is_zero(self, tensor: TensorHeader) -> bool:
         """Whether a tensor holds nothing but zeros."""
-        return all(piece == bytes(len(piece)) for piece in self._pieces(tensor))
+        return not any(piece.tobytes().strip(b"\0") for piece in tensor.pieces(self.folder))
 
     def same_bytes(self, one: TensorHeader, other: TensorHeader) -> bool:
         """Whether two tensors of the file are equal in dtype, shape and bytes."""
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
-        return all(mine == yours for mine, yours in zip(self._pieces(one), self._pieces(other), strict=True))
+        both = zip(one.pieces(self.folder), other.pieces(self.folder), strict=True)
+        return all(mine.tobytes() == yours.tobytes() for mine, yours in both)
 
     def _classify(self) -> None:
         halves: dict[str, dict[str, TensorHeader]] = {}
@@ -135,17 +130,3 @@ class Adapter:
         if a.shape[0] != rank:
             raise BadAdapter(f"{where}: rank {a.shape[0]} in the file, {rank} in {CONFIG}")
         return Lora(module, a, b, scaling)
-
-    def _pieces(self, tensor: TensorHeader) -> Iterator[bytearray]:
-        for start in range(0, tensor.nbytes, _PIECE):
-            buffer = bytearray(min(_PIECE, tensor.nbytes - start))
-            self.folder.read_into(tensor.file, tensor.offset + start, memoryview(buffer))
-            yield buffer
-
-
-def _all_finite(raw: bytearray, dtype: str) -> bool:
-    import numpy
-
-    width, exponent = _FLOATS[dtype]
-    bits: np.ndarray[Any, Any] = numpy.frombuffer(raw, dtype=f"<u{width}")
-    return not bool(numpy.any((bits & exponent) == exponent))

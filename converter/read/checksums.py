@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 
 from converter.errors import BadCheckpoint, InputChanged, Interrupted
 from converter.read import cache
-from converter.read.folder import LocalFolder, read_bytes
+from converter.read.folder import LocalFolder, pieces, read_bytes
 from converter.read.hub.record import digest_at_download, digest_in_cache
 
 HUB, CACHE, DOWNLOAD = "the Hub", "the Hub's cache", "the record of hf download"
@@ -32,7 +32,6 @@ READERS = 2
 """Files that are read at a time: while one waits for the disk, the other is hashed."""
 
 _KIND = "sha256"
-_PIECE = 1 << 20
 _TICK = 0.1  # seconds after which somebody is told how far it is, and asked whether to go on
 _PREFIX = "sha256:"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -166,12 +165,10 @@ class Hashing:
                 return _Hashed(state, known, remembered=True)
             with self._lock:
                 self._total += size
-            digest, buffer = hashlib.sha256(), memoryview(bytearray(min(_PIECE, size)))
-            for start in range(0, size, _PIECE):
+            digest = hashlib.sha256()
+            for piece in pieces(folder, path.name, 0, size):
                 if self._ended.is_set():
                     raise _Ended
-                piece = buffer[: min(_PIECE, size - start)]
-                folder.read_into(path.name, start, piece)
                 digest.update(piece)
                 with self._lock:
                     self._done += len(piece)

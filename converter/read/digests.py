@@ -13,17 +13,13 @@ from converter.read.folder import LocalFolder
 from converter.read.header import TensorHeader
 
 _KIND = "digests"
-_PIECE = 8 << 20
 _SAMPLES, _SAMPLE_BYTES = 1000, 64
 
 
 def tensor_digest(base: Checkpoint, tensor: TensorHeader) -> str:
     """xxh3-128 of a tensor's bytes, in hex."""
     digest = xxhash.xxh3_128()
-    buffer = bytearray(min(_PIECE, tensor.nbytes))
-    for start in range(0, tensor.nbytes, _PIECE):
-        piece = memoryview(buffer)[: min(_PIECE, tensor.nbytes - start)]
-        base.folder.read_into(tensor.file, tensor.offset + start, piece)
+    for piece in tensor.pieces(base.folder):
         digest.update(piece)
     return digest.hexdigest()
 

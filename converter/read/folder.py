@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, ReadFailed
+
+PIECE = 1 << 20
+"""Bytes that are read at a time of a file that is read whole: they are still in the processor's cache when used."""
 
 READ_AHEAD = 64_000_000
 """Bytes of a file that the disk may be ahead of its reader."""
@@ -145,6 +149,15 @@ def _hint(descriptor: int, start: int, length: int, advice: int) -> None:
 def is_folder(path: Path) -> bool:
     """Whether there is such a folder; of a name that no file can have, too: `Path.is_dir` raises for a long one."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def pieces(folder: Folder, name: str, start: int, nbytes: int) -> Iterator[memoryview]:
+    """A part of a file, at most `PIECE` bytes at a time. Each piece is overwritten by the next one."""
+    buffer = memoryview(bytearray(min(PIECE, nbytes)))
+    for offset in range(0, nbytes, PIECE):
+        piece = buffer[: min(PIECE, nbytes - offset)]
+        folder.read_into(name, start + offset, piece)
+        yield piece
 
 
 def read_bytes(folder: Folder, name: str, *, limit: int) -> bytes:

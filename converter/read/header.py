@@ -6,10 +6,11 @@ A header is not trusted: it is parsed here, within limits.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from converter.errors import BadCheckpoint
-from converter.read.folder import Folder
+from converter.read.folder import Folder, pieces
 from converter.read.strict_json import parse_json_object
 
 MAX_HEADER_BYTES = 25_000_000  # the Hub's own limit
@@ -50,6 +51,10 @@ class TensorHeader:
     offset: int
     """Bytes from the start of the file."""
     nbytes: int
+
+    def pieces(self, folder: Folder) -> Iterator[memoryview]:
+        """Its bytes, piece by piece, as `folder.pieces` gives them."""
+        return pieces(folder, self.file, self.offset, self.nbytes)
 
 
 def read_header(folder: Folder, name: str, *, most: int = MAX_TENSORS) -> dict[str, TensorHeader]:
