@@ -152,7 +152,7 @@ def parse_record(raw: bytes, scratch: Path) -> bool:
     os.utime(place / SINGLE_FILE, (0, 0))
     (records / f"{SINGLE_FILE}.metadata").write_bytes(raw)
     with closing(LocalFolder(place)) as folder:
-        return digest_at_download(folder, SINGLE_FILE) is not None
+        return digest_at_download(folder.path, SINGLE_FILE) is not None
 
 
 def parse_tokenizer(raw: bytes, _: Path) -> bool:

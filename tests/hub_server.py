@@ -75,7 +75,11 @@ class StandInHub:
         return commit
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-        """Have huggingface_hub in this process ask only this server, without a token, and use this cache."""
+        """Have huggingface_hub in this process ask only this server, without a token, and use this cache.
+
+        Nobody sleeps between two tries.
+        """
+        monkeypatch.setattr("time.sleep", lambda _: None)
         huggingface_hub.close_session()  # its client would keep the proxies it was made with
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)

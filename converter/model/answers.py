@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from converter.errors import BadRecipe, ConversionRefused
-from converter.model.architecture import Architecture, Kind, Role, Shape
+from converter.model.architecture import Architecture, Role, Shape
 from converter.model.meta_model import Names, meta_model, modules_that_loading_quantizes, quantized_modules
 from converter.model.skip_list import skip_modules
 
@@ -34,14 +34,14 @@ def describe(
 
     `shapes` are those of the checkpoint's tensors, `dtype` is "bfloat16" or "float16", `keep` are patterns of modules
     to leave in 16 bits: a glob on the full path, or its last parts (`down_proj`, `mlp.down_proj`).
-    With `remote_code`, a class that transformers doesn't have is described by the shapes and names alone.
+    With `remote_code`, of a class that transformers doesn't have, every matrix that `keep` doesn't name is quantized.
 
     Raises `Unsupported` for a class that transformers doesn't have, `BadCheckpoint` where config and tensors disagree,
-    `BadRecipe` for a pattern that matches nothing.
+    `BadRecipe` for a pattern that matches nothing, or if nothing is kept of a class that transformers doesn't have.
     """
     model = meta_model(config, shapes, dtype, remote_code=remote_code)
     if model is None:
-        return _described_by_names(config, shapes, quantize=quantize, keep=tuple(keep))
+        return _without_class(config, shapes, quantize=quantize, keep=tuple(keep))
     names = Names(model, shapes)
     names.check(shapes)
     roles = {name: names.role(name, shape) for name, shape in shapes.items()}
@@ -138,31 +138,33 @@ def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[
     return kept
 
 
-_NOT_LINEAR = re.compile(r"(?i)embed|wte|wpe|norm|ln_|lm_head|head$|router|\.gate$|conv|experts|score|classifier")
-
-
-def _described_by_names(
+def _without_class(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], *, quantize: bool, keep: tuple[str, ...]
 ) -> Architecture:
-    """A model whose code is not ours to run: two-dimensional weights that are not called like something else."""
+    """A model whose code is not ours to run: which of its matrices are linear layers, the user says."""
     listed = config.get("architectures")
-    roles = {}
-    for name, shape in shapes.items():
-        module, _, leaf = name.rpartition(".")
-        matrix = leaf == "weight" and len(shape) == 2
-        linear = matrix and not _NOT_LINEAR.search(module)
-        embedding = matrix and re.search(r"embed|wte|wpe", module)
-        kind: Kind = "embedding" if embedding else "linear" if matrix else "other"
-        roles[name] = Role(name, kind, quantize=quantize and linear, integer=kind == "other")
     class_name = str(listed[0]) if isinstance(listed, list) and listed else "unknown"
-    architecture = Architecture(class_name, roles, None, known=False)
-    quantized = {name: name for name, role in roles.items() if role.quantize}
-    kept = _kept(quantized, architecture, keep)
-    roles = {name: replace(role, quantize=role.quantize and name not in kept) for name, role in roles.items()}
-    skip = {
-        name.removesuffix(".weight")
-        for name, role in roles.items()
-        if role.kind == "linear" and not role.quantize and len(shapes[name]) == 2
+    matrices = {name: name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
+    roles = {
+        name: Role(name, "linear" if name in matrices else "other", quantize=False, integer=name not in matrices)
+        for name in shapes
     }
-    skip = {re.sub(r"\.experts\..*", ".experts", module) for module in skip} | {"lm_head"}
-    return replace(architecture, roles=roles, skip_modules=tuple(sorted(skip)) if quantize else None)
+    architecture = Architecture(class_name, roles, None, known=False)
+    if not quantize:
+        return architecture
+    if not keep:
+        raise BadRecipe(
+            f"transformers has no {class_name[:60]}, and the base's own code is not run, so nothing says which "
+            "matrices are linear layers. Name all that are not with --keep (embeddings, the head, routers); the others are "
+            f"quantized. The matrices are {_listed(matrices)}"
+        )
+    kept = _kept(matrices, architecture, keep)
+    roles |= {name: replace(roles[name], quantize=True) for name in matrices.keys() - kept}
+    skip = {re.sub(r"\.experts\..*", ".experts", name.removesuffix(".weight")) for name in kept}
+    return replace(architecture, roles=roles, skip_modules=tuple(sorted(skip)))
+
+
+def _listed(matrices: Iterable[str], most: int = 40) -> str:
+    """The modules of weights, those of all layers as one."""
+    modules = sorted({re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight")) for name in matrices})
+    return ", ".join(modules[:most]) + (f" and {len(modules) - most} more" if len(modules) > most else "")

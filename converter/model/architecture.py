@@ -44,7 +44,7 @@ class Architecture:
     """Tensor that the config ties to another although the checkpoint has both → the other. transformers 5 ties the two
     if they are equal, earlier versions and vLLM in any case."""
     known: bool = True
-    """Whether transformers has the class; without it, names and shapes alone were asked."""
+    """Whether transformers has the class. If not, the user said which matrices are quantized."""
     embeddings: frozenset[str] = frozenset()
     """Checkpoint names of the input embedding and of the output head, one that shares the input's tensor included."""
 

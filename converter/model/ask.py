@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -26,57 +26,72 @@ from converter.read import cache
 
 SECONDS = 300
 """Time for one answer, after which a config counts as one that transformers can't build."""
-_FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-"""Signals that no config is at fault for, but a user, or a system without memory."""
 MEMORY = 4_000_000_000
 """Bytes that the process may take which answers: a config can name lists and modules without end. As many tensors as a
 checkpoint may have take about one billion."""
-_KIND, _KEPT_ANSWERS = "architectures", 64
-_CHILD = "from converter.model.answers import serve; serve({memory})"
 
-_known: dict[str, Any] = {}
-
-
-def describe(
-    config: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    *,
-    quantize: bool,
-    dtype: str,
-    keep: Iterable[str] = (),
-    remote_code: bool = False,
-) -> Architecture:
-    """`answers.describe`, asked once."""
-    request = {"config": config, "shapes": shapes, "quantize": quantize, "dtype": dtype, "keep": list(keep)}
-    return Architecture.from_json(_ask({"question": "describe", **request, "remote_code": remote_code}))
+_FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+"""Signals that no config is at fault for, but a user, or a system without memory."""
+_KIND, _MOST_ANSWERS = "architectures", 64
+_PROGRAM = "from converter.model.answers import serve; serve({memory})"
 
 
-def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:
-    """`answers.check_output`, asked once: of a sealed folder that is what was planned, the plan's answer holds."""
-    request = {"config": config, "tensors": tensors, "quantized": sorted(quantized)}
-    problems: list[str] = _ask({"question": "check_output", **request})
-    return problems
+class TransformersProcess:
+    """A process that has transformers and answers questions. It starts with the first one, and again if it has died."""
 
+    def __init__(self, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+        self._seconds = seconds
+        self._memory = memory
+        self._process: subprocess.Popen[str] | None = None
+        self._took_too_long = False
 
-def _ask(request: dict[str, Any]) -> Any:
-    raw = json.dumps(request, sort_keys=True)
-    key = _key(raw)
-    if key not in _known:
-        remembered = cache.load(_KIND, key)
-        if remembered is None:
-            # Where transformers is loaded already, there is nothing to save.
-            remembered = answer(json.loads(raw)) if "transformers" in sys.modules else _ask_child(raw)
-            cache.store(_KIND, key, remembered, most=_KEPT_ANSWERS)
-        _known[key] = remembered
-    return _known[key]
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return self._process.pid if self._process is not None else None
 
+    def ask(self, question: str) -> Any:
+        """The answer to a question; both are JSON. Raises what answering raised there.
 
-class _Child:
-    """A process that has transformers; it ends with its input."""
+        `BadCheckpoint` if the process died of the question, or took too long; `ConversionFailed` if somebody ended it.
+        """
+        if self._process is not None and self._process.poll() is not None:
+            self.end()  # what it died of was another question
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None  # noqa: S101, PT018  (pipes)
+        self._took_too_long = False
+        clock = threading.Timer(self._seconds, self._expire)
+        clock.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # a process that died says so below
+                process.stdin.write(question + "\n")
+                process.stdin.flush()
+            # Answering takes seconds, and this process needs torch anyway.
+            import torch  # noqa: F401
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD.format(memory=MEMORY)],
+            line = process.stdout.readline()
+        finally:
+            clock.cancel()
+        if not line:
+            raise self._why_it_ended(process)
+        result = json.loads(line)
+        if "error" in result:
+            raise getattr(errors, result["error"])(result["message"])
+        return result["answer"]
+
+    def end(self) -> None:
+        """End the process, and give back its memory."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        atexit.register(self.end)
+        return subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM.format(memory=self._memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -84,69 +99,79 @@ class _Child:
             env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             text=True,
         )
-        self._took_too_long = False
-
-    def ask(self, raw: str) -> Any:
-        """The answer to a question; raises what answering raised there."""
-        stdin, stdout, stderr = self._process.stdin, self._process.stdout, self._process.stderr
-        assert stdin is not None and stdout is not None and stderr is not None  # noqa: S101, PT018  (pipes)
-        clock = threading.Timer(SECONDS, self._expire)
-        clock.start()
-        try:
-            with contextlib.suppress(BrokenPipeError):  # a child that died says so below
-                stdin.write(raw + "\n")
-                stdin.flush()
-            # Answering takes seconds, and this process needs torch anyway.
-            import torch  # noqa: F401
-
-            line = stdout.readline()
-        finally:
-            clock.cancel()
-        if not line:
-            number = -self._process.wait()
-            if number in _FROM_OUTSIDE and not self._took_too_long:
-                name = signal.Signals(number).name
-                raise errors.ConversionFailed(f"the process that asks transformers was ended by {name}; try it again")
-            reason = stderr.read().strip().rpartition("\n")[2] or "it ended, or took too long"
-            raise errors.BadCheckpoint(f"config.json: transformers failed on it: {reason[:200]}")
-        result = json.loads(line)
-        if "error" in result:
-            raise getattr(errors, result["error"])(result["message"])
-        return result["answer"]
 
     def _expire(self) -> None:
         self._took_too_long = True
-        self._process.kill()
+        if self._process is not None:
+            self._process.kill()
 
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def _why_it_ended(self, process: subprocess.Popen[str]) -> errors.ConverterError:
+        number = -process.wait()
+        if number in _FROM_OUTSIDE and not self._took_too_long:
+            name = signal.Signals(number).name
+            return errors.ConversionFailed(f"the process that asks transformers was ended by {name}; try it again")
+        stderr = process.stderr.read() if process.stderr is not None else ""
+        reason = stderr.strip().rpartition("\n")[2] or "it ended, or took too long"
+        return errors.BadCheckpoint(f"config.json: transformers failed on it: {reason[:200]}")
 
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
-
-_child: _Child | None = None
-
-
-def _ask_child(raw: str) -> Any:
-    global _child
-    if _child is not None and not _child.is_alive():
-        dismiss()  # what it died of was another question
-    if _child is None:
-        _child = _Child()
-        atexit.register(dismiss)
-    return _child.ask(raw)
+_process = TransformersProcess()
 
 
 def dismiss() -> None:
     """End the process that has transformers, and give back its memory."""
-    global _child
-    if _child is not None:
-        _child.end()
-        _child = None
+    _process.end()
 
 
-def _key(raw: str) -> str:
-    made_by = [version(name) for name in ("nf4-converter", "transformers", "bitsandbytes")]
-    return hashlib.sha256("\n".join([*made_by, raw]).encode()).hexdigest()
+def _answered(question: str) -> Any:
+    # Where transformers is loaded already, there is nothing to save.
+    return answer(json.loads(question)) if "transformers" in sys.modules else _process.ask(question)
+
+
+class Questions:
+    """Questions about checkpoints, each of which is asked once: answers are remembered, also for later runs."""
+
+    def __init__(self, answered: Callable[[str], Any] = _answered, versions: Callable[[str], str] = version) -> None:
+        """`answered` gives the answer to a question, both as JSON; `versions` the version of an installed package."""
+        self._answered = answered
+        self._versions = versions
+        self._known: dict[str, Any] = {}
+
+    def describe(
+        self,
+        config: Mapping[str, Any],
+        shapes: Mapping[str, Shape],
+        *,
+        quantize: bool,
+        dtype: str,
+        keep: Iterable[str] = (),
+        remote_code: bool = False,
+    ) -> Architecture:
+        """`answers.describe`."""
+        request = {"config": config, "shapes": shapes, "quantize": quantize, "dtype": dtype, "keep": list(keep)}
+        return Architecture.from_json(self._ask({"question": "describe", **request, "remote_code": remote_code}))
+
+    def check_output(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
+    ) -> list[str]:
+        """`answers.check_output`. Of a sealed folder that is what was planned, the plan's answer holds."""
+        request = {"config": config, "tensors": tensors, "quantized": sorted(quantized)}
+        problems: list[str] = self._ask({"question": "check_output", **request})
+        return problems
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        question = json.dumps(request, sort_keys=True)
+        made_by = [self._versions(name) for name in ("nf4-converter", "transformers", "bitsandbytes")]
+        key = hashlib.sha256("\n".join([*made_by, question]).encode()).hexdigest()
+        if key not in self._known:
+            remembered = cache.load(_KIND, key)
+            if remembered is None:
+                remembered = self._answered(question)
+                cache.store(_KIND, key, remembered, most=_MOST_ANSWERS)
+            self._known[key] = remembered
+        return self._known[key]
+
+
+_questions = Questions()
+describe = _questions.describe
+check_output = _questions.check_output

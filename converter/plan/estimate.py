@@ -13,7 +13,6 @@ from converter.plan.plan import Plan
 from converter.quantize.format import Rows
 from converter.quantize.formats import format_of
 from converter.read.checksums import READERS, remembered_sha256, stated
-from converter.read.folder import LocalFolder
 from converter.tensors import torch_device
 
 if TYPE_CHECKING:
@@ -84,8 +83,6 @@ def computed(tensors: Iterable[TensorPlan]) -> int:
 def _unchecked(base: Checkpoint) -> int:
     """Bytes that are read for their sha256 first. None of a base on the Hub: its shards are hashed as they arrive."""
     folder = base.folder
-    if not isinstance(folder, LocalFolder):
-        return 0
     return sum(folder.size(name) for name in stated(folder, base.shards) if remembered_sha256(folder, name) is None)
 
 
@@ -98,7 +95,7 @@ def _hash_rate() -> float:
 
 
 def _read_rate(base: Checkpoint) -> float:
-    if not isinstance(base.folder, LocalFolder):
+    if base.folder.path is None:
         return float("inf")
     shard = base.shards[0]
     size = min(_SAMPLE_BYTES, base.folder.size(shard))

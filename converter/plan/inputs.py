@@ -30,8 +30,8 @@ class Base:
     def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
         self._opened = _open(reference, revision, offline=offline)
         self.checkpoint = Checkpoint(self._opened)
-        self.commit = self._opened.commit if isinstance(self._opened, HubFolder) else None
-        self.id = self._opened.repo_id if isinstance(self._opened, HubFolder) else None
+        self.commit = self._opened.commit
+        self.id = self._opened.repo_id
         self.checked: dict[str, str] = {}
         """Shard → who stated the sha256 that it was found to have; empty before `bring`."""
 
@@ -39,15 +39,18 @@ class Base:
         self,
         progress: Callable[[str, int], None] | None = None,
         arrived: Callable[[LocalFolder, str], None] = lambda *_: None,
-    ) -> None:
-        """Download what a conversion reads of a base on the Hub. `arrived` is called for each shard."""
-        if isinstance(self._opened, HubFolder):
-            code = [name for name in self._opened.names() if name.endswith(".py")]
-            rest = [name for name in ("config.json", "model.safetensors.index.json") if name in self._opened.names()]
-            folder = self._opened.fetch([*rest, *wanted_from_base(self._opened.names()), *code], progress)
-            for shard in self.checkpoint.shards:
-                arrived(self._opened.fetch([shard], progress), shard)
+    ) -> LocalFolder:
+        """Download what a conversion reads of a base on the Hub, and give the folder that has it. `arrived` is called
+        for each shard."""
+        names = self._opened.names()
+        code = [name for name in names if name.endswith(".py")]
+        rest = [name for name in ("config.json", "model.safetensors.index.json") if name in names]
+        folder = self._opened.fetch([*rest, *wanted_from_base(names), *code], progress)
+        for shard in self.checkpoint.shards:
+            arrived(self._opened.fetch([shard], progress), shard)
+        if folder is not self._opened:
             self.checkpoint = Checkpoint(folder)
+        return folder
 
     def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
         """Download what is missing, and check the shards whose sha256 is known.
@@ -57,20 +60,16 @@ class Base:
         total, hub = self.checkpoint.nbytes, self.hub_digests()
         with Hashing() as hashing:
             # A shard is hashed while the next one arrives: it is still in memory.
-            self.fetch(
+            folder = self.fetch(
                 lambda name, done: show("fetching", done, total, name),
                 lambda folder, shard: hashing.begin(folder, shard) if shard in hub else None,
             )
-            folder = self.checkpoint.folder
-            assert isinstance(folder, LocalFolder)  # noqa: S101  (`fetch` saw to it)
             known = stated(folder, self.checkpoint.shards, hub)
             hashing.check(folder, known, lambda *how_far: show("checking", *how_far), stop)
         self.checked = {shard: of.by for shard, of in known.items()}
 
     def hub_digests(self) -> dict[str, str]:
         """Of a base on the Hub: shard → its digest there. Empty for a folder, or where the Hub tells none."""
-        if not isinstance(self._opened, HubFolder):
-            return {}
         digests = {shard: self._opened.digest(shard) for shard in self.checkpoint.shards}
         return {shard: digest for shard, digest in digests.items() if digest is not None}
 
@@ -157,33 +156,32 @@ class Inputs:
         return self.base.folder
 
     @contextmanager
-    def unchanged(self, before: Mapping[Path, list[int] | None] | None = None) -> Iterator[None]:
+    def unchanged(self, before: Mapping[Path, list[int]] | None = None) -> Iterator[None]:
         """`InputChanged` at the end if a weights file was changed or replaced since `identities` gave `before`;
         None: since now."""
         before = self.identities() if before is None else before
         yield
         self.refuse_if_changed(before)
 
-    def refuse_if_changed(self, before: Mapping[Path, list[int] | None]) -> None:
+    def refuse_if_changed(self, before: Mapping[Path, list[int]]) -> None:
         """`InputChanged` if a weights file was changed or replaced since `identities` gave `before`."""
         after = self.identities()
         for path, identity in before.items():
             if after[path] != identity:
                 raise InputChanged(f"{path}: changed while it was being read")
 
-    def identities(self) -> dict[Path, list[int] | None]:
-        """Path → what tells a weights file from another one in its place; None: the file is gone."""
+    def identities(self) -> dict[Path, list[int]]:
+        """Path → what tells a weights file from another one in its place; empty if it is gone."""
         files = [(self.base.folder, shard) for shard in self.base.shards]
         if self.adapter is not None:
             files.append((self.adapter.folder, ADAPTER_WEIGHTS))
-        local = [(folder, name) for folder, name in files if isinstance(folder, LocalFolder)]
-        return {folder.path / name: _identity(folder, name) for folder, name in local}
+        return {folder.path / name: folder.identity(name) for folder, name in files if folder.path is not None}
 
     @property
     def folders(self) -> list[Path]:
         """The local folders that are read."""
         folders = [self.base.folder, self.adapter.folder if self.adapter else None]
-        return [folder.path for folder in folders if isinstance(folder, LocalFolder)]
+        return [folder.path for folder in folders if folder is not None and folder.path is not None]
 
     def close(self) -> None:
         if self._owns_base:
@@ -215,14 +213,10 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
 
     That costs little, for planning reads its values, too.
     """
-    folder = _open(reference, revision, offline=offline)
-    commit = name = digest = None
-    if isinstance(folder, HubFolder):
-        wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in folder.names()]
-        commit, name = folder.commit, folder.repo_id
-        digest = folder.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
-        folder = folder.fetch([*wanted, *wanted_from_base(folder.names())])
-    assert isinstance(folder, LocalFolder)  # noqa: S101  (there is no third kind)
+    opened = _open(reference, revision, offline=offline)
+    wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in opened.names()]
+    digest = opened.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
+    folder = opened.fetch([*wanted, *wanted_from_base(opened.names())])
     adapter = Adapter(folder)
     try:
         known = stated(folder, [ADAPTER_WEIGHTS], {} if digest is None else {ADAPTER_WEIGHTS: digest})
@@ -231,7 +225,7 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
     except BadCheckpoint as exc:
         folder.close()
         raise BadAdapter(str(exc)) from exc
-    return OpenedAdapter(adapter, commit, name, {file: of.by for file, of in known.items()})
+    return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
 
 
 def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Reference, str | None]:
@@ -240,13 +234,6 @@ def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Refe
     if name is None:
         raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
     return name, revision or adapter.base_revision
-
-
-def _identity(folder: LocalFolder, name: str) -> list[int] | None:
-    try:
-        return folder.identity(name)
-    except FileNotFoundError:
-        return None
 
 
 def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:

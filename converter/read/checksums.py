@@ -19,7 +19,7 @@ from typing import NamedTuple, Self
 
 from converter.errors import BadCheckpoint, InputChanged, Interrupted
 from converter.read import cache
-from converter.read.folder import LocalFolder, pieces, read_bytes
+from converter.read.folder import Folder, LocalFolder, pieces, read_bytes
 from converter.read.hub.record import digest_at_download, digest_in_cache
 
 HUB, CACHE, DOWNLOAD = "the Hub", "the Hub's cache", "the record of hf download"
@@ -49,20 +49,22 @@ class Stated(NamedTuple):
     """HUB, CACHE, DOWNLOAD or SUMS"""
 
 
-def stated(folder: LocalFolder, names: Iterable[str], hub: Mapping[str, str] = {}) -> dict[str, Stated]:
-    """Of some files of a folder: name → its sha256, where it is known.
+def stated(folder: Folder, names: Iterable[str], hub: Mapping[str, str] = {}) -> dict[str, Stated]:
+    """Of some files of a folder of this machine: name → its sha256, where it is known. Of other folders, nothing.
 
     `hub` has what the Hub says: name → `sha256:…`. Next the folder is asked whether it is one of the Hub's cache, whose
     files are called by their sha256; whether it was downloaded from the Hub; then its SHA256SUMS. Raises
     `BadCheckpoint` if that is none.
     """
     found: dict[str, Stated] = {}
+    if folder.path is None:
+        return found
     left = []
     for name in names:
         by_source = {
             HUB: hub.get(name),
             CACHE: digest_in_cache(folder.path / name),
-            DOWNLOAD: digest_at_download(folder, name),
+            DOWNLOAD: digest_at_download(folder.path, name),
         }
         known = [(by, digest) for by, digest in by_source.items() if digest is not None and digest.startswith(_PREFIX)]
         if known:
@@ -76,7 +78,7 @@ def stated(folder: LocalFolder, names: Iterable[str], hub: Mapping[str, str] = {
     return found
 
 
-def read_sums(folder: LocalFolder) -> dict[str, str]:
+def read_sums(folder: Folder) -> dict[str, str]:
     """What SHA256SUMS says of files of its folder: name → sha256. Rows about files elsewhere are nobody's business.
 
     Raises `BadCheckpoint` for a row that `sha256sum` does not write, and for two sums of one file.
@@ -192,9 +194,9 @@ class _Ended(Exception):
     """Nobody waits for the sha256 any more."""
 
 
-def remembered_sha256(folder: LocalFolder, name: str) -> str | None:
+def remembered_sha256(folder: Folder, name: str) -> str | None:
     """The sha256 of a file that was read before, and is the very same."""
-    files = cache.load(_KIND, cache.key_of(folder.path))
+    files = None if folder.path is None else cache.load(_KIND, cache.key_of(folder.path))
     entry = files.get(name) if isinstance(files, dict) else None
     if not isinstance(entry, dict) or entry.get("file") != folder.state(name):
         return None

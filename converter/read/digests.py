@@ -9,7 +9,6 @@ import xxhash
 
 from converter.read import cache
 from converter.read.checkpoint import Checkpoint
-from converter.read.folder import LocalFolder
 from converter.read.header import TensorHeader
 
 _KIND = "digests"
@@ -37,7 +36,7 @@ def sample(base: Checkpoint) -> str:
 
 def remembered_digests(base: Checkpoint) -> dict[str, str]:
     """Digests from an earlier reading of the very same files: tensor name → xxh3-128."""
-    if not isinstance(base.folder, LocalFolder):
+    if base.folder.path is None:
         return {}
     with contextlib.suppress(OSError, TypeError, AttributeError):
         remembered = cache.load(_KIND, cache.key_of(base.folder.path))
@@ -63,7 +62,7 @@ def digests_of(base: Checkpoint, tensors: Iterable[TensorHeader]) -> dict[str, s
 
 def remember_digests(base: Checkpoint, digests: Mapping[str, str]) -> None:
     """Keep digests for later runs, beside those that are known already."""
-    if not isinstance(base.folder, LocalFolder):
+    if base.folder.path is None:
         return
     digests = remembered_digests(base) | dict(digests)
     shards = {

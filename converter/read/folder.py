@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -18,22 +18,51 @@ from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, Rea
 PIECE = 1 << 20
 """Bytes that are read at a time of a file that is read whole: they are still in the processor's cache when used."""
 
+Progress = Callable[[str, int], None]
+"""Told a file's name and how many of its bytes are there; the count starts over where a download does."""
+
 READ_AHEAD = 64_000_000
 """Bytes of a file that the disk may be ahead of its reader."""
 
 
 class Folder(Protocol):
-    """A flat set of named files that can be read in pieces: a local folder, or a repository on the Hub."""
+    """Named files that can be read in pieces: a local folder, or a repository on the Hub."""
 
     @property
     def label(self) -> str:
         """How messages call it."""
+
+    @property
+    def path(self) -> Path | None:
+        """Where its files lie on this machine; None if they don't."""
+
+    @property
+    def repo_id(self) -> str | None:
+        """Its name on the Hub; None if it was not opened by one."""
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that it is of; None if it has none."""
 
     def names(self) -> frozenset[str]:
         """The names of its plain files."""
 
     def size(self, name: str) -> int:
         """Bytes of one file; `BadCheckpoint` if it is not a plain file of this folder."""
+
+    def digest(self, name: str) -> str | None:
+        """What the folder itself states of a file's contents: `sha256:…` or `git-sha1:…` (a blob's id); or None."""
+
+    def identity(self, name: str) -> list[int]:
+        """Size, modification time in ns and inode of the file that has the name now, so that a file that took its place
+        is told from it; empty if there is none, or no other file can take its place."""
+
+    def state(self, name: str) -> list[int]:
+        """The identity of the file that is being read, and the time of its last change of any kind in ns, which nobody
+        can set; empty if nothing about it should be remembered."""
+
+    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
+        """A folder of this machine in which these files are."""
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before, `ReadFailed`
@@ -71,14 +100,28 @@ class LocalFolder:
     def size(self, name: str) -> int:
         return os.fstat(self._open(name)).st_size
 
+    @property
+    def repo_id(self) -> None:
+        return None
+
+    @property
+    def commit(self) -> None:
+        return None
+
+    def digest(self, name: str) -> None:
+        return None
+
     def identity(self, name: str) -> list[int]:
-        """Size, modification time in ns and inode by the folder: for telling whether a file is still the one it was."""
-        status = (self.path / name).stat()
+        try:
+            status = (self.path / name).stat()
+        except FileNotFoundError:
+            return []
         return [status.st_size, status.st_mtime_ns, status.st_ino]
 
+    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
+        return self
+
     def state(self, name: str) -> list[int]:
-        """Of the file that is open: size, modification time in ns, inode, and the time of its last change of any kind,
-        in ns, which nobody can set."""
         status = os.fstat(self._open(name))
         return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from converter.quantize.formats import format_of
@@ -20,7 +19,7 @@ def model_card(plan: Plan, origin: Origin) -> bytes:
     tags = list(kind.tags)
     tags += ["lora-merged"] if origin.adapter is not None else []
     front = ["library_name: transformers"]
-    if origin.base_name is not None and _is_hub_id(origin.base_name):
+    if origin.base_name is not None and "/" in origin.base_name:
         front.insert(0, f"base_model: {origin.base_name}")
         front.insert(1, f"base_model_relation: {'quantized' if recipe.quant_type != 'none' else 'finetune'}")
     if tags:
@@ -53,7 +52,3 @@ def model_card(plan: Plan, origin: Origin) -> bytes:
         "`conversion.json` says what went in, by digests, and how far each tensor is from the exact sum.",
     ]
     return ("\n".join(lines) + "\n").encode()
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None

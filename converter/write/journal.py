@@ -23,7 +23,6 @@ import xxhash
 
 from converter.errors import BadOutput
 from converter.read.digests import sample
-from converter.read.folder import LocalFolder
 from converter.recipe import versions
 from converter.write.shard import Piece, Written, write_file, writing
 
@@ -62,7 +61,7 @@ def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     base = inputs.base
     headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
     identity: Any = inputs.hub_digests()
-    if isinstance(base.folder, LocalFolder) and not identity:
+    if not identity:
         identity = {shard: base.folder.identity(shard)[:2] for shard in base.shards}
         identity |= {"sample": sample(base)}
     return {

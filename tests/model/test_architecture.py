@@ -287,15 +287,18 @@ def test_a_pattern_keeps_modules_by_glob_by_path_or_by_its_last_parts(pattern: s
     assert len(quantized(base.describe())) - len(quantized(architecture)) == count
 
 
+def test_a_pattern_for_what_is_kept_anyway_is_refused(bases: Any) -> None:
+    with pytest.raises(BadRecipe, match="--keep lm_head: matches no module that would be quantized"):
+        bases("llama").describe(keep=["lm_head"])
+
+
 def test_patterns_add_up(bases: Any) -> None:
     architecture = bases("llama").describe(keep=["down_proj", "model.layers.0.*"])
 
     assert len(quantized(architecture)) == 14 - 8
 
 
-@pytest.mark.parametrize(
-    "pattern", ["lm_head", "nothing", "own_proj", "layers.0", "model.layers.9.*", "", "down_proj.weight"]
-)
+@pytest.mark.parametrize("pattern", ["nothing", "own_proj", "layers.0", "model.layers.9.*", "", "down_proj.weight"])
 @pytest.mark.parametrize("remote_code", [False, True])
 def test_a_pattern_that_keeps_nothing_is_refused(pattern: str, remote_code: bool, bases: Any) -> None:
     base = bases("llama")
@@ -491,33 +494,70 @@ def unknown(bases: Any) -> Base:
     return Base(base.folder, {**base.config, "model_type": "own", "architectures": ["OwnForCausalLM"]}, base.shapes)
 
 
-def test_an_unknown_class_is_described_by_names_and_shapes_on_request(unknown: Base, bases: Any) -> None:
-    architecture = unknown.describe(remote_code=True)
+ENDS = ("embed_tokens", "lm_head")
+
+
+def test_without_a_list_of_what_to_keep_an_unknown_class_is_refused_with_the_names_to_choose_from(
+    unknown: Base,
+) -> None:
+    with pytest.raises(BadRecipe) as caught:
+        unknown.describe(remote_code=True)
+
+    said = str(caught.value)
+    assert said.startswith("transformers has no OwnForCausalLM, and the base's own code is not run")
+    assert "Name all that are not with --keep" in said
+    names = ["lm_head", "model.embed_tokens", "model.layers.*.mlp.down_proj", "model.layers.*.self_attn.q_proj"]
+    assert [name for name in names if f"{name}," not in f"{said},"] == []
+    assert "norm" not in said, "vectors are never quantized"
+
+
+def test_a_long_list_of_names_to_choose_from_is_cut_short(unknown: Base) -> None:
+    shapes = {f"block_{number}.weight": (64, 64) for number in range(100)}
+
+    with pytest.raises(BadRecipe, match=r"block_\d+ and 60 more$"):
+        describe(unknown.config, shapes, quantize=True, dtype="bfloat16", remote_code=True)
+
+
+def test_every_matrix_of_an_unknown_class_that_is_not_kept_is_quantized(unknown: Base, bases: Any) -> None:
+    architecture = unknown.describe(remote_code=True, keep=ENDS)
 
     assert not architecture.known
     assert architecture.class_name == "OwnForCausalLM"
     assert quantized(architecture) == quantized(bases("llama").describe())
-    assert architecture.skip_modules == ("lm_head",)
+    assert architecture.skip_modules == ("lm_head", "model.embed_tokens")
 
 
-def test_what_is_not_called_like_a_linear_layer_is_listed_among_the_kept(unknown: Base) -> None:
-    shapes = {
-        **unknown.shapes,
-        "model.layers.0.mlp.experts.0.w1.weight": (64, 64),
-        "model.layers.0.mlp.experts.1.w1.weight": (64, 64),
-        "model.layers.0.mlp.gate.weight": (4, 64),
-    }
+def test_nothing_is_taken_from_the_names_of_an_unknown_class(unknown: Base) -> None:
+    shapes = {"net.wte.weight": (64, 64), "net.norm.weight": (64, 64), "net.router.weight": (4, 64)}
 
-    architecture = describe(unknown.config, shapes, quantize=True, dtype="bfloat16", remote_code=True)
+    architecture = describe(
+        unknown.config, shapes, quantize=True, dtype="bfloat16", remote_code=True, keep=["net.router"]
+    )
 
-    assert architecture.skip_modules == ("lm_head", "model.layers.0.mlp.experts", "model.layers.0.mlp.gate")
+    assert quantized(architecture) == {"net.wte.weight", "net.norm.weight"}
+    assert architecture.skip_modules == ("net.router",)
 
 
-def test_modules_of_an_unknown_class_are_kept_on_request(unknown: Base) -> None:
-    architecture = unknown.describe(remote_code=True, keep=["layers.0.mlp.down_proj"])
+def test_experts_of_an_unknown_class_are_kept_as_one(unknown: Base) -> None:
+    experts = {f"model.layers.0.mlp.experts.{number}.w1.weight": (64, 64) for number in range(2)}
 
-    assert "model.layers.0.mlp.down_proj.weight" not in quantized(architecture)
-    assert architecture.skip_modules == ("lm_head", "model.layers.0.mlp.down_proj")
+    architecture = describe(
+        unknown.config,
+        {**unknown.shapes, **experts},
+        quantize=True,
+        dtype="bfloat16",
+        remote_code=True,
+        keep=[*ENDS, "*.experts.*"],
+    )
+
+    assert architecture.skip_modules == ("lm_head", "model.embed_tokens", "model.layers.0.mlp.experts")
+
+
+def test_an_unknown_class_in_16_bits_needs_no_list(unknown: Base) -> None:
+    architecture = unknown.describe(remote_code=True, quantize=False)
+
+    assert quantized(architecture) == set()
+    assert architecture.skip_modules is None
 
 
 def test_a_known_class_is_asked_of_transformers_whatever_was_allowed(bases: Any) -> None:
@@ -838,6 +878,6 @@ def test_a_text_config_that_is_no_mapping_is_not_looked_into(text: object) -> No
 def test_a_class_that_is_not_ours_has_whatever_name_the_config_gives_it(listed: Any, name: str) -> None:
     config = {"model_type": "nobody's", "architectures": listed}
 
-    found = describe(config, {"layer.weight": (64, 64)}, quantize=True, dtype="bfloat16", remote_code=True)
+    found = describe(config, {"layer.weight": (64, 64)}, quantize=False, dtype="bfloat16", remote_code=True)
 
     assert found.class_name == name

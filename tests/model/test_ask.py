@@ -1,16 +1,23 @@
+"""Asking transformers in a process of its own: the same answers, and no hang, whatever becomes of that process."""
+
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from converter import errors
-from converter.model import ask
-from converter.model.ask import _Child
+from converter.model.answers import answer
+from converter.model.ask import Questions, TransformersProcess
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import LocalFolder
 from tests.limits import no_hang
@@ -21,108 +28,161 @@ def base(tiny_base: Path) -> Checkpoint:
     return Checkpoint(LocalFolder(tiny_base))
 
 
-def question(base: Checkpoint) -> dict[str, object]:
+@pytest.fixture
+def process() -> Iterator[TransformersProcess]:
+    process = TransformersProcess()
+    yield process
+    process.end()
+
+
+def question(base: Checkpoint, **changes: Any) -> str:
     shapes = {tensor.name: tensor.shape for tensor in base}
-    return {"question": "describe", "config": base.config, "shapes": shapes, "quantize": True, "dtype": "bfloat16"}
+    asked = {"question": "describe", "config": base.config, "shapes": shapes, "quantize": True, "dtype": "bfloat16"}
+    return json.dumps(asked | changes)
 
 
-def test_a_process_of_its_own_gives_the_answers_that_this_one_would(base: Checkpoint) -> None:
-    child = _Child()
-    here = ask.answer(json.loads(json.dumps(question(base))))
+def send_while_it_answers(process: TransformersProcess, number: signal.Signals) -> None:
+    """The process gets a signal while it is asked: until then it stands still."""
+    pid = process.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
 
-    there = child.ask(json.dumps(question(base)))
-    again = child.ask(json.dumps(question(base)))
+    def send() -> None:
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
 
-    child.end()
-    assert here == there == again
+    threading.Timer(0.5, send).start()
 
 
-def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoint) -> None:
-    child = _Child()
-    unknown = question(base) | {"config": base.config | {"architectures": ["NoSuchModel"]}}
+def test_a_process_of_its_own_gives_the_answers_that_this_one_would(
+    base: Checkpoint, process: TransformersProcess
+) -> None:
+    here = answer(json.loads(question(base)))
 
+    assert process.ask(question(base)) == here
+    assert process.ask(question(base)) == here
+
+
+def test_a_refusal_comes_back_from_the_process_as_the_same_error(
+    base: Checkpoint, process: TransformersProcess
+) -> None:
     with pytest.raises(errors.Unsupported, match="has no 'NoSuchModel'"):
-        child.ask(json.dumps(unknown))
-
-    child.end()
+        process.ask(question(base, config=base.config | {"architectures": ["NoSuchModel"]}))
 
 
-def test_a_process_that_dies_is_a_refusal_and_no_hang(base: Checkpoint) -> None:
-    child = _Child()
-    child._process.send_signal(signal.SIGABRT)
+def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(
+    base: Checkpoint, process: TransformersProcess
+) -> None:
+    process.ask(question(base))
+    send_while_it_answers(process, signal.SIGABRT)
 
-    with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
-        child.ask("{}")
-
-    child.end()
+    with no_hang(), pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
+        process.ask(question(base))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_somebody_ends_is_no_fault_of_the_base(number: signal.Signals, base: Checkpoint) -> None:
-    child = _Child()
-    child._process.send_signal(number)
-
-    with pytest.raises(errors.ConversionFailed, match=f"was ended by {number.name}"):
-        child.ask("{}")
-
-    child.end()
-
-
-def test_a_question_that_takes_too_long_is_the_fault_of_the_base(
-    base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_somebody_ends_is_no_fault_of_the_base(
+    number: signal.Signals, base: Checkpoint, process: TransformersProcess
 ) -> None:
-    monkeypatch.setattr(ask, "SECONDS", 0)
-    child = _Child()
+    process.ask(question(base))
+    send_while_it_answers(process, number)
+
+    with no_hang(), pytest.raises(errors.ConversionFailed, match=f"was ended by {number.name}"):
+        process.ask(question(base))
+
+
+def test_a_question_that_takes_too_long_is_the_fault_of_the_base(base: Checkpoint) -> None:
+    process = TransformersProcess(seconds=0)
 
     with pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
-        child.ask(json.dumps(question(base)))
+        process.ask(question(base))
 
-    child.end()
+    process.end()
 
 
 def test_a_process_that_died_of_one_question_is_not_asked_the_next(
-    base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    base: Checkpoint, process: TransformersProcess
 ) -> None:
-    monkeypatch.setattr(ask, "_child", None)
-    raw = json.dumps(question(base))
-    first = ask._ask_child(raw)
-    assert ask._child is not None
-    ask._child._process.kill()
+    first = process.ask(question(base))
+    dead = process.pid
+    send_while_it_answers(process, signal.SIGKILL)
     with pytest.raises(errors.ConverterError):
-        ask._child.ask(raw)
+        process.ask(question(base))
 
-    assert ask._ask_child(raw) == first
+    assert process.ask(question(base)) == first
+    assert process.pid != dead
 
-    ask.dismiss()
+
+def test_what_is_ended_gives_its_process_back_and_can_be_asked_again(
+    base: Checkpoint, process: TransformersProcess
+) -> None:
+    first = process.ask(question(base))
+    pid = process.pid
+    assert pid is not None
+
+    process.end()
+
+    assert process.pid is None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert process.ask(question(base)) == first
 
 
-def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "MEMORY", 600_000_000)
+def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint) -> None:
     settings = {"architectures": ["GPTNeoForCausalLM"], "model_type": "gpt_neo", "attention_types": [[["x"], 10**11]]}
-    child = _Child()
+    process = TransformersProcess(memory=600_000_000)
 
     with no_hang(), pytest.raises(errors.BadCheckpoint, match=r"config\.json: transformers .*MemoryError"):
-        child.ask(json.dumps(question(base) | {"config": settings}))
+        process.ask(question(base, config=settings))
 
-    assert child.ask(json.dumps(question(base)))
-    child.end()
+    assert process.ask(question(base))
+    process.end()
 
 
-def test_an_answer_is_remembered_by_config_and_versions(base: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+# What is remembered
+
+
+def never(question: str) -> Any:
+    pytest.fail("asked again")
+
+
+def test_a_question_is_asked_once_by_any_process(base: Checkpoint) -> None:
     shapes = {tensor.name: tensor.shape for tensor in base}
-    monkeypatch.setattr(ask, "_known", {})  # other tests may have asked already
-    first = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
-    monkeypatch.setattr(ask, "_known", {})
-    monkeypatch.setattr(ask, "answer", lambda _: pytest.fail("asked again"))
+    asked: list[str] = []
 
-    second = ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+    def answered(question: str) -> Any:
+        asked.append(question)
+        return answer(json.loads(question))
 
-    assert first == second
+    here = Questions(answered)
+    first = here.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+    again = here.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+    elsewhere = Questions(never).describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+    assert first == again == elsewhere
+    assert len(asked) == 1
+
+
+def test_another_question_or_another_version_is_asked_anew(base: Checkpoint) -> None:
+    shapes = {tensor.name: tensor.shape for tensor in base}
+    known = Questions().describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
     with pytest.raises(BaseException, match="asked again"):
-        ask.describe(base.config, shapes, quantize=True, dtype="float16")
-    monkeypatch.setattr(ask, "version", lambda name: f"another {name}")
-    with pytest.raises(BaseException, match="asked again"):
-        ask.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+        Questions(never).describe(base.config, shapes, quantize=True, dtype="float16")
+    for package in ("transformers", "bitsandbytes", "nf4-converter"):
+        updated = Questions(never, lambda name, of=package: "999" if name == of else version(name))  # type: ignore[misc]
+        with pytest.raises(BaseException, match="asked again"):
+            updated.describe(base.config, shapes, quantize=True, dtype="bfloat16")
+
+    assert Questions(never).describe(base.config, shapes, quantize=True, dtype="bfloat16") == known
+
+
+def test_no_more_than_the_newest_answers_are_kept(tmp_path: Path) -> None:
+    for number in range(70):
+        Questions(lambda _: []).check_output({"number": number}, {}, [])
+
+    assert len(list((tmp_path / "cache" / "nf4-converter" / "architectures").iterdir())) == 64
+    assert Questions(never).check_output({"number": 69}, {}, []) == []
 
 
 def test_a_conversion_of_a_known_checkpoint_imports_neither_transformers_nor_bitsandbytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,8 +18,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download
 
-import converter.read.checksums
-import converter.read.hub.errors
 from converter import Job, convert, convert_batch
 from converter.cli.main import main
 from converter.errors import BadAdapter, BadCheckpoint, InputChanged, Interrupted, ReadFailed
@@ -27,7 +26,7 @@ from converter.pipeline import plan_conversion
 from converter.plan.inputs import Base
 from converter.read.cache import cache_folder
 from converter.read.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, remembered_sha256, stated
-from converter.read.folder import LocalFolder
+from converter.read.folder import PIECE, LocalFolder
 from tests.folders import contents, copy, flip_bit, write_sums
 from tests.hub_server import StandInHub, sha256
 from tests.models import save_adapter, save_originals
@@ -49,15 +48,16 @@ def place(originals: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many bytes of each file were read of local folders."""
+    """How many bytes were read of each file, by its name; in the Hub's cache that is its digest."""
     counted: Counter[str] = Counter()
-    read_into = LocalFolder.read_into
+    preadv = os.preadv
 
-    def count(folder: LocalFolder, name: str, offset: int, buffer: memoryview) -> None:
-        read_into(folder, name, offset, buffer)
-        counted[name] += len(buffer)
+    def count(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        done = preadv(descriptor, buffers, offset)
+        counted[Path(f"/proc/self/fd/{descriptor}").readlink().name] += done
+        return done
 
-    monkeypatch.setattr(LocalFolder, "read_into", count)
+    monkeypatch.setattr(os, "preadv", count)
     return counted
 
 
@@ -254,11 +254,7 @@ def test_checking_is_a_stage_of_the_progress(place: Path) -> None:
     assert "checking" not in {one.stage for one in seen}
 
 
-def test_a_signal_ends_it_between_two_pieces_and_before_anything_is_written(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(converter.read.checksums, "_PIECE", 1_000)
-    monkeypatch.setattr(converter.read.checksums, "_TICK", 0.0)
+def test_a_signal_ends_it_before_anything_is_written(place: Path) -> None:
     write_sums(place / "base")
 
     with pytest.raises(Interrupted, match=f"SIGTERM while the sha256 of {SHARD} was checked") as ended:
@@ -296,12 +292,15 @@ def test_a_disk_that_fails_while_the_sha256_is_taken_is_no_damaged_file(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sums(place / "base")
+    preadv = os.preadv
 
-    def fail(*_: object) -> None:
-        raise ReadFailed("reading at byte 0: Input/output error")
+    def fail(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset == 0 and len(buffers[0]) > 1_000:  # more than a header's length: the file is read whole
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(Hashing, "_hash", fail)
-    with pytest.raises(ReadFailed, match="Input/output error"):
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ReadFailed, match=f"{SHARD}: reading at byte 0: Input/output error"):
         convert(place / "base", None, place / "out")
 
 
@@ -478,7 +477,6 @@ def test_in_a_batch_a_damaged_adapter_refuses_its_job_and_no_other(place: Path) 
 
 @pytest.fixture
 def hub(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.read.hub.errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     with StandInHub({"maker/base": place / "sharded", "maker/adapter": place / "adapter"}) as server:
         server.use(monkeypatch, tmp_path / "hub-cache")
         monkeypatch.chdir(tmp_path)
@@ -522,7 +520,7 @@ def test_a_bit_that_flips_on_an_adapters_way_is_the_adapters(hub: StandInHub, pl
 
 
 def test_shards_are_hashed_as_they_arrive_and_not_again(hub: StandInHub, place: Path, read: Counter[str]) -> None:
-    sizes = {shard.name: shard.stat().st_size for shard in shards_of(place / "sharded")}
+    sizes = {sha256(shard): shard.stat().st_size for shard in shards_of(place / "sharded")}
     convert("maker/base", None, place / "first")
     first = {name: read[name] for name in sizes}
 
@@ -669,9 +667,8 @@ def test_a_link_that_can_not_be_followed_is_no_record(name: str, target: str, do
 # The thing itself
 
 
-@pytest.mark.parametrize("size", [0, 1, 999, 1_000, 1_001, 5_000])
-def test_the_sha256_of_pieces_is_that_of_the_whole(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.read.checksums, "_PIECE", 1_000)
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7])
+def test_the_sha256_of_pieces_is_that_of_the_whole(size: int, tmp_path: Path) -> None:
     raw = os.urandom(size)
     (tmp_path / "file").write_bytes(raw)
     with closing(LocalFolder(tmp_path)) as folder, Hashing() as hashing:
@@ -680,8 +677,7 @@ def test_the_sha256_of_pieces_is_that_of_the_whole(size: int, tmp_path: Path, mo
             hashing.check(folder, {"file": Stated(ZEROS, "somebody")})
 
 
-def test_leaving_it_ends_the_reading_of_what_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.read.checksums, "_PIECE", 1)
+def test_leaving_it_ends_the_reading_of_what_nobody_waits_for(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "U8", "shape": [10**12], "data_offsets": [0, 10**12]}}).encode()
     with (tmp_path / SHARD).open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)

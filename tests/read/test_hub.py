@@ -11,14 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
-import converter.read.hub.answers
-import converter.read.hub.errors
-import converter.read.hub.folder
 from converter.errors import (
     BadCheckpoint,
     HubFailed,
@@ -32,6 +30,7 @@ from converter.errors import (
 from converter.read.checkpoint import INDEX, Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import read_header
+from converter.read.hub.answers import checking
 from converter.read.hub.folder import HEAD_BYTES, HubFolder, is_hub_id
 from tests.hub_server import MOST, StandInHub, git_sha1, sha256
 
@@ -71,7 +70,6 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(base: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    monkeypatch.setattr(converter.read.hub.errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
     with StandInHub({REPO: base}) as server:
         server.use(monkeypatch, cache)
         yield server
@@ -441,8 +439,7 @@ def test_a_download_that_does_not_get_through_fails_after_four_tries(hub: StandI
     assert not list(cache.rglob("*.incomplete"))
 
 
-def test_the_librarys_own_tries_are_not_multiplied(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+def test_the_librarys_own_tries_are_not_multiplied(hub: StandInHub) -> None:
     folder = HubFolder(REPO)
     hub.failures, hub.failing_method = 1_000, "HEAD"
     with pytest.raises(HubFailed, match=rf"maker/base: {SHARDS[0]}: .*status 503"):
@@ -552,9 +549,9 @@ def test_an_answer_that_comes_by_drips_is_not_waited_for(
 ) -> None:
     folder = HubFolder(REPO)
     # By this clock each piece, of 64 kB at the most, takes a day.
-    monkeypatch.setattr(
-        converter.read.hub.answers, "time", SimpleNamespace(monotonic=itertools.count(0, 86_400).__next__)
-    )
+    huggingface_hub.close_session()
+    clients = checking(_http.default_client_factory, itertools.count(0.0, 86_400).__next__)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", clients)
     hub.endless = what
     hub.failures = 99 if what == "failures" else 0
     with pytest.raises(HubFailed, match="sends less than 1,000 bytes a second"):

@@ -27,13 +27,13 @@ _sent: set[str] = set()
 """Tokens that servers were given, and might repeat."""
 
 
-def checking(make_client: Callable[[], Any]) -> Callable[[], Any]:
-    """A factory of HTTP clients that look at every answer."""
+def checking(make_client: Callable[[], Any], clock: Callable[[], float] = time.monotonic) -> Callable[[], Any]:
+    """A factory of HTTP clients that look at every answer; `clock` tells how long it takes, in seconds."""
 
     def make() -> Any:
         client = make_client()
         client.event_hooks["request"].append(_remember_token)
-        client.event_hooks["response"].append(_check)
+        client.event_hooks["response"].append(lambda response: _check(response, clock))
         return client
 
     make.checks = True  # type: ignore[attr-defined]
@@ -53,17 +53,17 @@ def _remember_token(request: Any) -> None:
         _sent.add(token)
 
 
-def _check(response: Any) -> None:
+def _check(response: Any, clock: Callable[[], float]) -> None:
     """`HubFailed` for an answer that leads out of the cache, or a listing too long; a long error is cut."""
     _refuse_paths(response)
-    response.stream = _in_time(response)
+    response.stream = _in_time(response, clock)
     if response.status_code >= 400:
         _read(response, MAX_ERROR_BYTES)
     elif "/api/models/" in response.request.url.path and not _read(response, MAX_LISTING_BYTES):
         raise HubFailed(f"{response.request.url.host}: the list of files has more than {MAX_LISTING_BYTES:,} bytes")
 
 
-def _in_time(response: Any) -> Any:
+def _in_time(response: Any, clock: Callable[[], float]) -> Any:
     """The answer's stream of bytes, which ends with `HubFailed` after a minute that has brought too little."""
     # The HTTP client's own class, which is httpx's or httpx2's depending on the library's version.
     (kind,) = (base for base in type(response.stream).__mro__ if base.__name__ == "SyncByteStream")
@@ -71,11 +71,11 @@ def _in_time(response: Any) -> Any:
 
     class InTime(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Iterator[bytes]:
-            since, done = time.monotonic(), 0
+            since, done = clock(), 0
             for chunk in stream:
                 yield chunk
                 done += len(chunk)
-                if (now := time.monotonic()) - since < _MINUTE:
+                if (now := clock()) - since < _MINUTE:
                     continue
                 if done < SLOWEST * (now - since):
                     raise HubFailed(f"{host}: sends less than {SLOWEST:,} bytes a second; try again later")

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
 from converter.read.checkpoint import INDEX
-from converter.read.folder import LocalFolder
+from converter.read.folder import LocalFolder, Progress
 from converter.read.hub.answers import COMMIT, checking
 from converter.read.hub.errors import Subject, brief, endpoint, not_a_hub, retrying
 from converter.read.hub.record import digest_in_cache, prefixed
@@ -24,9 +24,6 @@ from converter.read.strict_json import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-Progress = Callable[[str, int], None]
-"""Told a file's name and how many of its bytes are there; the count starts over where a download does."""
 
 HEAD_BYTES = 131_072  # read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes
 
@@ -87,6 +84,11 @@ class HubFolder:
         return f"{self.repo_id}@{self.commit[:12]}" + (" (offline, from the cache)" if self._cached else "")
 
     @property
+    def path(self) -> None:
+        """None: `fetch` gives a folder that has one."""
+        return None
+
+    @property
     def snapshot(self) -> Path:
         """Where the Hub's cache keeps the files of this commit; there once something has been fetched."""
         return self._storage / "snapshots" / self.commit
@@ -102,6 +104,14 @@ class HubFolder:
     def digest(self, name: str) -> str | None:
         """`sha256:…` of a file in large-file storage, `git-sha1:…` (a blob id) of others; None if unknown."""
         return self._file(name).digest
+
+    def identity(self, name: str) -> list[int]:
+        """Empty: what a commit holds never changes."""
+        return []
+
+    def state(self, name: str) -> list[int]:
+        """Empty: what the Hub states need not be remembered."""
+        return []
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `offset`; `InputChanged` if the file ends before.

@@ -21,19 +21,19 @@ def digest_in_cache(path: Path) -> str | None:
     return prefixed(path.readlink().name if path.is_symlink() else None)
 
 
-def digest_at_download(folder: LocalFolder, name: str) -> str | None:
+def digest_at_download(folder: Path, name: str) -> str | None:
     """Of a file that `hf download --local-dir` brought: what the Hub stated; None if it was written to since.
 
     None, too, where the library's record of the download is missing or not as the library writes it.
     """
     # Commit, ETag and time in a line each, as in huggingface_hub._local_folder, which allows a second likewise.
-    notes = folder.path / ".cache" / "huggingface" / "download"
-    if not is_folder(notes) or notes.resolve() != folder.path.resolve() / notes.relative_to(folder.path):
+    notes = folder / ".cache" / "huggingface" / "download"
+    if not is_folder(notes) or notes.resolve() != folder.resolve() / notes.relative_to(folder):
         return None  # links out of the folder are not followed
     with contextlib.closing(LocalFolder(notes)) as records, contextlib.suppress(BadCheckpoint, ValueError):
         raw = read_bytes(records, f"{name}.metadata", limit=MAX_RECORD_BYTES)
         _, digest, written = raw.decode("ascii").splitlines()
-        if (folder.path / name).stat().st_mtime - 1 <= float(written):
+        if (folder / name).stat().st_mtime - 1 <= float(written):
             return prefixed(digest)
     return None
 
