@@ -155,8 +155,8 @@ def _without_class(
     if not keep:
         raise BadRecipe(
             f"transformers has no {class_name[:60]}, and the base's own code is not run, so nothing says which "
-            "matrices are linear layers. Name all that are not with --keep (embeddings, the head, routers); the others are "
-            f"quantized. The matrices are {_listed(matrices)}"
+            "matrices are linear layers. Name all that are not with --keep (embeddings, the head, routers); the "
+            f"others are quantized. The matrices are {_listed(matrices)}"
         )
     kept = _kept(matrices, architecture, keep)
     roles |= {name: replace(roles[name], quantize=True) for name in matrices.keys() - kept}
