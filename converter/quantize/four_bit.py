@@ -204,7 +204,7 @@ class KernelEncoder(FourBitEncoder):
         import numpy
         import torch
 
-        from converter.quantize import kernels
+        from converter.quantize import jit, kernels
 
         recipe, (count, columns), block = self._recipe, stored.shape, self._recipe.block_size
         if stored.dtype is torch.float16:
@@ -213,10 +213,10 @@ class KernelEncoder(FourBitEncoder):
         bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
         packed = buffers.take("packed", torch.uint8, -(count * columns // -2))
         absmax = torch.empty(-(count * columns // -block), dtype=torch.float32)
-        sums = numpy.empty((count, kernels.SUMS))
-        rounding = kernels.EXACT
+        sums = numpy.empty((count, jit.SUMS))
+        rounding = jit.EXACT
         if rows.rounding.precision == "reference":
-            rounding = kernels.BFLOAT16 if rows.rounding.dtype == "bfloat16" else kernels.FLOAT16
+            rounding = jit.BFLOAT16 if rows.rounding.dtype == "bfloat16" else jit.FLOAT16
         # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
         for first, last in pairwise(tile_bounds(count, columns, block=block, most=STRIP_ELEMENTS)):
             values = slice(first * columns, last * columns)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.merge.change import Rounding, add
-from converter.quantize import kernels
+from converter.quantize import jit, kernels
 from converter.quantize.bnb import dynamic_map, four_bit_map
 from converter.quantize.four_bit import FourBitEncoder
 from converter.quantize.measure import row_sums
@@ -27,7 +27,7 @@ from tests.limits import HANG
 from tests.models import save_adapter, save_base
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-ROUNDINGS = {kernels.EXACT: torch.float32, kernels.BFLOAT16: torch.bfloat16, kernels.FLOAT16: torch.float16}
+ROUNDINGS = {jit.EXACT: torch.float32, jit.BFLOAT16: torch.bfloat16, jit.FLOAT16: torch.float16}
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     stored = weight.view(torch.uint16) if weight.dtype is torch.bfloat16 else weight
     packed = np.empty(-(weight.numel() // -2), np.uint8)
     absmax = np.empty(-(weight.numel() // -block), np.float32)
-    sums = np.empty((rows, kernels.SUMS))
+    sums = np.empty((rows, jit.SUMS))
     finite = kernels.quantize_rows(
         stored.numpy().ravel(),
         None if product is None else product.numpy().ravel(),
@@ -107,7 +107,7 @@ def test_the_sums_behind_the_figures_equal_those_that_torch_takes(case: dict[str
     restored = FourBitEncoder(recipe, torch.device("cpu")).restore(packed, state.absmax, shape)
     expected = row_sums(merged, restored)
 
-    _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], kernels.EXACT)
+    _, _, _, sums = run(weight, product, 0.5, case["quant_type"], case["block"], jit.EXACT)
 
     count = expected.shape[1]
     # The terms of ⟨Q(S) − W, Δ⟩ have either sign: what float32 loses of their sum goes by their size.
@@ -123,9 +123,9 @@ def test_rows_give_the_same_bytes_alone_and_together(columns: int, merged: bool)
     weight = torch.randn(256, columns, generator=generator).bfloat16()
     product = torch.randn(256, columns, generator=generator) if merged else None
 
-    _, whole, absmax, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+    _, whole, absmax, sums = run(weight, product, 1.0, "nf4", 64, jit.EXACT)
     parts = [
-        run(weight[rows], None if product is None else product[rows], 1.0, "nf4", 64, kernels.EXACT)
+        run(weight[rows], None if product is None else product[rows], 1.0, "nf4", 64, jit.EXACT)
         for rows in (slice(start, start + 64) for start in range(0, 256, 64))
     ]
 
@@ -141,12 +141,12 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(bad: float, dtype: s
         weight = torch.ones(2, 65).to(DTYPES[dtype])
         weight.view(-1)[place] = bad
 
-        finite, *_ = run(weight, None, 1.0, "nf4", 64, kernels.EXACT)
+        finite, *_ = run(weight, None, 1.0, "nf4", 64, jit.EXACT)
 
         assert not finite
 
 
-@pytest.mark.parametrize("rounding", [kernels.BFLOAT16, kernels.FLOAT16])
+@pytest.mark.parametrize("rounding", [jit.BFLOAT16, jit.FLOAT16])
 def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(rounding: int) -> None:
     generator = np.random.default_rng(3)
     exponents = np.repeat(np.arange(255, dtype=np.uint32) << 23, 256)
@@ -157,7 +157,7 @@ def test_every_float32_exponent_is_rounded_to_sixteen_bits_as_torch_rounds_it(ro
     values = torch.from_numpy(bits.view(np.float32).copy())
     expected = values.to(ROUNDINGS[rounding]).float()
 
-    rounded = np.array([kernels._round(value, rounding) for value in values.numpy()], np.float32)
+    rounded = np.array([jit.round_float(value, rounding) for value in values.numpy()], np.float32)
 
     assert torch.equal(expected.view(torch.int32), torch.from_numpy(rounded.view(np.int32)))
 
@@ -175,11 +175,9 @@ def test_the_code_tables_are_those_of_bitsandbytes(quant_type: str) -> None:
 def test_squares_beyond_the_range_of_float32_are_counted(magnitude: float, merged: bool) -> None:
     weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
     product = torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) if merged else None
-    _, _, _, expected = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+    _, _, _, expected = run(weight, product, 1.0, "nf4", 64, jit.EXACT)
 
-    _, _, _, sums = run(
-        weight * magnitude, None if product is None else product * magnitude, 1.0, "nf4", 64, kernels.EXACT
-    )
+    _, _, _, sums = run(weight * magnitude, None if product is None else product * magnitude, 1.0, "nf4", 64, jit.EXACT)
 
     np.testing.assert_allclose(sums, expected * float(magnitude) ** 2, rtol=1e-5)
 
@@ -189,7 +187,7 @@ def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> No
     product = -weight * (1 + torch.randn(4, 128, generator=torch.Generator().manual_seed(2)) * 1e-3)
     merged = add(weight, product, Rounding("float32", "bfloat16"))
 
-    _, _, _, sums = run(weight, product, 1.0, "nf4", 64, kernels.EXACT)
+    _, _, _, sums = run(weight, product, 1.0, "nf4", 64, jit.EXACT)
 
     assert np.isfinite(sums).all()
     np.testing.assert_allclose(sums[:, 3], (product.double() ** 2).sum(dim=1).numpy(), rtol=1e-6)

@@ -1,0 +1,200 @@
+"""What the CPU kernels of all formats share: how they are compiled, how rows are merged, how their sums are taken.
+
+Each call runs on one thread and without Python's lock. All arithmetic is in float32 and never contracted: the loops are
+written so that the compiler vectorizes them without being allowed to reorder a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numba.core import types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+
+Array = np.ndarray[Any, Any]
+
+EXACT, BFLOAT16, FLOAT16 = 0, 1, 2
+"""What base and sum are rounded to before they are quantized: nothing, or a 16-bit type."""
+SUMS = 4
+"""Sums of a row: ‖Q(S) − S‖², ‖S‖², ⟨Q(S) − W, Δ⟩, ⟨Δ, Δ⟩."""
+
+_INFINITY = np.uint32(0x7F800000)
+_intrinsic: Any = intrinsic
+_function_cache: Any = FunctionCache
+_FEW, _MANY = np.float32(1e-30), np.float32(1e30)
+"""Between these, sums of squares in float32 lose nothing to its range."""
+
+
+class _Kept(_function_cache):  # type: ignore[misc]
+    """Compiled code, kept for other processes. Where its folder can't be used, the code is compiled again: numba itself
+    would fail on a full disk, or on a file that is empty.
+
+    Numba compiles a function again when its own file changes. This file's code is part of other files' functions, so a
+    change here counts for all."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        ours = Path(__file__).stat()
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, ours.st_mtime, ours.st_size)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with suppress(Exception):
+            return super().load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
+def jitted(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Numba's decorator, with a cache if there is a folder for one. An installation may be read-only, and its user may
+    have no home."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError, OSError):
+            dispatcher._cache = _Kept(function)
+        return dispatcher
+
+    return compiled
+
+
+@_intrinsic
+def select(_typing, condition, one, other):  # type: ignore[no-untyped-def]
+    """`one if condition else other` as one instruction: the branches that Python's form becomes aren't vectorized."""
+    return one(condition, one, other), lambda _context, builder, _signature, operands: builder.select(*operands)
+
+
+@_intrinsic
+def bits_of(_typing, value):  # type: ignore[no-untyped-def]
+    """The bits of a float32."""
+
+    def generate(context, builder, _signature, operands):  # type: ignore[no-untyped-def]
+        return builder.bitcast(operands[0], context.get_value_type(types.uint32))
+
+    return types.uint32(value), generate
+
+
+@_intrinsic
+def value_of(_typing, bits):  # type: ignore[no-untyped-def]
+    """The float32 of 32 bits, or of the 16 bits of a bfloat16, which are its upper half."""
+
+    def generate(context, builder, _signature, operands):  # type: ignore[no-untyped-def]
+        (found,) = operands
+        if bits == types.uint16:
+            wide = context.get_value_type(types.uint32)
+            found = builder.shl(builder.zext(found, wide), wide(16))
+        return builder.bitcast(found, context.get_value_type(types.float32))
+
+    return types.float32(bits), generate
+
+
+@jitted()
+def round_float(value, rounding):  # type: ignore[no-untyped-def]
+    """Round a float32 to the nearest bfloat16 or float16; ties to even."""
+    # Without the casts numba computes with 64 bits, and a vector holds half as many values.
+    u = bits_of(value)
+    if rounding == BFLOAT16:
+        even = (u >> np.uint32(16)) & np.uint32(1)
+        return value_of(np.uint32((u + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)))
+    if rounding == FLOAT16:
+        sign, size = np.uint32(u & np.uint32(0x80000000)), np.uint32(u & np.uint32(0x7FFFFFFF))
+        # Below 2⁻¹⁴ float16 has steps of 2⁻²⁴, which are those of float32 around 0.75.
+        small = bits_of(np.float32(value_of(size) + np.float32(0.75)) - np.float32(0.75))
+        even = (size >> np.uint32(13)) & np.uint32(1)
+        large = np.uint32((size + np.uint32(0xFFF) + even) & np.uint32(0xFFFFE000))
+        large = select(large > np.uint32(0x477FE000), _INFINITY, large)
+        return value_of(np.uint32(sign | select(size < np.uint32(0x38800000), small, large)))
+    return value
+
+
+# Inlined, so that each rounding gets loops of its own.
+@jitted(inline="always")
+def merge_blocks(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, rounding, begin, size, block, rounded, largest
+):
+    """What is quantized of `size` values from `begin` on, and the largest of each block."""
+    finite = True
+    for number in range(largest.size):
+        most = np.uint32(0)
+        for j in range(number * block, min((number + 1) * block, size)):
+            value = round_float(value_of(stored[np.uintp(begin + j)]), rounding)
+            if merged:
+                value = round_float(value + delta[np.uintp(begin + j)] * scaling, rounding)
+            rounded[np.uintp(j)] = value
+            # Without their sign, floats are ordered as their bits are; NaN and infinity come last.
+            most = max(most, np.uint32(bits_of(value) & np.uint32(0x7FFFFFFF)))
+        if most >= _INFINITY:
+            finite = False
+        largest[number] = value_of(most)
+    return finite
+
+
+# Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
+@jitted(fastmath={"reassoc"})
+def _tally_widely(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums
+):
+    """Add a block to the sums of its rows, of which it may lie in several, in float64."""
+    while first < last:
+        row = (begin + first) // columns
+        end = min(last, (row + 1) * columns - begin)
+        missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
+        for j in range(first, end):
+            weight, moved = value_of(stored[np.uintp(begin + j)]), np.float32(0)
+            if merged:
+                moved = delta[np.uintp(begin + j)] * scaling
+            s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)] * scale)
+            w, d = np.float64(weight), np.float64(moved)
+            missed += (q - s) * (q - s)
+            whole += s * s
+            along += (q - w) * d
+            shift += d * d
+        sums[row, 0] += missed
+        sums[row, 1] += whole
+        sums[row, 2] += along
+        sums[row, 3] += shift
+        first = end
+
+
+@jitted(fastmath={"reassoc"})
+def tally_blocks(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, columns, begin, size, block, restored, absmax, sums
+):
+    """The same, in float32 within a block, wherever that will do."""
+    for number in range(absmax.size):
+        first, last, scale = number * block, min((number + 1) * block, size), absmax[number]
+        row = (begin + first) // columns
+        missed, whole, along, shift = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        if begin + last > (row + 1) * columns:
+            last = first  # nothing here, all of it below
+        if merged:
+            for j in range(first, last):
+                w, d = value_of(stored[np.uintp(begin + j)]), delta[np.uintp(begin + j)] * scaling
+                s, q = w + d, restored[np.uintp(j)] * scale
+                missed += (q - s) * (q - s)
+                whole += s * s
+                along += (q - w) * d
+                shift += d * d
+        else:
+            for j in range(first, last):
+                s, q = value_of(stored[np.uintp(begin + j)]), restored[np.uintp(j)] * scale
+                missed += (q - s) * (q - s)
+                whole += s * s
+            shift = whole
+        if min(missed, whole, shift) > _FEW and max(missed, whole, shift) < _MANY:
+            sums[row, 0] += missed
+            sums[row, 1] += whole
+            if merged:
+                sums[row, 2] += along
+                sums[row, 3] += shift
+        else:
+            last = min((number + 1) * block, size)
+            _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
