@@ -18,7 +18,7 @@
         ├── InputChanged         a file shrank, vanished or changed while it was being read
         ├── ReadFailed           the disk said no
         ├── WriteFailed          the disk said no
-        ├── NoThread             the system has no thread for us, or no memory for one
+        ├── NoThread             the system starts no thread, or has no memory for one
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
         └── Interrupted          a signal asked for an end; exit code 130 or 143
@@ -118,7 +118,7 @@ class WriteFailed(ConversionFailed):
 
 
 class NoThread(ConversionFailed):
-    """The system has no thread for us, or no memory for one."""
+    """The system starts no thread, or has no memory for one."""
 
     resumable = True
 

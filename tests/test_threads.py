@@ -58,7 +58,7 @@ def test_where_the_system_has_too_few_threads_there_is_no_pool_and_none_is_left(
     before = set(threading.enumerate())
     with monkeypatch.context() as patch:
         none_after(given, patch)
-        with pytest.raises(NoThread, match=r"no thread for us \(mine: can't start new thread\); fewer --threads"):
+        with pytest.raises(NoThread, match=r"starts no thread \(mine: can't start new thread\); try fewer --threads"):
             pool(3, "mine")
 
     for thread in set(threading.enumerate()) - before:
@@ -106,7 +106,7 @@ def test_whichever_thread_the_system_does_not_have_for_a_batch_it_is_told_of_eac
             outcomes = convert_batch(jobs, BatchOptions(TWO_THREADS))
         assert len(outcomes) == 2
         for outcome in outcomes:
-            assert outcome.is_good or "no thread for us" in outcome.message
+            assert outcome.is_good or "starts no thread" in outcome.message
         if all(outcome.is_good for outcome in outcomes):
             break
     assert ours() == []
