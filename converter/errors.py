@@ -21,9 +21,11 @@
         ├── NoThread             the system starts no thread, or has no memory for one
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
+        ├── Undecided            what a verification needs can't be had; exit code 3
         └── Interrupted          a signal asked for an end; exit code 130 or 143
 
-A message is one line: the file or tensor, what was found, what was expected.
+A message is one line: the file or tensor, what was found, what was expected, what to do. It names parameters as Python
+has them, in backticks: `base`, `overwrite`. The command line shows them as options: --base, --overwrite.
 """
 
 from __future__ import annotations
@@ -131,6 +133,12 @@ class HubFailed(ConversionFailed):
     """The connection or the server failed."""
 
     resumable = True
+
+
+class Undecided(ConversionFailed):
+    """A verification needs something that can't be had: it found neither yes nor no."""
+
+    exit_code = 3
 
 
 class Interrupted(ConversionFailed):

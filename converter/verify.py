@@ -5,23 +5,25 @@ Works on what this tool made, and, as far as that goes, on any checkpoint that t
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConversionRefused, ConverterError
-from converter.job import Reference
+from converter.compare import Sources, compare_with, text_or_none
+from converter.errors import (
+    BadCheckpoint,
+    BadRecipe,
+    ConversionFailed,
+    ConversionRefused,
+    Interrupted,
+    Undecided,
+)
+from converter.job import Reference, RunOptions
 from converter.model.ask import check_output
-from converter.observer import Progress
-from converter.pipeline import convert_tensors, crew_of, one_thread
-from converter.plan.decide import make_plan
-from converter.plan.inputs import Inputs
-from converter.plan.plan import Plan, TensorPlan
-from converter.quantize.format import Found, Output
+from converter.observer import Observer, Progress
+from converter.quantize.format import Found
 from converter.quantize.formats import all_formats
 from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import SUMS, read_sums
@@ -29,11 +31,9 @@ from converter.read.folder import LocalFolder
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
 from converter.resources import Resources
-from converter.seal.production import Target
-from converter.seal.receipt import RECEIPT, read_receipt
+from converter.seal.receipt import CARD, RECEIPT, read_receipt
 from converter.seal.staging import sha256_of
 from converter.tensors import all_finite
-from converter.tile import Encoding
 
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 
@@ -43,7 +43,7 @@ class Verification:
     """What was checked, and what is wrong."""
 
     problems: list[str] = field(default_factory=list)
-    """One line each; empty: nothing was found."""
+    """One line each; empty: none was found."""
     files: int = 0
     """Files whose size and sha256 were compared with the receipt or SHA256SUMS."""
     tensors: int = 0
@@ -51,6 +51,12 @@ class Verification:
     recomputed: int = 0
     """Tensors that were made again from base and adapter, and compared byte by byte."""
     has_receipt: bool = False
+    base_name: str | None = None
+    """The base, as the receipt names it."""
+    has_adapter: bool | None = None
+    """Whether an adapter was merged in, by the receipt."""
+    adapter_name: str | None = None
+    """The adapter, as the receipt names it."""
 
     @property
     def is_good(self) -> bool:
@@ -58,39 +64,57 @@ class Verification:
 
 
 def verify(
-    out: Path,
+    out: Reference,
     base: Reference | None = None,
     adapter: Reference | None = None,
     *,
     base_revision: str | None = None,
     adapter_revision: str | None = None,
+    compare: bool = False,
+    require_receipt: bool = False,
     sample: float = 1.0,
     resources: Resources = Resources(),
     device: str = "auto",
     offline: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Verification:
-    """Look at a checkpoint: digests, structure, values; with `base` or `adapter`, make it again and compare.
+    """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
 
-    `sample` is the share of each shard's tensors that are made again, chosen by their names. Raises a
-    `ConversionRefused` where there is nothing to look at: no folder, another base.
+    Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
+    `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
+    no receipt is a problem.
+
+    Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
     """
-    folder = LocalFolder(out)
-    receipt = read_receipt(out)
+    folder = LocalFolder(Path(out))
+    receipt = read_receipt(folder.path)
+    origin = receipt.get("origin") if receipt is not None else None
+    origin = origin if isinstance(origin, dict) else None
     found = Verification(has_receipt=receipt is not None)
-    _check_files(out, receipt, found)
+    if origin is not None:
+        found.base_name, found.adapter_name = (text_or_none(origin.get(key)) for key in ("base_name", "adapter_name"))
+        found.has_adapter = origin.get("adapter") is not None
+    if require_receipt and receipt is None:
+        found.problems.append(f"{RECEIPT}: missing, or not a receipt of this tool")
     try:
+        _check_files(folder.path, receipt, found)
         with Checkpoint(folder) as written:
             quantized = _check_structure(written, found)
             _check_values(written, quantized, found, progress)
-            if base is not None or adapter is not None:
-                with Inputs(base, adapter, base_revision, adapter_revision, offline=offline) as inputs:
-                    recipe = _recipe_of(written, receipt, quantized)
-                    plan = make_plan(inputs.base, inputs.adapter, recipe, resources, device=device)
-                    inputs.fetch()
-                    _compare(written, plan, inputs, sample, found, progress)
+            if base is not None or adapter is not None or compare:
+                recipe = _recipe_of(written, receipt, quantized)
+                given = Sources(base, adapter, base_revision, adapter_revision, origin)
+                options = RunOptions(resources, device, offline=offline, trust_remote_code=True)  # none of it is run
+                problems, found.recomputed = compare_with(written, recipe, given, options, sample, Observer(progress))
+                found.problems += problems
     except BadCheckpoint as exc:
+        if receipt is None and not found.tensors:
+            raise
         found.problems.append(str(exc))
+    except ConversionFailed as exc:
+        if isinstance(exc, Undecided | Interrupted):
+            raise
+        raise Undecided(str(exc)) from exc
     return found
 
 
@@ -103,7 +127,9 @@ def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification)
     there = {entry.name for entry in entries}
     sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False)}
     if receipt is not None or SUMS in there:
-        for name, sha256 in _sums(out, there, found).items():
+        sums = _sums(out, there, found)
+        sums.pop(CARD, None)  # those of earlier versions cover it
+        for name, sha256 in sums.items():
             _, expected, _ = stated.setdefault(name, (_SUMS_SAY, sha256, None))
             if expected != sha256:
                 found.problems.append(f"{SUMS}: has another sha256 for {name} than the receipt")
@@ -164,7 +190,7 @@ def _check_values(
                 found.problems.append(f"{tensor.name}: holds a NaN or an infinity")
             found.tensors += 1
         done += tensor.nbytes
-        progress(Progress("looking", done, written.nbytes, tensor.name))
+        progress(Progress("reading", done, written.nbytes, tensor.name))
 
 
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: Found) -> Recipe:
@@ -184,85 +210,3 @@ def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: F
     except BadRecipe as exc:
         raise BadCheckpoint(f"{where}: its recipe can't be understood: {exc}") from exc
     return recipe
-
-
-class _Comparer:
-    """Takes what a conversion would write, and compares it with what is there."""
-
-    def __init__(self, written: Checkpoint, tensors: list[TensorPlan]) -> None:
-        self._written = written
-        self._outputs: dict[str, Output] = {output.name: output for t in tensors for output in t.outputs}
-        self.different: dict[str, str] = {}
-
-    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
-        tensor = self._written.tensors.get(name)
-        if tensor is None:
-            return len(raw)  # its header is looked at, too
-        there = bytearray(len(raw))
-        if start + len(raw) > tensor.nbytes or (self._outputs[name].is_state and len(raw) != tensor.nbytes):
-            self.different[name] = f"{tensor.nbytes:,} bytes, expected {max(start + len(raw), 1):,}"
-        else:
-            self._written.folder.read_into(tensor.file, tensor.offset + start, memoryview(there))
-            if memoryview(there) != memoryview(raw):
-                self.different.setdefault(name, "differs from what base and adapter give")
-        return len(raw)
-
-
-def _compare(
-    written: Checkpoint,
-    plan: Plan,
-    inputs: Inputs,
-    sample: float,
-    found: Verification,
-    progress: Callable[[Progress], None],
-) -> None:
-    chosen = _sample(plan, written, sample)
-    tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
-    comparer = _Comparer(written, tensors)
-    encoding = Encoding(plan)
-    with one_thread(), crew_of(plan, encoding) as crew:
-        total = sum(tensor.source.nbytes for tensor in tensors)
-        done = 0
-        adapter = inputs.adapter.folder if inputs.adapter is not None else None
-        targets = ([Target(tensor, adapter, comparer)] for tensor in tensors)
-        for _, made in convert_tensors(targets, inputs.base.folder, encoding, crew):
-            if isinstance(made, ConverterError):
-                raise made
-            found.recomputed += 1
-            done += made.nbytes
-            progress(Progress("comparing", done, total, made.name))
-    # With too little memory, CPython 3.11 was seen to end a loop early, without an error.
-    if found.recomputed < len(tensors):
-        count = f"{found.recomputed} of {len(tensors)}"
-        raise ConversionFailed(f"only {count} tensors were made again: too little memory")
-    planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
-    different = comparer.different | _other_headers(written, planned)
-    found.problems += [f"{name}: {what}" for name, what in sorted(different.items())]
-    found.problems += [
-        f"{name}: base and adapter give no such tensor" for name in sorted(written.tensors.keys() - planned.keys())
-    ]
-
-
-def _other_headers(written: Checkpoint, planned: Mapping[str, Output]) -> dict[str, str]:
-    """Tensors that are missing, or that have another dtype or shape."""
-    other: dict[str, str] = {}
-    for name, output in planned.items():
-        there = written.tensors.get(name)
-        if there is None:
-            other[name] = "missing"
-        elif there.dtype != output.dtype or (there.shape != output.shape and not output.is_state):
-            other[name] = f"{there.dtype} {list(there.shape)}, expected {output.dtype} {list(output.shape)}"
-    return other
-
-
-def _sample(plan: Plan, written: Checkpoint, share: float) -> set[str]:
-    """The tensors to make again: of each shard at least one, and the same ones each time."""
-    shards: dict[str, list[str]] = {}
-    for tensor in plan.tensors():
-        there = written.tensors.get(tensor.outputs[0].name)
-        shards.setdefault(there.file if there is not None else "", []).append(tensor.name)
-    chosen: set[str] = set()
-    for names in shards.values():
-        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
-        chosen |= {*names[: math.ceil(share * len(names))]}
-    return chosen

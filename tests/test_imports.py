@@ -43,6 +43,7 @@ WITHOUT_A_ROOM = {
     "observer": LOOP,
     "tile": LOOP,
     "pipeline": LOOP,
+    "compare": LOOP,
     "verify": LOOP,
     "": "cli",
     "__main__": "cli",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Job, Recipe, convert, convert_batch
-from converter.cli.main import main
+from converter import ConversionFailed, Job, Recipe, convert, convert_batch
+from converter.compare import all_of
 from converter.verify import verify
 from tests.folders import change_json
 from tests.limits import cpu_below
@@ -63,7 +63,7 @@ def test_what_was_made_is_good_and_is_what_base_and_adapter_give(
 
     assert (found.problems, found.has_receipt) == ([], True)
     assert found.recomputed == len(load_file_names(inputs[0]))
-    assert found.files == len(list(out.iterdir())) - 1
+    assert found.files == len(list(out.iterdir())) - 2  # SHA256SUMS, and the model card, which people edit
 
 
 def load_file_names(base: Path) -> set[str]:
@@ -247,11 +247,14 @@ def test_a_config_that_quantizes_other_modules_is_found(out: Path) -> None:
 
 def test_missing_and_superfluous_files_are_found(out: Path) -> None:
     shutil.copy(out / "model.safetensors", out / "consolidated.safetensors")
-    (out / "README.md").unlink()
+    (out / "generation_config.json").unlink()
 
     problems = verify(out).problems
 
-    assert problems == ["README.md: missing", "consolidated.safetensors: not in the receipt, and loaders would read it"]
+    assert problems == [
+        "generation_config.json: missing",
+        "consolidated.safetensors: not in the receipt, and loaders would read it",
+    ]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "adapter_config.json", "x.safetensors"])
@@ -307,22 +310,13 @@ def test_a_receipt_whose_recipe_makes_no_sense_is_found_and_nothing_is_made_by_i
     assert found.recomputed == 0
 
 
+def test_what_was_not_made_again_to_the_last_tensor_is_not_called_good() -> None:
+    """With too little memory CPython 3.11 may lose the MemoryError and end the loop as if that were all."""
+    with pytest.raises(ConversionFailed, match="only 0 of 21 tensors were made again: too little memory"):
+        list(all_of([], 21))
+
+
 def test_the_sums_work_with_the_usual_program(out: Path) -> None:
     run = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True, check=False)
 
-    assert (run.returncode, run.stdout.count(": OK")) == (0, len(list(out.iterdir())) - 1)
-
-
-def test_the_command_says_good_or_what_is_wrong_by_its_exit_code(
-    inputs: tuple[Path, Path], out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as good:
-        main(["verify", str(out), "--base", str(inputs[0]), "--adapter", str(inputs[1]), "--sample", "50%", "--json"])
-    first = json.loads(capsys.readouterr().out)
-    (out / "README.md").write_text("changed")
-    with pytest.raises(SystemExit) as bad:
-        main(["verify", str(out)])
-
-    assert (good.value.code, bad.value.code) == (0, 1)
-    assert (first["good"], first["problems"]) == (True, [])
-    assert "README.md: 7 bytes, the receipt says otherwise" in capsys.readouterr().out
+    assert (run.returncode, run.stdout.count(": OK")) == (0, len(list(out.iterdir())) - 2)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 
 import click
+
+_PARAMETER = re.compile(r"`([a-z][a-z_]+(?:=False)?)`")
+_OTHER_NAMES = {"quant_type": "--format", "resume=False": "--no-resume"}
+
+
+def as_options(message: str) -> str:
+    """A message of the library, with parameters as the command line has them: `overwrite` → --overwrite."""
+    return _PARAMETER.sub(lambda found: _OTHER_NAMES.get(found[1], f"--{found[1].replace('_', '-')}"), message)
 
 
 def print_text(text: str) -> None:
@@ -22,12 +31,14 @@ def print_text(text: str) -> None:
 
 def complain(message: str) -> None:
     """Print an error for people. If stderr is closed or full, go on: that must not stop the work."""
+    message = as_options(message)
     with suppress(OSError):
         click.echo(f"error: {message}", err=True)
 
 
 def report_error(message: str, code: int, *, as_json: bool) -> int:
     """Print an error for people and, with `as_json`, for programs; its exit code."""
+    message = as_options(message)
     complain(message)
     if as_json:
         with suppress(OSError):  # the exit code says it too

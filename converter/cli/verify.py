@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from converter.cli.options import Share, printing_from, with_device, with_offline, with_printing
+from converter.cli.options import Share, flag, printing_from, with_device, with_offline, with_printing
 
 
 @click.command()
@@ -16,12 +16,17 @@ from converter.cli.options import Share, printing_from, with_device, with_offlin
 @click.option("--base-revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
 @click.option("--adapter", metavar="PATH|ID", help="The adapter that is merged in.")
 @click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
+@flag("--compare", text="Make OUT again from the base and adapter that its receipt names, and compare.")
+@flag("--require-receipt", text="Fail if OUT has no receipt.")
 @click.option("--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again.")
 @with_device
 @with_offline
 @with_printing
 def verify(out: Path, **options: Any) -> None:
-    """Check a checkpoint: digests, structure, values; and whether base and adapter give its bytes."""
+    """Check a checkpoint: its digests, structure and values, and whether base and adapter give its bytes.
+
+    Exit code: 0 verified, 1 something differs, 2 OUT is no checkpoint, 3 base or adapter is needed and can't be had.
+    """
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
     from converter.cli.show.verification import verification_json, verification_text

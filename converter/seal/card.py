@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan
     from converter.seal.receipt import Origin
 
-CARD = "README.md"
-
 
 def model_card(plan: Plan, origin: Origin) -> bytes:
     """README.md, with the metadata that the Hub reads."""

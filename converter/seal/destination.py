@@ -13,7 +13,7 @@ from typing import Any
 from converter.errors import BadOutput
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
-from converter.seal.receipt import RECEIPT, read_receipt
+from converter.seal.receipt import CARD, RECEIPT, read_receipt
 from converter.write.journal import JOURNAL
 from converter.write.lock import LOCK, Lock
 from converter.write.renaming import can_be_renamed, exchange
@@ -169,7 +169,7 @@ class Destination:
 
     def _names_in_receipt(self) -> set[str]:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
-        return {RECEIPT, SUMS, *self.receipt["files"]}
+        return {RECEIPT, SUMS, CARD, *self.receipt["files"]}
 
     def _is_whole(self) -> bool:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)

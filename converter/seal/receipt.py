@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from converter.recipe import Recipe
 
 RECEIPT = "conversion.json"
+CARD = "README.md"
+"""The model card: the one file of an output that no receipt and no checksum covers, because people edit it."""
 FORMAT = 2
 
 
@@ -130,5 +132,6 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     files = receipt.get("files")
     if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
         return None
+    files.pop(CARD, None)  # receipts of earlier versions cover it
     understood = receipt.get("format") == FORMAT and isinstance(receipt.get("fingerprint"), str)
     return receipt if understood else None

@@ -29,10 +29,10 @@ from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
 from converter.read.folder import LocalFolder
-from converter.seal.card import CARD, model_card
+from converter.seal.card import model_card
 from converter.seal.destination import OURS, Destination, clear, remove
 from converter.seal.link import How, ReusableShard, identity_of, link
-from converter.seal.receipt import RECEIPT, Origin, write_receipt
+from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
 from converter.threads import pool
 from converter.write.journal import JOURNAL, Journal
 from converter.write.lock import LOCK, Lock
@@ -139,7 +139,7 @@ class Staging:
             files = {
                 entry.name: (entry.stat().st_size, self._digest(entry.name))
                 for entry in os.scandir(self.folder)
-                if entry.name not in OURS
+                if entry.name not in OURS and entry.name != CARD
             }
         write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,45 @@ from typing import Any
 from converter.cli.show.words import text_of
 from converter.verify import Verification
 
+MOST_OF_A_KIND = 10
+"""Problems that are listed; of the others, only how many there are."""
+_VARIES = re.compile(r"[0-9a-f]{12}…|\d[\d,]*|\[[\d, ]*\]|\b(?:F|BF|I|U)\d+\b")
+
 
 def verification_text(out: Path, found: Verification) -> str:
-    """What was looked at, and what is wrong."""
-    looked = [f"{found.tensors} tensors read"]
+    """What was checked, and what is wrong."""
+    checked = [f"{found.tensors} tensors read"]
     if found.has_receipt:
-        looked.insert(0, f"{found.files} files as the receipt says" if found.is_good else f"{found.files} files")
+        checked.insert(0, f"{found.files} files as the receipt says" if found.is_good else f"{found.files} files")
     if found.recomputed:
-        looked.append(f"{found.recomputed} made again and compared")
-    lines = [f"{out}: {', '.join(looked)}: {'good' if found.is_good else f'{len(found.problems)} problems'}"]
+        checked.append(f"{found.recomputed} made again and compared")
+    count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
+    lines = [f"{out}: {', '.join(checked)}: {'good' if found.is_good else count}"]
     if not found.has_receipt:
         lines.append("note: no receipt; not made by this tool, or not finished")
-    return text_of([*lines, *found.problems])
+    elif not found.recomputed:
+        lines.append(f"note: not compared with its base and adapter; to compare: {_how_to_compare(out, found)}")
+    return text_of([*lines, *_listed(found.problems)])
+
+
+def _how_to_compare(out: Path, found: Verification) -> str:
+    if found.base_name is not None and (found.adapter_name is not None or not found.has_adapter):
+        return f"convert verify {out} --compare"
+    adapter = f" --adapter {found.adapter_name or 'ADAPTER'}" if found.has_adapter else ""
+    return f"convert verify {out} --base {found.base_name or 'BASE'}{adapter}"
+
+
+def _listed(problems: list[str]) -> list[str]:
+    """Problems by kind, the first ones of each."""
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_VARIES.sub("#", problem.partition(": ")[2]), []).append(problem)
+    lines = []
+    for alike in kinds.values():
+        lines += alike[:MOST_OF_A_KIND]
+        if (more := len(alike) - MOST_OF_A_KIND) > 0:
+            lines.append(f"… and {more:,} more like these")
+    return lines
 
 
 def verification_json(found: Verification) -> dict[str, Any]:
