@@ -17,6 +17,7 @@ from converter.batch.jobs import read_jobs
 from converter.errors import ConverterError
 from converter.merge import adapter as adapters
 from converter.merge.adapter import Adapter
+from converter.merge.keys import PREFIX
 from converter.merge.patterns import Pattern, Patterns
 from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint
 from converter.read.checksums import SUMS, read_sums
@@ -79,7 +80,7 @@ def parse_adapter_config(raw: bytes, scratch: Path) -> bool:
     place = scratch / "adapter"
     if not place.exists():
         place.mkdir()
-        names = (f"{adapters.PREFIX}{MODULES[0]}.lora_{half}.weight" for half in "AB")
+        names = (f"{PREFIX}{MODULES[0]}.lora_{half}.weight" for half in "AB")
         a, b = next(names), next(names)
         header = {a: _entry([8, 4], 0, 128, "F32"), b: _entry([4, 8], 128, 256, "F32")}
         (place / adapters.WEIGHTS).write_bytes(shard(header, b"\0" * 256))

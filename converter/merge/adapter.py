@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 
-from converter.errors import BadAdapter, BadCheckpoint, Unsupported
-from converter.merge.lora import Lora
+from converter.errors import BadAdapter, BadCheckpoint
+from converter.merge.keys import Keys, Parts, read_keys
 from converter.merge.options import Options
 from converter.merge.patterns import SECONDS
 from converter.read.folder import Folder
@@ -20,7 +19,6 @@ from converter.tensors import all_finite
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -46,11 +44,24 @@ class Adapter:
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
         self.options = Options(self.config, f"{folder.label}: {CONFIG}", seconds)
-        self.pairs: dict[str, Lora] = {}
-        """By module name."""
-        self.replacements: dict[str, TensorHeader] = {}
+        where = folder.label
+        if not self.tensors:
+            raise BadAdapter(f"{where}: {WEIGHTS} holds no tensors")
+        for tensor in self.tensors.values():
+            if tensor.dtype not in _FLOATS:
+                raise BadAdapter(f"{where}: {tensor.name!r}: dtype {tensor.dtype}, expected {', '.join(_FLOATS)}")
+            if tensor.nbytes == 0:
+                raise BadAdapter(
+                    f"{where}: {tensor.name!r}: empty, as a ZeRO-3 run saves it when its parameters were not gathered"
+                )
+        keys = read_keys(self.tensors, where)
+        self.modules: dict[str, Parts] = keys.modules
+        """The parts of what changes a module, by the module, named as in the model that was trained."""
+        self.replacements: dict[str, TensorHeader] = self._replacements(keys)
         """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
-        self._classify()
+        self.options.learn(self.modules)
+        for module in self.modules:
+            self.options.scaling(module)
 
     @property
     def base_name(self) -> str | None:
@@ -85,48 +96,16 @@ class Adapter:
         both = zip(one.pieces(self.folder), other.pieces(self.folder), strict=True)
         return all(mine.tobytes() == yours.tobytes() for mine, yours in both)
 
-    def _classify(self) -> None:
-        halves: dict[str, dict[str, TensorHeader]] = {}
-        for key, tensor in self.tensors.items():
-            where = f"{self.folder.label}: {key!r}"
-            if not key.startswith(PREFIX):
-                raise BadAdapter(f"{where}: expected a name that begins with {PREFIX}")
-            if tensor.dtype not in _FLOATS:
-                raise BadAdapter(f"{where}: dtype {tensor.dtype}, expected {', '.join(_FLOATS)}")
-            if tensor.nbytes == 0:
-                raise BadAdapter(f"{where}: empty, as a ZeRO-3 run saves it when its parameters were not gathered")
-            path = key.removeprefix(PREFIX)
-            if match := re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", path):
-                if len(tensor.shape) != 2:
-                    raise Unsupported(f"{where}: {len(tensor.shape)} dimensions; LoRA on linear layers has 2")
-                pair = halves.setdefault(match[1], {})
-                if match[2] in pair:
-                    raise BadAdapter(f"{where}: the module has this factor twice")
-                pair[match[2]] = tensor
-            elif "lora_" in path or "trainable_tokens" in path:
-                raise Unsupported(f"{where}: this kind of tensor is not merged; LoRA on linear layers is")
-            elif "modules_to_save" in path or not re.fullmatch(r".+\.(weight|bias)", path):
-                raise Unsupported(f"{where}: not a name that this tool understands")
-            else:
-                name = re.sub(r"\.base_layer(\.(?:weight|bias))$", r"\1", path)
-                if name in self.replacements:
-                    raise BadAdapter(f"{where}: the adapter has {name!r} twice")
-                self.replacements[name] = tensor
-        self.options.learn(halves)
-        for module, pair in halves.items():
-            self.pairs[module] = self._pair(module, pair)
-        if not self.tensors:
-            raise BadAdapter(f"{self.folder.label}: {WEIGHTS} holds no tensors")
-
-    def _pair(self, module: str, halves: dict[str, TensorHeader]) -> Lora:
-        where = f"{self.folder.label}: {module}"
-        if len(halves) != 2:
-            missing = "B" if "A" in halves else "A"
-            raise BadAdapter(f"{where}: has no lora_{missing}.weight")
-        a, b = halves["A"], halves["B"]
-        rank, scaling = self.options.scaling(module)
-        if a.shape[0] != b.shape[1]:
-            raise BadAdapter(f"{where}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ")
-        if a.shape[0] != rank:
-            raise BadAdapter(f"{where}: rank {a.shape[0]} in the file, {rank} in {CONFIG}")
-        return Lora(module, a, b, scaling)
+    def _replacements(self, keys: Keys) -> dict[str, TensorHeader]:
+        """One tensor for each name: PEFT writes some twice, and beside them what they took the place of."""
+        for name, copy in keys.copies.items():
+            if name in keys.replacements and not self.same_bytes(copy, keys.replacements[name]):
+                raise BadAdapter(
+                    f"{self.folder.label}: {keys.replacements[name].name!r} and {copy.name!r} are the same tensor, but "
+                    "they differ"
+                )
+        found = keys.copies | keys.replacements
+        for name, original in keys.originals.items():
+            if name not in found:
+                raise BadAdapter(f"{self.folder.label}: {original.name!r}: what took its place is not in the file")
+        return found

@@ -1,8 +1,4 @@
-"""Which tensor of the base each tensor of the adapter belongs to; refuses by name what belongs nowhere.
-
-Names are looked up in the checkpoint first, then among transformers' own names for the same tensors: adapters are
-found in both spellings.
-"""
+"""Which tensor of the base each tensor of the adapter belongs to; refuses by name what belongs nowhere."""
 
 from __future__ import annotations
 
@@ -11,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from converter.errors import AdapterMismatch, BadAdapter, Unsupported
+from converter.errors import AdapterMismatch, BadAdapter
 from converter.merge.adapter import Adapter
-from converter.merge.lora import Lora
+from converter.merge.change import Change
+from converter.merge.heads import advice_on, advice_on_lost_head
+from converter.merge.kinds import Site, changes_of
+from converter.merge.names import Ask, Names
 from converter.model.architecture import Architecture, Shape
 from converter.read.header import TensorHeader
 
@@ -22,7 +21,7 @@ from converter.read.header import TensorHeader
 class Match:
     """What the adapter does to the base, by checkpoint tensor name."""
 
-    deltas: dict[str, Lora] = field(default_factory=dict)
+    deltas: dict[str, Change] = field(default_factory=dict)
     replacements: dict[str, TensorHeader] = field(default_factory=dict)
     """Tensors of the adapter's file that take the place of the base's."""
     untied: dict[str, str] = field(default_factory=dict)
@@ -34,44 +33,57 @@ class Match:
     notes: list[str] = field(default_factory=list)
 
 
-def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Shape]) -> Match:
-    """Give every tensor of the adapter its place. `shapes` are those of the base's tensors.
+def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Shape], ask: Ask = lambda _: {}) -> Match:
+    """Give every tensor of the adapter its place. `shapes` are those of the base's tensors; `ask` is `ask.parameters`.
 
     Raises `AdapterMismatch` naming the first tensor without a place, or with one that it doesn't fit.
     """
+    names = Names(architecture, adapter.modules, adapter.replacements, ask)
+    _refuse_left(adapter, architecture, names)
+    adapter.options.learn(module for name in _changeable(architecture) for module in names.spellings(name))
     found = Match()
-    adapter.options.learn(module for name in architecture.roles for module in architecture.module_names(name))
     for name, tensor in adapter.replacements.items():
-        target = _target(architecture, name)
-        if target is None:
-            raise AdapterMismatch(f"{name}: in the adapter, but the base has no such tensor: is it another base's?")
+        target = names.tensor(name)
+        assert target is not None  # noqa: S101  (it has a place)
         if target in found.replacements:
             raise BadAdapter(f"{name}: the adapter has two tensors for {target}")
         _check_replacement(adapter, architecture, target, name)
         found.replacements[target] = tensor
-    for module, pair in adapter.pairs.items():
-        target = _target(architecture, f"{module}.weight")
-        if target is None:
-            raise AdapterMismatch(
-                f"{module}: the adapter has a delta for it, but the base has no such module: is it another base's?"
-            )
-        if target in found.deltas:
-            raise BadAdapter(f"{module}: the adapter has two deltas for {target}")
-        _check_targeted(adapter, architecture, module, target)
-        found.deltas[target] = pair
-    _check_saved_whole(adapter, architecture, found)
-    _untie(adapter, architecture, found)
+    now = {**shapes, **{name: tensor.shape for name, tensor in found.replacements.items()}}
+    for module, parts in adapter.modules.items():
+        site = Site(module, parts, adapter.options, names, architecture, now)
+        for target, change in changes_of(site).items():
+            if target in found.deltas:
+                raise BadAdapter(f"{module}: the adapter has two deltas for {target}")
+            _check_targeted(site)
+            found.deltas[target] = change
+    _check_saved_whole(adapter, architecture, names, found)
+    _untie(adapter, architecture, names, found)
     _check_shapes(architecture, found, shapes)
-    _check_nothing_lost(adapter, architecture, found)
-    if all(adapter.is_zero(pair.b) for pair in found.deltas.values()) and found.deltas:
+    _check_nothing_lost(adapter, architecture, names, found)
+    factors = [tensor for parts in adapter.modules.values() for part, tensor in parts.items() if part.endswith("_B")]
+    if factors and all(adapter.is_zero(factor) for factor in factors):
         found.notes.append("every lora_B of the adapter is zero: it was never trained, and changes nothing")
     return found
 
 
-def _target(architecture: Architecture, name: str) -> str | None:
-    if name in architecture.tied:
-        return name
-    return architecture.tensor_of(name)
+def _refuse_left(adapter: Adapter, architecture: Architecture, names: Names) -> None:
+    """Refuse names that have no place; the base is not to blame, as far as names tell."""
+    left = names.left
+    if not left:
+        return
+    name, total = left[0], len(adapter.modules) + len(adapter.replacements)
+    advice = advice_on(name, adapter.config, adapter.replacements.get(name), architecture.class_name)
+    nearest = names.nearest(name)
+    if advice is None:
+        advice = f"the nearest name there is {nearest}" if nearest else "nothing there has a similar name"
+    count = "" if len(left) == 1 else f" ({len(left):,} of the adapter's {total:,} names have no place)"
+    kind = "tensor" if name in adapter.replacements else "module"
+    raise AdapterMismatch(f"{name}: in the adapter, but the base has no such {kind}{count}; {advice}")
+
+
+def _changeable(architecture: Architecture) -> list[str]:
+    return [*architecture.roles, *architecture.tied]
 
 
 def _check_replacement(adapter: Adapter, architecture: Architecture, target: str, name: str) -> None:
@@ -86,20 +98,13 @@ def _check_replacement(adapter: Adapter, architecture: Architecture, target: str
     )
 
 
-def _check_targeted(adapter: Adapter, architecture: Architecture, module: str, target: str) -> None:
-    spellings = {module}
-    if target in architecture.roles:
-        spellings |= set(architecture.module_names(target))
-        kind = architecture.roles[target].kind
-        if kind not in ("linear", "conv1d"):
-            raise Unsupported(f"{module}: LoRA on a module of kind {kind!r}; this tool merges linear layers and Conv1D")
-    if adapter.options.names_targets and not any(adapter.options.targets(name) for name in spellings):
-        raise AdapterMismatch(f"{module}: the adapter has a delta for it, but its target_modules don't name it")
-    if len({adapter.options.scaling(name) for name in spellings}) > 1:
-        raise AdapterMismatch(f"{module}: rank_pattern or alpha_pattern differ between its names {sorted(spellings)}")
+def _check_targeted(site: Site) -> None:
+    spellings = {site.module, *site.names.spellings(site.weight)}
+    if site.options.names_targets and not any(site.options.targets(name) for name in spellings):
+        raise AdapterMismatch(f"{site.module}: the adapter has a delta for it, but its target_modules don't name it")
 
 
-def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+def _untie(adapter: Adapter, architecture: Architecture, names: Names, found: Match) -> None:
     """Give a tensor that the base shares one of its own, where the adapter makes the two differ."""
     for target, source in architecture.tied.items():
         own, shared = found.replacements.get(target), found.replacements.get(source)
@@ -108,7 +113,7 @@ def _untie(adapter: Adapter, architecture: Architecture, found: Match) -> None:
             continue
         # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
         trained = shared is not None and any(
-            adapter.options.is_saved_whole(module) for module in architecture.module_names(source)
+            adapter.options.is_saved_whole(module) for module in names.spellings(source)
         )
         if target in found.deltas or own is not None or trained or source in found.deltas:
             # The two part where one of them was trained: the other stays what the base has.
@@ -156,21 +161,28 @@ def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str,
             )
 
 
-def _check_saved_whole(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+def _check_saved_whole(adapter: Adapter, architecture: Architecture, names: Names, found: Match) -> None:
     """Refuse an adapter that lacks a tensor of a module which its config saves whole."""
-    owners = {name: architecture.module_names(name) for name in architecture.roles}
-    owners |= {name: (name.rpartition(".")[0],) for name in architecture.tied}
-    for name, modules in owners.items():
-        if name not in found.replacements and any(adapter.options.is_saved_whole(module) for module in modules):
+    for name in _changeable(architecture):
+        whole = any(adapter.options.is_saved_whole(module) for module in names.spellings(name))
+        if whole and name not in found.replacements:
             raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
+    saved = adapter.options.saved
+    if saved and not any(adapter.options.is_saved_whole(name.rpartition(".")[0]) for name in adapter.replacements):
+        raise BadAdapter(
+            f"{adapter.folder.label}: modules_to_save names {', '.join(saved)}, but neither the adapter's file nor the "
+            f"base has such a module{advice_on_lost_head(adapter.config, architecture.class_name)}"
+        )
 
 
-def _check_nothing_lost(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+def _check_nothing_lost(adapter: Adapter, architecture: Architecture, names: Names, found: Match) -> None:
     """Refuse an adapter that lost tensors: some layers of a kind have theirs and others don't."""
     touched: dict[str, set[str]] = defaultdict(set)
     expected: dict[str, set[str]] = defaultdict(set)
     for name, role in architecture.roles.items():
-        modules = architecture.module_names(name)
+        modules = names.spellings(name)
+        if not modules:
+            continue
         kind = re.sub(r"\d+", "*", modules[0])
         if name in found.deltas:
             touched[kind].add(modules[0])

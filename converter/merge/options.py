@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from converter.errors import BadAdapter, Unsupported
+from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.patterns import SECONDS, Pattern, Patterns
 
 # What a saved LoraConfig may say without changing the merge, and what is read below.
@@ -71,6 +71,11 @@ class Options:
     def trains_biases(self) -> bool:
         return self._config.get("bias") in ("all", "lora_only")
 
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """What `modules_to_save` names."""
+        return tuple(pattern.written for pattern in self._saved)
+
     def is_saved_whole(self, module: str) -> bool:
         """Whether `modules_to_save` names the module, one around it, or the end of its name.
 
@@ -99,11 +104,22 @@ class Options:
         index = None if first is None else self._patterns.index(first, module)
         return index is not None and int(index) in self._listed("layers_to_transform")
 
-    def scaling(self, module: str) -> tuple[int, float]:
+    def scaling(self, module: str, others: Iterable[str] = ()) -> tuple[int, float]:
         """Rank and scaling that the config gives a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
 
-        `r` and `alpha` may be overridden by the first matching pattern, as in `peft.utils.get_pattern_key`.
+        `r` and `alpha` may be overridden by the first matching pattern, as in `peft.utils.get_pattern_key`. `others`
+        are further names of the module; `AdapterMismatch` if patterns that don't know the first name know those.
         """
+        own = self._scaling(module)
+        if not any(self._patterns.match(pattern, module) for values in self._values.values() for pattern in values):
+            names = [module, *(other for other in others if other != module)]
+            if any(self._scaling(other) != own for other in names):
+                raise AdapterMismatch(
+                    f"{module}: rank_pattern or alpha_pattern differ between its names {sorted(names)}"
+                )
+        return own
+
+    def _scaling(self, module: str) -> tuple[int, float]:
         rank = self._by_pattern("rank_pattern", module, self._config.get("r"))
         alpha = self._by_pattern("alpha_pattern", module, self._config.get("lora_alpha"))
         if type(rank) is not int or not 1 <= rank < 1 << 31:

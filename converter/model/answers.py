@@ -93,12 +93,24 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
     return problems
 
 
+def parameters(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], names: Iterable[str], *, dtype: str
+) -> dict[str, str]:
+    """Into which parameters transformers 5 would load tensors of these `names`, had the checkpoint of these `shapes`
+    them: name → parameter. Names that it would load nowhere are left out."""
+    model = meta_model(config, shapes, dtype)
+    assert model is not None  # noqa: S101  (without remote_code a missing class raises)
+    return Names(model, names).parameter_of
+
+
 def answer(request: dict[str, Any]) -> Any:
     """The answer, in JSON values, to a question in JSON values."""
     question = request.pop("question")
     if question == "describe":
         shapes = {name: tuple(shape) for name, shape in request.pop("shapes").items()}
         return describe(request.pop("config"), shapes, **request).as_json()
+    if question == "parameters":
+        return parameters(**request)
     tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
     return check_output(request["config"], tensors, request["quantized"])
 

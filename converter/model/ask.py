@@ -151,6 +151,14 @@ class Questions:
         request = {"config": config, "shapes": shapes, "quantize": quantize, "dtype": dtype, "keep": list(keep)}
         return Architecture.from_json(self._ask({"question": "describe", **request, "remote_code": remote_code}))
 
+    def parameters(
+        self, config: Mapping[str, Any], shapes: Mapping[str, Shape], names: Iterable[str], *, dtype: str
+    ) -> dict[str, str]:
+        """`answers.parameters`."""
+        request = {"config": config, "shapes": shapes, "names": list(names), "dtype": dtype}
+        found: dict[str, str] = self._ask({"question": "parameters", **request})
+        return found
+
     def check_output(
         self, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
     ) -> list[str]:
@@ -175,3 +183,4 @@ class Questions:
 _questions = Questions()
 describe = _questions.describe
 check_output = _questions.check_output
+parameters = _questions.parameters

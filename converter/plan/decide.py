@@ -10,10 +10,9 @@ from typing import Any
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
-from converter.merge.lora import Lora
 from converter.merge.match import Match, match
 from converter.model.architecture import Architecture, Role
-from converter.model.ask import check_output, describe, dismiss
+from converter.model.ask import check_output, describe, dismiss, parameters
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import output_config, refuse_unconvertible
 from converter.plan.layout import LIMITS, Limits
@@ -57,7 +56,11 @@ def make_plan(
         keep=recipe.keep,
         remote_code=trust_remote_code,
     )
-    found = match(adapter, architecture, shapes) if adapter is not None else Match()
+
+    def ask(names: list[str]) -> Mapping[str, str]:
+        return parameters(base.config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
+
+    found = match(adapter, architecture, shapes, ask) if adapter is not None else Match()
     tensors = [
         _plan_tensor(header, architecture.roles[header.name], recipe, found)
         for header in sorted(base, key=lambda header: (header.file, header.offset))
@@ -137,11 +140,14 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
     )
 
 
-def _change(delta: Lora | None, replacement: TensorHeader | None) -> Change | None:
+def _change(delta: Change | None, replacement: TensorHeader | None) -> Change | None:
     """What the adapter does to a tensor. It may replace one and also have a delta for it."""
     if replacement is None:
         return delta
-    return Replacement(replacement) if delta is None else replace(delta, source=replacement)
+    if delta is None:
+        return Replacement(replacement)
+    changed: Change = replace(delta, source=replacement)  # type: ignore[type-var]  # every change is a dataclass
+    return changed
 
 
 def _weights_dtype(base: Checkpoint) -> str:

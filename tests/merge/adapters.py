@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from converter.errors import ConversionRefused
-from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from converter.merge.adapter import CONFIG, WEIGHTS, Adapter
+from converter.merge.keys import PREFIX
+from converter.merge.match import Match, match
 from converter.merge.patterns import SECONDS
+from converter.model.architecture import Architecture, Kind, Role
 from converter.read.folder import LocalFolder
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -35,6 +38,23 @@ def save(folder: Path, tensors: dict[str, Tensor] | None = None, **config: Any) 
 
 def opened(folder: Path, *, seconds: float = SECONDS) -> Adapter:
     return Adapter(LocalFolder(folder), seconds=seconds)
+
+
+def placed(folder: Path) -> Match:
+    """Where an adapter's tensors belong in a base that has MODULE, (8, 16), and an embedding and a head, (4, 16)."""
+    shapes = {f"{MODULE}.weight": (8, 16), "model.embed_tokens.weight": (4, 16), "lm_head.weight": (4, 16)}
+    kinds: dict[str, Kind] = {"model.embed_tokens.weight": "embedding"}
+    roles = {name: Role(name, kinds.get(name, "linear"), quantize=True) for name in shapes}
+    ends = frozenset(["model.embed_tokens.weight", "lm_head.weight"])
+    return match(opened(folder), Architecture("LlamaForCausalLM", roles, None, embeddings=ends), shapes)
+
+
+def misplaced(folder: Path, kind: type[ConversionRefused]) -> str:
+    """The message with which an adapter is refused when its tensors are given their places."""
+    with pytest.raises(kind) as caught:
+        placed(folder)
+    assert type(caught.value) is kind
+    return str(caught.value)
 
 
 def refusal(folder: Path, kind: type[ConversionRefused], *, seconds: float = SECONDS) -> str:

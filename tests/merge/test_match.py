@@ -15,7 +15,8 @@ from torch import Tensor
 
 import converter
 from converter.errors import AdapterMismatch, BadAdapter, ConversionRefused, Unsupported
-from converter.merge.adapter import CONFIG, PREFIX, WEIGHTS, Adapter
+from converter.merge.adapter import CONFIG, WEIGHTS, Adapter
+from converter.merge.keys import PREFIX
 from converter.merge.match import Match, match
 from converter.model.answers import describe
 from converter.read.checkpoint import Checkpoint
@@ -411,27 +412,31 @@ def test_an_adapter_with_one_trained_layer_is_not_called_untrained(folders: Any,
 # What is refused
 
 
-@pytest.mark.parametrize("module", ["model.layers.7.self_attn.q_proj", "layers.0.self_attn.q_proj", "transformer.x"])
-def test_a_delta_for_a_module_that_the_base_does_not_have_is_refused(module: str, folders: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "nearest"),
+    [
+        ("model.layers.7.self_attn.q_proj", "model.layers.0.self_attn.q_proj"),
+        ("layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
+        ("model.layers.1.self_attn.qproj", "model.layers.1.self_attn.q_proj"),
+    ],
+)
+def test_a_delta_for_a_module_that_the_base_does_not_have_is_refused_with_the_nearest_name(
+    module: str, nearest: str, folders: Any, tmp_path: Path
+) -> None:
     base, plain = folders("llama")
     adapter = edit(plain, tmp_path / "adapter", lambda tensors: tensors.update(pair(module)))
 
     assert refusal(base, adapter, AdapterMismatch) == (
-        f"{module}: the adapter has a delta for it, but the base has no such module: is it another base's?"
+        f"{module}: in the adapter, but the base has no such module; the nearest name there is {nearest}"
     )
 
 
-def test_a_tensor_that_the_base_does_not_have_is_refused(folders: Any, tmp_path: Path) -> None:
+def test_a_delta_for_a_module_that_nothing_resembles_is_refused(folders: Any, tmp_path: Path) -> None:
     base, plain = folders("llama")
-    adapter = edit(
-        plain,
-        tmp_path / "adapter",
-        lambda tensors: tensors.update({"score.weight": torch.ones(2, 64)}),
-        modules_to_save=["score"],
-    )
+    adapter = edit(plain, tmp_path / "adapter", lambda tensors: tensors.update(pair("quux")))
 
     assert refusal(base, adapter, AdapterMismatch) == (
-        "score.weight: in the adapter, but the base has no such tensor: is it another base's?"
+        "quux: in the adapter, but the base has no such module; nothing there has a similar name"
     )
 
 
@@ -593,17 +598,35 @@ def test_a_tied_head_that_should_be_saved_whole_and_is_not_is_refused(folders: A
     )
 
 
-def test_spellings_of_one_module_to_which_the_config_gives_different_scalings_are_refused(
-    folders: Any, tmp_path: Path
-) -> None:
-    saved, plain = folders("gpt2")
-    base = copied(saved, tmp_path / "base")
+def gpt2_without_prefix(saved: Path, to: Path) -> Path:
+    """A base of GPT-2 whose tensors lack `transformer.`, as the published one's do."""
+    base = copied(saved, to)
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(base / WEIGHTS_OF_BASE).items()}
     save_file(tensors, base / WEIGHTS_OF_BASE)
-    patterns = {"transformer.h.0.attn.c_attn": 3}
-    adapter = edit(plain, tmp_path / "adapter", unchanged, alpha_pattern=patterns)
+    return base
+
+
+def test_a_pattern_means_the_names_of_the_adapters_own_file(folders: Any, tmp_path: Path) -> None:
+    saved, plain = folders("gpt2")
+    base = gpt2_without_prefix(saved, tmp_path / "base")
+    adapter = edit(plain, tmp_path / "adapter", unchanged, alpha_pattern={"^transformer.h.0.attn.c_attn": 3})
+
+    found = matched(base, adapter)
+
+    assert found.deltas["h.0.attn.c_attn.weight"].as_json()["lora"]["scaling"] == 3 / 8
+
+
+def test_patterns_that_know_another_name_than_the_files_are_refused(folders: Any, tmp_path: Path) -> None:
+    saved, plain = folders("gpt2")
+    base = gpt2_without_prefix(saved, tmp_path / "base")
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    adapter = edit(plain, tmp_path / "adapter", rename, alpha_pattern={"^transformer.h.0.attn.c_attn": 3})
 
     assert refusal(base, adapter, AdapterMismatch) == (
-        "transformer.h.0.attn.c_attn: rank_pattern or alpha_pattern differ between its names "
+        "h.0.attn.c_attn: rank_pattern or alpha_pattern differ between its names "
         "['h.0.attn.c_attn', 'transformer.h.0.attn.c_attn']"
     )

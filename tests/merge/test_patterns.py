@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import BadAdapter
-from converter.merge.adapter import CONFIG, PREFIX
+from converter.merge.adapter import CONFIG
+from converter.merge.keys import PREFIX
 from converter.merge.patterns import SECONDS, Pattern, Patterns
 from tests.limits import cpu_below
 from tests.merge.adapters import MODULE, factors, opened, refusal, save
