@@ -1,8 +1,9 @@
 """Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed."""
 
 from converter.batch.batch import convert_batch
-from converter.batch.jobs import read_jobs
-from converter.batch.members import BatchOptions, Outcome
+from converter.batch.job_file import read_jobs
+from converter.batch.options import BatchOptions
+from converter.batch.outcomes import Outcome
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError
 from converter.job import Job
 from converter.merge.adapter import Adapter

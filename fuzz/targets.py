@@ -13,7 +13,7 @@ from pathlib import Path
 import xxhash
 from hypothesis import strategies as st
 
-from converter.batch.jobs import read_jobs
+from converter.batch.job_file import read_jobs
 from converter.errors import ConverterError
 from converter.merge import adapter as adapters
 from converter.merge.adapter import Adapter

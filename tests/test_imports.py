@@ -59,6 +59,7 @@ ONLY_IN = {
     "rich": {"cli.show.progress"},
     "psutil": {"cli.show.progress"},
     "ray": {"batch.cluster.ray_cluster"},
+    "yaml": {"batch.job_file"},
     "peft": set(),
     "safetensors": set(),
     "accelerate": set(),

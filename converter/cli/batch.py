@@ -22,7 +22,7 @@ from converter.cli.options import (
 
 if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
-    from converter.batch.members import Outcome
+    from converter.batch.outcomes import Outcome
     from converter.job import Job, RunOptions
 
 
@@ -40,7 +40,8 @@ def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     \b
     {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}
     """
-    from converter.batch.jobs import read_jobs, slice_of
+    from converter.batch.job_file import read_jobs
+    from converter.batch.jobs import slice_of
 
     wanted = read_jobs(jobs)
     if part is not None:
@@ -59,7 +60,7 @@ def run_batch(
     ray: str | None = None,
 ) -> None:
     """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start."""
-    from converter.batch.members import BatchOptions
+    from converter.batch.options import BatchOptions
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
     from converter.cli.show.batch import batch_json, batch_text

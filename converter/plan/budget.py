@@ -6,10 +6,9 @@ absmax of a whole tensor, the adapter's factors, headers.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from converter.errors import BadRecipe
 from converter.plan.plan import Plan, TensorPlan
@@ -22,18 +21,12 @@ from converter.resources import DEFAULT_MEMORY, Resources
 if TYPE_CHECKING:
     from converter.recipe import Recipe
 
-T = TypeVar("T")
-
 FIXED = 64_000_000
 """Bytes that don't depend on tensors: Python's objects, plan, receipt, allocators' waste. A test holds it."""
 IN_FIXED = 2_000
 """Tensors of a base whose Python objects `FIXED` includes."""
 PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
 """Bytes of Python's objects for each further tensor, and for each output tensor. Measured with 27,000 and 190,000."""
-MOST_TOGETHER = 200
-"""The most outputs of one pass: each has a lock, a journal and a shard open."""
-PER_TENSOR = 8_000
-"""Bytes of Python's objects for a tensor that an adapter changes: its plan, its place, its line of the receipt."""
 
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """The most rows of a strip, where rows are long."""
@@ -97,73 +90,6 @@ def recut(plan: Plan, reserved: int) -> Plan:
     """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
     cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
     return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
-
-
-def passes(needs: Sequence[Need], resources: Resources) -> list[list[int]]:
-    """The indices of the outputs of each pass. A quarter of the budget stays for the tiles."""
-    room = (resources.memory or DEFAULT_MEMORY) * 3 // 4 - FIXED
-    groups: list[list[int]] = [[]]
-    left = room
-    for index, need in enumerate(needs):
-        if groups[-1] and (need.nbytes > left or len(groups[-1]) == MOST_TOGETHER):
-            groups.append([])
-            left = room
-        groups[-1].append(index)
-        left -= need.nbytes
-    return groups
-
-
-def in_passes(
-    needs: Sequence[Need], resources: Resources, fitting: Callable[[Sequence[int]], T | None]
-) -> Iterator[tuple[Sequence[int], T | BadRecipe]]:
-    """Outputs, by their indices, as many together as can be, and what `fitting` makes of them.
-
-    Where it makes nothing of several, or raises `BadRecipe`, what can't be cut leaves them too little memory: it is
-    asked for half of them, then for the other half. For one alone, the error is given.
-    """
-    left = deque(passes(needs, resources))
-    while left:
-        numbers = left.popleft()
-        found: T | BadRecipe | None
-        try:
-            found = fitting(numbers)
-        except BadRecipe as exc:
-            found = exc if len(numbers) == 1 else None
-        if found is not None:
-            yield numbers, found
-        else:
-            left.extendleft([numbers[len(numbers) // 2 :], numbers[: len(numbers) // 2]])
-
-
-def fits(memory: int, count: int, resources: Resources) -> bool:
-    """Whether `count` outputs may take `memory` bytes together. One alone may take more than the default."""
-    return count == 1 or resources.memory is not None or memory <= DEFAULT_MEMORY
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that one output takes besides its tiles."""
-
-    in_flight: int
-    objects: int
-    """Python's, of the tensors that its adapter changes."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.in_flight + self.objects
-
-
-def need_of(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> Need:
-    """What an output of these tensors takes besides its tiles."""
-    return Need(in_flight(tensors, recipe, resources), PER_TENSOR * sum(tensor.is_touched for tensor in tensors))
-
-
-def together(needs: Sequence[Need]) -> int:
-    """Bytes that are not for tiles where these outputs are made together: of one alone, as many as in a conversion."""
-    if not needs:
-        return FIXED
-    # `FIXED` has the objects of one output.
-    return FIXED + sum(need.nbytes for need in needs) - min(need.objects for need in needs)
 
 
 def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> int:

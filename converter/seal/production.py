@@ -32,8 +32,8 @@ class Target:
     adapter: Folder | None
     """Where its factors, or the values that replace the base's, are read."""
     writer: Writer
-    output: int = 0
-    """Which of several outputs it belongs to."""
+    owner: Production | None = None
+    """The output that is to note it; None where nothing is made."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,12 @@ class Production:
     begin. After `fail` the folder stays where another run can resume it.
     """
 
-    def __init__(
-        self, plan: Plan, adapter: Folder | None, staging: Staging, number: int = 0, given: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, plan: Plan, adapter: Folder | None, staging: Staging, given: Iterable[str] = ()) -> None:
         self.staging = staging
         self.made: dict[str, Made] = {}
         self.done = 0
         """Bytes that were read for what is made."""
-        self._adapter, self._number, self._given = adapter, number, frozenset(given)
+        self._adapter, self._given = adapter, frozenset(given)
         self.cut(plan)
         self._writers: dict[str, ShardWriter] = {}
         self._left: dict[str, set[str]] = {}
@@ -102,7 +100,7 @@ class Production:
             self._open(shard)
         if name in self.made:
             return None
-        return Target(tensor, self._adapter, self._writers[shard.file], self._number)
+        return Target(tensor, self._adapter, self._writers[shard.file], self)
 
     def note(self, made: Made) -> None:
         """Take note of a tensor that was written: in the journal, durably, every few seconds.

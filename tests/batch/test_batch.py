@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converter.batch.members
 import converter.pipeline
 import converter.plan.budget
 import converter.write.journal
 from converter import BatchOptions, Job, Outcome, Recipe, Resources, convert, convert_batch
+from converter.batch.batch import convert_jobs
+from converter.batch.disks import Disks
+from converter.batch.run import Access
 from converter.errors import Interrupted, ReadFailed, WriteFailed
 from converter.observer import Progress
 from converter.seal.receipt import read_receipt
@@ -173,9 +175,8 @@ def test_several_passes_give_the_bytes_of_one(
     threads: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_batch(jobs_for(three, base, tmp_path / "one"))
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
-    monkeypatch.setattr(converter.batch.members, "MOST_PLANS", 1)
-    outcomes = convert_batch(jobs_for(three, base, tmp_path / "many"), BatchOptions(Resources(threads=threads)))
+    options = BatchOptions(Resources(threads=threads), outputs_per_pass=1, plans_kept=1)
+    outcomes = convert_batch(jobs_for(three, base, tmp_path / "many"), options)
 
     assert statuses(outcomes) == ["made"] * 3
     for adapter in three:
@@ -462,8 +463,6 @@ def once(act: Callable[[], object], *, at: int = 1) -> Callable[[Progress], None
 def test_an_adapter_that_changes_before_its_turn_comes_is_dropped_alone(
     what: str, plans: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
-    monkeypatch.setattr(converter.batch.members, "MOST_PLANS", plans)
     some = [three[0], copy(three[1], tmp_path / "a1"), copy(three[0], tmp_path / "last")]
 
     def change() -> None:
@@ -471,7 +470,8 @@ def test_an_adapter_that_changes_before_its_turn_comes_is_dropped_alone(
         if what != "gone":
             copy(three[2] if what == "touches more" else three[0], some[1])
 
-    outcomes = convert_batch(jobs_for(some, base, tmp_path / "out"), progress=once(change))
+    options = BatchOptions(outputs_per_pass=1, plans_kept=plans)
+    outcomes = convert_batch(jobs_for(some, base, tmp_path / "out"), options, progress=once(change))
 
     assert statuses(outcomes) == ["made", "failed", "made"]
     assert "changed" in outcomes[1].message
@@ -481,7 +481,6 @@ def test_an_adapter_that_changes_before_its_turn_comes_is_dropped_alone(
 def test_a_base_that_changes_between_passes_gives_no_output_of_two_bases(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     mine = copy(base, tmp_path / "base")
 
     def change(progress: Progress) -> None:
@@ -489,7 +488,8 @@ def test_a_base_that_changes_between_passes_gives_no_output_of_two_bases(
             for shard in shards(mine):
                 os.utime(shard, ns=(1, 1))
 
-    outcomes = convert_batch(jobs_for(three, mine, tmp_path / "out"), progress=change)
+    options = BatchOptions(outputs_per_pass=1)
+    outcomes = convert_batch(jobs_for(three, mine, tmp_path / "out"), options, progress=change)
 
     assert set(statuses(outcomes)) == {"failed"}
     assert all("changed while it was being read" in outcome.message for outcome in outcomes)
@@ -541,7 +541,6 @@ def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
     how: str, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Copies, lest one output be the other's file."""
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     earlier = tmp_path / "out" / "earlier"
     convert_batch([Job(earlier, three[2], base)], BatchOptions(link="copy"))
 
@@ -555,7 +554,7 @@ def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
                 shard.write_bytes(b"nothing")
 
     jobs = [Job(earlier, three[2], base), *jobs_for(three, base, tmp_path / "out")]
-    outcomes = convert_batch(jobs, BatchOptions(link="copy"), progress=once(act))
+    outcomes = convert_batch(jobs, BatchOptions(link="copy", outputs_per_pass=1), progress=once(act))
 
     assert statuses(outcomes) == ["nothing to do", "made", "made", "made"]
     assert [any("made again" in note for note in outcome.notes) for outcome in outcomes[1:]] == [False, True, True]
@@ -605,27 +604,28 @@ def test_where_every_output_fails_what_they_have_in_common_is_kept_for_the_next_
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a0", "a1", "a2"]
 
 
-class Disks:
-    """Disks that a test makes up: by the first part of a path below `place`; what is free on each."""
+class MadeUpDisks(Disks):
+    """Disks by the first part of a path below `place`, and what is free on each."""
 
-    def __init__(self, place: Path, patch: pytest.MonkeyPatch, **free: int) -> None:
-        self.place, self.free = place, free
-        patch.setattr("converter.batch.batch._disk_of", self.of)
-        patch.setattr("converter.batch.batch.room", lambda folders: free[self.of(folders[0])])
+    def __init__(self, place: Path, **free: int) -> None:
+        self._place, self._free = place, free
 
-    def of(self, path: Path) -> str:
-        return path.relative_to(self.place).parts[0]
+    def number_of(self, path: Path) -> int:
+        return list(self._free).index(path.relative_to(self._place).parts[0])
+
+    def room(self, folders: Sequence[Path]) -> int:
+        return list(self._free.values())[self.number_of(folders[0])]
 
 
 @pytest.mark.parametrize("full", ["one", "two"])
 def test_a_disk_that_is_too_full_refuses_the_outputs_on_it_and_no_other(
-    full: str, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: str, base: Path, three: list[Path], tmp_path: Path
 ) -> None:
     place = tmp_path / "disks"
-    Disks(place, monkeypatch, **({"one": 10**9, "two": 10**9} | {full: 3_000}))
+    disks = MadeUpDisks(place, **({"one": 10**9, "two": 10**9} | {full: 3_000}))
     jobs = [Job(place / "one" / "a0", three[0], base), *jobs_for(three[1:], base, place / "two")]
 
-    outcomes = convert_batch(jobs)
+    outcomes = convert_jobs(jobs, access=Access(disks=disks))
 
     assert statuses(outcomes) == (["refused", "made", "made"] if full == "one" else ["made", "refused", "refused"])
     for job, outcome in zip(jobs, outcomes, strict=True):
@@ -683,12 +683,11 @@ def test_a_shard_in_common_that_was_damaged_while_a_batch_lay_killed_is_made_ane
 def test_an_output_that_fails_in_a_first_pass_leaves_the_common_shards_to_the_second(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     huge = copy(three[0], tmp_path / "huge")
     for half in ("lora_A", "lora_B"):
         change_tensor(next(huge.glob("*.safetensors")), _a_factor(huge, half), lambda value: value.fill_(3e38))
 
-    outcomes = convert_batch(jobs_for([huge, *three[1:]], base, tmp_path / "out"))
+    outcomes = convert_batch(jobs_for([huge, *three[1:]], base, tmp_path / "out"), BatchOptions(outputs_per_pass=1))
 
     assert statuses(outcomes) == ["failed", "made", "made"]
     assert verify(tmp_path / "out" / "a1", base, three[1]).problems == []
@@ -849,7 +848,8 @@ def test_a_kept_tensor_that_one_adapter_changes_and_others_copy_is_read_once(
     save_file({name: tensor for name, tensor in load_file(file).items() if "lora_" in name}, file)
 
     with monkeypatch.context() as patched:
-        patched.setattr(converter.plan.budget, "FIXED", 1_000_000)  # else both would not be made in one pass
+        patched.setattr(converter.plan.budget, "FIXED", 1_000_000)
+        patched.setattr(converter.batch.memory, "FIXED", 1_000_000)  # else both would not be made in one pass
         read = rows_read(patched)
         outcomes = convert_batch(
             jobs_for(some, base, tmp_path / "out"), BatchOptions(Resources(memory=20_000_000, threads=1, kernels=False))
@@ -867,11 +867,10 @@ def test_a_kept_tensor_that_one_adapter_changes_and_others_copy_is_read_once(
 def test_several_passes_read_what_is_in_common_once(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
     read: Counter[str] = Counter()
     monkeypatch.setattr("converter.pipeline.read_tile", _counting(read, converter.pipeline.read_tile))
 
-    convert_batch(jobs_for(three, base, tmp_path))
+    convert_batch(jobs_for(three, base, tmp_path), BatchOptions(outputs_per_pass=1))
 
     in_common = {name for name in read if "_proj" not in name}
     assert in_common
@@ -887,8 +886,9 @@ def test_as_many_are_made_together_as_leave_room_for_a_tensor_that_can_not_be_cu
     base = save_base(tmp_path / "base", "gpt2", n_embd=512, n_layer=1)
     adapter = save_adapter(tmp_path / "a0", base, "gpt2")
     some = [adapter, *(copy(adapter, tmp_path / f"a{number}") for number in range(1, 4))]
-    monkeypatch.setattr(converter.plan.budget, "PER_TENSOR", 2_000_000)  # as large models have it
+    monkeypatch.setattr(converter.batch.memory, "PER_TENSOR", 2_000_000)  # as large models have it
     monkeypatch.setattr(converter.plan.budget, "DEFAULT_MEMORY", 135_000_000)
+    monkeypatch.setattr(converter.batch.memory, "DEFAULT_MEMORY", 135_000_000)
     largest: list[int] = []
     init = converter.seal.production.Production.__init__
     monkeypatch.setattr(

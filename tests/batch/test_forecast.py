@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import converter.batch.forecast
-import converter.plan.budget
-import converter.plan.estimate
-from converter import BatchOptions, Job, convert_batch
-from converter.batch.forecast import Forecast
-from converter.batch.passes import Pass
+from converter import BatchOptions, Job, Recipe, make_plan
+from converter.batch.batch import convert_jobs
+from converter.batch.forecast import Forecast, costs_of, forecast
+from converter.batch.observer import BatchObserver, PassBegun
+from converter.batch.sharing import untouched
+from converter.plan.estimate import Estimate
+from converter.plan.inputs import Inputs
 from tests.models import save_adapter, save_base
+
+ALONE = Estimate(read=2.0, compute=3.0, write=1.0, check=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -28,45 +31,36 @@ def jobs(folder: Path, out: Path) -> list[Job]:
     return [Job(out / f"a{number}", folder / f"a{number}", folder / "base") for number in range(3)]
 
 
-def foretold(some: list[Job]) -> list[Forecast]:
+def foretold(some: list[Job], options: BatchOptions = BatchOptions()) -> list[Forecast]:
     found: list[Forecast] = []
-    convert_batch(some, dry_run=True, foretell=found.append)
+    convert_jobs(some, options, BatchObserver(foretold=found.append), dry_run=True)
     return found
 
 
-def test_passes_memory_and_disk_are_those_of_the_batch(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Pass] = []
-    run = Pass.run
+@pytest.mark.parametrize("most", [200, 2, 1])
+def test_passes_memory_and_disk_are_those_of_the_batch(most: int, folder: Path, tmp_path: Path) -> None:
+    passes: list[PassBegun] = []
+    some, options = jobs(folder, tmp_path), BatchOptions(outputs_per_pass=most)
 
-    def watched(one: Pass) -> None:
-        made.append(one)
-        run(one)
+    (found,) = foretold(some, options)
+    assert list(tmp_path.glob("a*")) == []
+    convert_jobs(some, options, BatchObserver(begun=passes.append))
 
-    monkeypatch.setattr(Pass, "run", watched)
-    some = jobs(folder, tmp_path)
-
-    (found,) = foretold(some)
-    assert not made
-    convert_batch(some, BatchOptions())
-
-    assert (found.outputs, found.passes) == (3, len(made))
-    assert found.memory == max(one.memory for one in made)
+    assert (found.outputs, found.passes) == (3, len(passes))
+    assert found.memory == max(one.memory for one in passes)
     files = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("*/*.safetensors")}
     assert sum(files.values()) <= found.disk < 1.1 * sum(files.values())
 
 
-def test_each_pass_reads_the_base_and_what_is_in_common_is_computed_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        converter.batch.forecast, "estimate", lambda *_: converter.plan.estimate.Estimate(2.0, 3.0, 1.0, 5.0)
-    )
-    (one,) = foretold(jobs(folder, tmp_path)[:1])
-    (three,) = foretold(jobs(folder, tmp_path))
-    monkeypatch.setattr(converter.plan.budget, "MOST_TOGETHER", 1)
-    (apart,) = foretold(jobs(folder, tmp_path))
+def test_each_pass_reads_the_base_and_what_is_shared_is_computed_once(folder: Path) -> None:
+    with Inputs(folder / "base", folder / "a0") as inputs:
+        plan = make_plan(inputs.base, inputs.adapter, Recipe())
+        base, shared, costs = inputs.base, list(untouched(plan).values()), costs_of(plan)
+
+        def seconds(outputs: int, most: int = 200) -> Forecast:
+            return forecast([costs] * outputs, shared, plan, base, most, sample=lambda *_: ALONE)
+
+        one, three, apart = seconds(1), seconds(3), seconds(3, most=1)
 
     assert (one.passes, one.estimate.read, one.estimate.compute) == (1, 2.0, 3.0)
     assert (three.passes, three.estimate.read) == (1, 2.0)
@@ -77,10 +71,10 @@ def test_each_pass_reads_the_base_and_what_is_in_common_is_computed_once(
 
 def test_of_what_is_made_already_nothing_is_foretold(folder: Path, tmp_path: Path) -> None:
     some = jobs(folder, tmp_path)
-    convert_batch(some[:2])
+    convert_jobs(some[:2])
 
     (found,) = foretold(some)
     assert found.outputs == 1
 
-    convert_batch(some)
+    convert_jobs(some)
     assert foretold(some) == []

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from converter import BatchOptions, Inputs, Job, Plan, Recipe, convert, convert_batch, make_plan
-from converter.batch.sharing import given_by, in_common, laid_out, untouched
+from converter.batch.earlier import reusable_shards
+from converter.batch.sharing import lay_out, same_in_both, untouched
 from converter.errors import BadOutput
 from converter.seal.link import How
 from converter.seal.receipt import read_receipt
@@ -48,27 +49,31 @@ def names(plan: Plan) -> set[str]:
 def test_in_common_is_what_neither_adapter_touches_and_both_make_alike(plans: list[Plan]) -> None:
     touched = {tensor.name for plan in plans for tensor in plan.tensors() if tensor.is_touched}
     assert {name.split(".")[-2] for name in touched} == {"q_proj", "down_proj"}
-    assert in_common(*map(untouched, plans)).keys() == names(plans[0]) - touched
+    assert same_in_both(*map(untouched, plans)).keys() == names(plans[0]) - touched
 
 
 def test_nothing_is_in_common_by_recipes_that_give_other_bytes(base: Path) -> None:
     with Inputs(base, None) as alone:
         one, other = (untouched(make_plan(alone.base, None, Recipe(quant_type=kind))) for kind in ("nf4", "int8"))
-    assert not any("q_proj" in name for name in in_common(one, other))
+    assert not any("q_proj" in name for name in same_in_both(one, other))
 
 
 def test_every_tensor_is_laid_out_once_and_what_is_in_common_comes_first_and_alike(plans: list[Plan]) -> None:
-    common = in_common(*map(untouched, plans))
-    relaid = [laid_out(plan, [], common) for plan in plans]
+    shared = same_in_both(*map(untouched, plans))
+    layouts = [lay_out(plan, [], shared) for plan in plans]
 
-    for (plan, given, count), before in zip(relaid, plans, strict=True):
-        assert (given, count > 0) == (0, True)
-        assert sorted(tensor.name for tensor in plan.tensors()) == sorted(names(before))
-        assert {tensor.name for shard in plan.shards[:count] for tensor in shard.tensors} == common.keys()
-        assert plan.content == before.content
-        assert plan.digest != before.digest
-    count = relaid[0][2]
-    assert [shard.layout for shard in relaid[0][0].shards[:count]] == [s.layout for s in relaid[1][0].shards[:count]]
+    for layout, before in zip(layouts, plans, strict=True):
+        assert layout.reused == {}
+        assert layout.shared
+        assert sorted(tensor.name for tensor in layout.plan.tensors()) == sorted(names(before))
+        assert names(layout.plan_of_shared()) == shared.keys()
+        assert [shard.file for shard in layout.plan.shards if shard.file in layout.shared] == [
+            shard.file for shard in layout.plan.shards[: len(layout.shared)]
+        ]
+        assert layout.plan.content == before.content
+        assert layout.plan.digest != before.digest
+    one, other = ([shard.layout for shard in layout.shared_shards()] for layout in layouts)
+    assert one == other
 
 
 def test_an_earlier_output_gives_its_shards_of_the_base_alone_and_no_other(
@@ -78,7 +83,7 @@ def test_an_earlier_output_gives_its_shards_of_the_base_alone_and_no_other(
     receipt = read_receipt(out)
     assert receipt is not None
 
-    given = given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+    given = reusable_shards(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
 
     assert given
     assert {one.shard.path.name for one in given} <= receipt["of_the_base_alone"].keys()
@@ -93,9 +98,9 @@ def test_a_receipt_that_makes_no_sense_gives_nothing_and_says_so(
         change_json(out / "conversion.json", of_the_base_alone=nonsense)
         if nonsense:
             with pytest.raises(BadOutput, match="can't be understood"):
-                given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+                reusable_shards(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
         else:
-            assert given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu") == []
+            assert reusable_shards(out, plans[1], untouched(plans[1]), inputs[1], "cpu") == []
 
 
 @pytest.mark.parametrize("error", ["nan", float("inf"), pytest.param(10**400, id="1e400"), None, "x", [1]])
@@ -106,7 +111,7 @@ def test_a_figure_that_no_receipt_could_have_gives_nothing(
     tensors = (read_receipt(out) or {})["tensors"]
     change_json(out / "conversion.json", tensors={name: entry | {"error": error} for name, entry in tensors.items()})
     with pytest.raises(BadOutput, match="can't be understood"):
-        given_by(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
+        reusable_shards(out, plans[1], untouched(plans[1]), inputs[1], "cpu")
 
 
 @pytest.mark.parametrize("how", ["hard", "copy"])

@@ -1,4 +1,4 @@
-"""A batch on many machines: jobs of one base in parts, parts on nodes, what is lost begun again, one report of it all.
+"""A batch on many machines: jobs of one base in parts, parts on nodes, lost parts started again, one report of all.
 
 Inputs and outputs must lie where every node sees them under the same path. What a lost node had finished is kept,
 because a batch makes nothing twice.
@@ -10,23 +10,27 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from converter.batch.batch import convert_batch
-from converter.batch.cluster.parts import Ask, Node, Part, Prediction, divide, on_gpus, predict
+from converter.batch.batch import convert_jobs
+from converter.batch.cluster.parts import Ask, Node, Prediction, divide, on_gpus, predict
 from converter.batch.cluster.ray_cluster import Lost, connected, refuse_if_unusable
+from converter.batch.cluster.report import PartsReport
 from converter.batch.forecast import Forecast
 from converter.batch.jobs import grouped
-from converter.batch.members import BatchOptions, Outcome
+from converter.batch.observer import BatchObserver
+from converter.batch.options import BatchOptions
+from converter.batch.outcomes import Outcome, Outcomes
 from converter.errors import ConverterError, Interrupted
 from converter.job import Job
 from converter.observer import Progress
 from converter.read.folder import is_folder
 
-MOST_BEGINNINGS = 4
-"""How often a part is begun whose node or process is lost each time."""
+MOST_STARTS = 4
+"""How often a part is started whose node or process is lost each time."""
 _TURN_SECONDS = 0.3
 _LOOK_SECONDS = 5.0
 
@@ -35,7 +39,7 @@ class Cluster(Protocol):
     """What is asked of a cluster; `ray_cluster.RayCluster` says what each does."""
 
     def nodes(self) -> list[Node]: ...
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None: ...
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], options: BatchOptions) -> None: ...
     def finished(self, seconds: float) -> list[tuple[int, list[Outcome] | Lost]]: ...
     def heard(self) -> list[tuple[int, Outcome | Progress]]: ...
     def cancel(self, numbers: Sequence[int]) -> None: ...
@@ -43,7 +47,7 @@ class Cluster(Protocol):
 
 def convert_on_cluster(
     jobs: Sequence[Job],
-    terms: BatchOptions = BatchOptions(),
+    options: BatchOptions = BatchOptions(),
     address: str = "local",
     *,
     dry_run: bool = False,
@@ -55,174 +59,140 @@ def convert_on_cluster(
     """`convert_batch` on the nodes of the Ray cluster at `address`, HOST:PORT; `local` starts one on this machine.
 
     With `dry_run`, and where `strict` ends it, nothing is asked of the cluster. Raises `ConversionRefused` where it
-    can't be reached or no node has what a part takes, and `Interrupted` at a signal: the same batch goes on.
+    can't be reached or no node has what a part takes, and `Interrupted` at a signal: the same batch resumes the work.
     """
+    observer = BatchObserver(progress, stop, ended=tell, foretold=foretell)
+    return convert_jobs_on_cluster(jobs, options, address, observer, dry_run=dry_run)
+
+
+def convert_jobs_on_cluster(
+    jobs: Sequence[Job],
+    options: BatchOptions = BatchOptions(),
+    address: str = "local",
+    observer: BatchObserver = BatchObserver(),
+    *,
+    dry_run: bool = False,
+    connect: Callable[[str], AbstractContextManager[Cluster]] | None = None,
+) -> list[Outcome]:
+    """`convert_on_cluster`, from values. `connect` gives the cluster at an address; by default, Ray's."""
     if dry_run:
-        return convert_batch(jobs, terms, dry_run=True, progress=progress, stop=stop, tell=tell, foretell=foretell)
-    if terms.strict:
-        planned = convert_batch(jobs, terms, dry_run=True, stop=stop)
+        return convert_jobs(jobs, options, observer, dry_run=True)
+    if options.strict:
+        planned = convert_jobs(jobs, options, BatchObserver(stop=observer.stop), dry_run=True)
         if not all(outcome.is_good for outcome in planned):
             for outcome in planned:
-                tell(outcome)
+                observer.ended(outcome)
             return planned
-    refuse_if_unusable(address)
-    report = _Report(jobs, progress, tell)
+    if connect is None:
+        refuse_if_unusable(address)
+    outcomes = Outcomes(jobs, observer.ended)
     placed = [_placed(job) for job in jobs]
-    terms = terms if terms.against is None else replace(terms, against=_absolute(terms.against))
-    groups = _groups(placed, terms, report)
+    options = options if options.against is None else replace(options, against=_absolute(options.against))
+    groups = _groups(placed, options, outcomes)
     if groups:
-        with connected(address) as cluster:
-            convert_groups(placed, groups, terms, cluster, report, stop)
-    return report.in_order()
+        with (connect or connected)(address) as cluster:
+            _Run(placed, options, cluster, observer, outcomes).convert(groups)
+    return list(outcomes)
 
 
-def convert_groups(
-    jobs: Sequence[Job],
-    groups: Sequence[tuple[Sequence[int], Prediction]],
-    terms: BatchOptions,
-    cluster: Cluster,
-    report: _Report,
-    stop: Callable[[], int | None],
-) -> None:
-    """Make every part of the groups, each on some node; one whose node is lost is begun again on another."""
-    nodes = cluster.nodes()
-    gpus = int(on_gpus(terms.device, nodes))
-    parts = divide(groups, nodes, threads=terms.resources.threads, gpus=gpus)
-    # Ray shows a task its own GPU as the first.
-    device = "cuda" if gpus else "cpu" if terms.device == "auto" else terms.device
-    resources = replace(terms.resources, threads=parts[0].ask.cpus)
-    terms = replace(terms, device=device, resources=resources, strict=False)
-    beginnings = [0] * len(parts)
+class _Run:
+    """Parts of a batch under way on a cluster."""
 
-    def begin(number: int) -> None:
-        beginnings[number] += 1
-        cluster.start(number, parts[number].ask, [jobs[index] for index in parts[number].indices], terms)
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        options: BatchOptions,
+        cluster: Cluster,
+        observer: BatchObserver,
+        outcomes: Outcomes,
+    ) -> None:
+        self._jobs, self._options, self._cluster = jobs, options, cluster
+        self._observer, self._outcomes = observer, outcomes
+        self._under_way: set[int] = set()
 
-    report.expect(parts)
-    for number in range(len(parts)):
-        begin(number)
-    under_way = set(range(len(parts)))
-    looked = time.monotonic()
-    while under_way:
-        if (signum := stop()) is not None:
-            count = len(under_way)
-            cluster.cancel(sorted(under_way))
-            report.hear(cluster.heard())
+    def convert(self, groups: Sequence[tuple[Sequence[int], Prediction]]) -> None:
+        """Make every part of the groups, each on some node; a part whose node is lost is started again on another."""
+        nodes, options = self._cluster.nodes(), self._options
+        gpus = int(on_gpus(options.device, nodes))
+        self._parts = divide(groups, nodes, threads=options.resources.threads, gpus=gpus)
+        # Ray shows a task its own GPU as the first.
+        device = "cuda" if gpus else "cpu" if options.device == "auto" else options.device
+        resources = replace(options.resources, threads=self._parts[0].ask.cpus)
+        self._options = replace(options, device=device, resources=resources, strict=False)
+        self._starts = [0] * len(self._parts)
+        self._report = PartsReport(self._jobs, self._parts, self._outcomes, self._observer)
+        for number in range(len(self._parts)):
+            self._start(number)
+        looked = time.monotonic()
+        while self._under_way:
+            self._end_at_a_signal()
+            ended = self._cluster.finished(_TURN_SECONDS)
+            self._report.hear(self._cluster.heard())
+            for number, told in ended:
+                # A part that somebody else interrupted tells of none of its jobs.
+                self._end(number, told or Lost("somebody interrupted it"))
+            if time.monotonic() - looked >= _LOOK_SECONDS or any(isinstance(told, Lost) for _, told in ended):
+                looked = time.monotonic()
+                self._fail_what_no_node_can_make()
+
+    def _start(self, number: int) -> None:
+        part = self._parts[number]
+        self._starts[number] += 1
+        self._under_way.add(number)
+        self._cluster.start(number, part.ask, [self._jobs[index] for index in part.indices], self._options)
+
+    def _end(self, number: int, result: list[Outcome] | Lost) -> None:
+        """A part has ended: its outcomes, or it is started again, or has failed too often."""
+        if isinstance(result, Lost) and self._starts[number] < MOST_STARTS:
+            self._report.note(number, f"started again, as its worker was lost: {result.why}")
+            self._start(number)
+            return
+        self._under_way.discard(number)
+        if isinstance(result, Lost):
+            self._report.fail(number, f"started {MOST_STARTS} times, and its worker was lost each time: {result.why}")
+        else:
+            self._report.end(number, result)
+
+    def _end_at_a_signal(self) -> None:
+        if (signum := self._observer.stop()) is not None:
+            count = len(self._under_way)
+            self._cluster.cancel(sorted(self._under_way))
+            self._report.hear(self._cluster.heard())
             raise Interrupted(
                 signum,
                 f"{signal.Signals(signum).name} while {count} parts were under way; what is done is kept: "
                 "the same command goes on with it",
             )
-        ended = cluster.finished(_TURN_SECONDS)
-        report.hear(cluster.heard())
-        for number, told in ended:
-            # One that was interrupted, and not by us, tells of none of its jobs.
-            result = told or Lost("somebody interrupted it")
-            if isinstance(result, Lost) and beginnings[number] < MOST_BEGINNINGS:
-                report.note(number, f"begun again, as its worker was lost: {result.why}")
-                begin(number)
-                continue
-            under_way.discard(number)
-            if isinstance(result, Lost):
-                report.fail(number, f"begun {MOST_BEGINNINGS} times, and its worker was lost each time: {result.why}")
-            else:
-                report.end(number, result)
-        if time.monotonic() - looked >= _LOOK_SECONDS or any(isinstance(result, Lost) for _, result in ended):
-            looked = time.monotonic()
-            nodes = cluster.nodes()
-            for number in sorted(under_way):
-                if not any(parts[number].ask.fits(node) for node in nodes):
-                    cluster.cancel([number])
-                    under_way.discard(number)
-                    report.fail(number, f"no node is left that has {parts[number].ask}, which its part takes")
+
+    def _fail_what_no_node_can_make(self) -> None:
+        nodes = self._cluster.nodes()
+        for number in sorted(self._under_way):
+            ask = self._parts[number].ask
+            if not any(ask.fits(node) for node in nodes):
+                self._cluster.cancel([number])
+                self._under_way.discard(number)
+                self._report.fail(number, f"no node is left that has {ask}, which its part takes")
 
 
-def _groups(jobs: list[Job], terms: BatchOptions, report: _Report) -> list[tuple[list[int], Prediction]]:
-    """Jobs that can be made in one pass over one base, by their indices; with what the first that can be planned takes.
+def _groups(jobs: list[Job], options: BatchOptions, outcomes: Outcomes) -> list[tuple[list[int], Prediction]]:
+    """Jobs of one base and recipe, by their indices, with what the first of them that can be planned takes.
 
-    Jobs get their base named; those that are refused have their outcome.
+    Their bases get named in `jobs`. Those that are refused have their outcome then.
     """
     groups = []
-    for named in grouped(jobs, report.refuse, offline=terms.offline):
+    for named in grouped(jobs, outcomes.refuse, offline=options.offline):
         indices = list(named)
         for index in indices:
             jobs[index] = named[index]
         for number, index in enumerate(indices):
             try:
-                found = predict(jobs[index], terms)
+                found = predict(jobs[index], options)
             except ConverterError as exc:
-                report.refuse(index, exc)
+                outcomes.refuse(index, exc)
             else:
                 groups.append((indices[number:], found))
                 break
     return groups
-
-
-class _Report:
-    """What came of each job, told once as soon as it is known; and how far the whole is."""
-
-    def __init__(
-        self, jobs: Sequence[Job], progress: Callable[[Progress], None], tell: Callable[[Outcome], None]
-    ) -> None:
-        self._jobs, self._progress, self._tell = jobs, progress, tell
-        self._outcomes: dict[int, Outcome] = {}
-        self._parts: Sequence[Part] = ()
-        self._by_out: dict[Path, int] = {}
-        self._done: dict[int, tuple[int, int]] = {}
-        """Of each part: bytes of the base that it has done, and will have."""
-        self._notes: dict[int, tuple[str, ...]] = {}
-
-    def in_order(self) -> list[Outcome]:
-        return [self._outcomes[index] for index in sorted(self._outcomes)]
-
-    def expect(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
-        self._by_out = {_absolute(self._jobs[index].out): index for part in parts for index in part.indices}
-        self._done = {number: (0, part.base_bytes) for number, part in enumerate(parts)}
-
-    def hear(self, told: Sequence[tuple[int, Outcome | Progress]]) -> None:
-        latest: Progress | None = None
-        for number, item in told:
-            if isinstance(item, Outcome):
-                self._know(self._by_out[item.job.out], item, self._notes.get(number, ()))
-            else:
-                latest = item
-                self._done[number] = (item.done, item.total)
-        if latest is not None:
-            self._show(latest.stage, latest.name)
-
-    def note(self, number: int, note: str) -> None:
-        """What is to be known of the outputs that a part makes from now on."""
-        self._notes[number] = (*self._notes.get(number, ()), note)
-
-    def end(self, number: int, outcomes: Sequence[Outcome]) -> None:
-        """A part has ended."""
-        for index, outcome in zip(self._parts[number].indices, outcomes, strict=True):
-            self._know(index, outcome, self._notes.get(number, ()))
-        _, total = self._done[number]
-        self._done[number] = (total, total)
-        self._show("converting", str(self._jobs[self._parts[number].indices[-1]].out))
-
-    def fail(self, number: int, why: str) -> None:
-        """A part is given up; what was known of its jobs stays."""
-        for index in self._parts[number].indices:
-            if index not in self._outcomes:
-                self._know(index, Outcome(self._jobs[index], "failed", str(ConverterError(why))))
-
-    def refuse(self, index: int, error: ConverterError) -> None:
-        self._know(index, Outcome(self._jobs[index], "refused", str(error)))
-
-    def _know(self, index: int, outcome: Outcome, notes: tuple[str, ...] = ()) -> None:
-        """The first news count, as a part that is begun again finds made what it had made; and good ones count more."""
-        known = self._outcomes.get(index)
-        if known is not None and (known.is_good or not outcome.is_good):
-            return
-        self._outcomes[index] = replace(outcome, job=self._jobs[index], notes=outcome.notes + notes)
-        self._tell(self._outcomes[index])
-
-    def _show(self, stage: str, name: str) -> None:
-        done, total = map(sum, zip(*self._done.values(), strict=True))
-        self._progress(Progress(stage, done, total, name))
 
 
 def _placed(job: Job) -> Job:

@@ -6,14 +6,18 @@ Everything here is a value: what nodes have, what a job is predicted to take, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
-from converter.batch.members import BatchOptions
+from converter.batch.forecast import costs_of, forecast
+from converter.batch.memory import split_into_passes
+from converter.batch.options import BatchOptions
+from converter.batch.sharing import untouched
 from converter.errors import ConversionRefused
 from converter.job import Job
-from converter.pipeline import plan_conversion
-from converter.plan import budget
+from converter.plan.decide import make_plan
+from converter.plan.estimate import computed
+from converter.plan.inputs import Inputs
 from converter.resources import DEFAULT_MEMORY
 
 IMPORTS = 400_000_000
@@ -58,15 +62,15 @@ class Prediction:
     alone: int
     """Bytes above the imports that one output takes."""
     further: int
-    """Of these, what each further output of the same pass takes, and at most what they have in common."""
+    """Of these, what each further output of the same pass takes, and at most what the outputs share."""
     budget: int
-    """Bytes that outputs of one pass together keep to, whatever their number: tiles become smaller."""
+    """Bytes that outputs of one pass keep to together, whatever their number: tiles become smaller."""
     most: int
     """Outputs that one pass takes."""
     read: float
     """Seconds in which the base is read once."""
     own: float
-    """Seconds of what is one output's alone."""
+    """Seconds for what is one output's own."""
 
     def memory(self, count: int) -> int:
         """Bytes that a worker takes for a pass of so many outputs."""
@@ -82,33 +86,25 @@ class Part:
     base_bytes: int
 
 
-def predict(job: Job, terms: BatchOptions) -> Prediction:
-    """What jobs like this one take; the refusals of `plan_conversion`."""
-    dry_run = plan_conversion(
-        job.base,
-        job.adapter,
-        None,
-        job.recipe,
-        terms.resources,
-        base_revision=job.base_revision,
-        adapter_revision=job.adapter_revision,
-        device="cpu",  # this machine may have no GPU; for sizes it is near enough
-        offline=terms.offline,
-        trust_remote_code=terms.trust_remote_code,
-    )
-    plan = dry_run.plan
-    tensors = list(plan.tensors())
-    further = budget.need_of(tensors, plan.recipe, plan.resources)
-    touched = sum(tensor.nbytes for tensor in tensors if tensor.is_touched)
-    share = touched / max(sum(tensor.nbytes for tensor in tensors), 1)
+def predict(job: Job, options: BatchOptions) -> Prediction:
+    """What jobs like this one take. Raises the refusals of planning it, but doesn't look at its OUT."""
+    # This machine may have no GPU; for sizes it is near enough.
+    options = replace(options, device="cpu")
+    with Inputs.of(job, options) as inputs:
+        plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
+        costs, shared = costs_of(plan), untouched(plan).values()
+        alone = forecast([costs], shared, plan, inputs.base, options.outputs_per_pass)
+    own_values = 1 - computed(shared) / costs.values if costs.values else 0.0
+    own_bytes = 1 - sum(tensor.nbytes for tensor in shared) / costs.nbytes
+    reserves = [costs.reserve] * options.outputs_per_pass
     return Prediction(
         plan.base_bytes,
-        plan.memory,
-        further.nbytes,
-        terms.resources.memory or DEFAULT_MEMORY,
-        len(budget.passes([further] * budget.MOST_TOGETHER, terms.resources)[0]),
-        dry_run.estimate.read,
-        share * max(dry_run.estimate.compute, dry_run.estimate.write),
+        alone.memory,
+        costs.reserve.nbytes,
+        options.resources.memory or DEFAULT_MEMORY,
+        len(split_into_passes(reserves, options.resources, options.outputs_per_pass)[0]),
+        alone.estimate.read,
+        max(own_values * alone.estimate.compute, own_bytes * alone.estimate.write),
     )
 
 
@@ -120,7 +116,7 @@ def on_gpus(device: str, nodes: Sequence[Node]) -> bool:
 def divide(
     groups: Sequence[tuple[Sequence[int], Prediction]], nodes: Sequence[Node], *, threads: int, gpus: int
 ) -> list[Part]:
-    """The jobs of each group in parts that keep all nodes busy; `threads` is what a part takes at most of CPUs.
+    """The jobs of each group in parts that keep all nodes busy. A part takes at most `threads` CPUs.
 
     Raises `ConversionRefused` where no node has what a part of one job takes.
     """
@@ -148,7 +144,8 @@ def divide(
 def part_sizes(count: int, slots: int, most: int, read: float, own: float) -> list[int]:
     """`count` jobs in even parts: enough for all `slots`, none of more jobs than one pass takes, `most`.
 
-    No part is shorter than two reads of the base, as it would mostly read what others read, too. Times are in seconds.
+    Each part takes at least as long as reading the base twice: shorter ones would mostly read what others read, too.
+    Times are in seconds.
     """
     size = ceil(count / slots)
     if read > 0:

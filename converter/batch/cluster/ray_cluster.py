@@ -16,7 +16,8 @@ from typing import Any
 
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.worker import convert_part
-from converter.batch.members import BatchOptions, Outcome
+from converter.batch.options import BatchOptions
+from converter.batch.outcomes import Outcome
 from converter.errors import ConversionFailed, ConversionRefused, Interrupted, printable
 from converter.job import Job
 from converter.observer import Progress
@@ -53,10 +54,10 @@ class RayCluster:
         alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         return [Node(*(int(has.get(name, 0)) for name in ("CPU", "GPU", "memory"))) for has in alive]
 
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None:
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], options: BatchOptions) -> None:
         """Give a part to whichever node has, or will have, what it asks for."""
-        task = self._ray.remote(_convert_part).options(**options(ask))
-        self._under_way[task.remote(list(jobs), terms, versions(), number, self._ears)] = number
+        task = self._ray.remote(_convert_part).options(**task_options(ask))
+        self._under_way[task.remote(list(jobs), options, versions(), number, self._ears)] = number
 
     def finished(self, seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
         """Parts that have ended by now, by their numbers; waits so many seconds for the first."""
@@ -93,7 +94,7 @@ class RayCluster:
                 _, left = self._ray.wait(left, num_returns=len(left), timeout=_CANCEL_SECONDS)
 
 
-def options(ask: Ask) -> dict[str, Any]:
+def task_options(ask: Ask) -> dict[str, Any]:
     """How Ray is asked for what a part takes. What is lost is begun again here, where it can be told and counted."""
     return {"num_cpus": ask.cpus, "num_gpus": ask.gpus, "memory": ask.memory, "max_retries": 0}
 
@@ -113,11 +114,11 @@ class _Ears:
 
 
 def _convert_part(
-    jobs: list[Job], terms: BatchOptions, expected: dict[str, str], number: int, ears: Any
+    jobs: list[Job], options: BatchOptions, expected: dict[str, str], number: int, ears: Any
 ) -> list[Outcome]:
     """A task of Ray's. Its only way to be cancelled is to end early."""
     try:
-        return convert_part(jobs, terms, expected, lambda item: ears.hear.remote(number, item))
+        return convert_part(jobs, options, expected, lambda item: ears.hear.remote(number, item))
     except Interrupted:
         return []
 

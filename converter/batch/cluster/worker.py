@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.batch.batch import convert_batch
-from converter.batch.members import BatchOptions, Outcome
+from converter.batch.options import BatchOptions
+from converter.batch.outcomes import Outcome
 from converter.errors import ConversionRefused, ConverterError, Interrupted
 from converter.job import Job
 from converter.observer import Progress
@@ -23,7 +24,7 @@ _SHOW_SECONDS = 0.3
 
 
 def convert_part(
-    jobs: Sequence[Job], terms: BatchOptions, expected: Mapping[str, str], hear: Callable[[Outcome | Progress], None]
+    jobs: Sequence[Job], options: BatchOptions, expected: Mapping[str, str], hear: Callable[[Outcome | Progress], None]
 ) -> list[Outcome]:
     """What came of the jobs, in their order; `hear` is told on the way.
 
@@ -35,7 +36,7 @@ def convert_part(
     try:
         _refuse_other_versions(expected)
         with _cancelled() as cancelled:
-            return _convert_unlocked(jobs, terms, hear, cancelled)
+            return _convert_unlocked(jobs, options, hear, cancelled)
     except Interrupted:
         raise
     except ConverterError as exc:
@@ -47,7 +48,7 @@ def convert_part(
 
 def _convert_unlocked(
     jobs: Sequence[Job],
-    terms: BatchOptions,
+    options: BatchOptions,
     hear: Callable[[Outcome | Progress], None],
     cancelled: Callable[[], int | None],
 ) -> list[Outcome]:
@@ -69,7 +70,7 @@ def _convert_unlocked(
     until = time.monotonic() + LOCK_SECONDS
     left = list(jobs)
     while left:
-        convert_batch(left, terms, progress=show, tell=tell, stop=cancelled)
+        convert_batch(left, options, progress=show, tell=tell, stop=cancelled)
         left = [job for job in left if known[job.out].is_locked]
         if left and (time.monotonic() > until or cancelled() is not None):
             break

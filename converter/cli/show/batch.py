@@ -8,7 +8,7 @@ from typing import Any
 
 from converter.batch.forecast import Forecast
 from converter.batch.jobs import group_key
-from converter.batch.members import Outcome
+from converter.batch.outcomes import Outcome
 from converter.cli.show.plan import times
 from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
 

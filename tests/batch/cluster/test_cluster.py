@@ -14,7 +14,7 @@ import pytest
 
 import converter.batch.cluster.cluster
 from converter import BatchOptions, Job, Outcome, convert_batch
-from converter.batch.cluster.cluster import MOST_BEGINNINGS, convert_on_cluster
+from converter.batch.cluster.cluster import MOST_STARTS, convert_on_cluster
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.ray_cluster import Lost
 from converter.batch.cluster.worker import convert_part
@@ -38,29 +38,29 @@ class Nodes:
         self.asked: list[Ask] = []
         self.begun: list[list[str]] = []
         self.given: list[Job] = []
-        self.terms: list[BatchOptions] = []
+        self.options: list[BatchOptions] = []
         self.cancelled: list[int] = []
 
     def nodes(self) -> list[Node]:
         return self._nodes
 
-    def start(self, number: int, ask: Ask, jobs: Sequence[Job], terms: BatchOptions) -> None:
+    def start(self, number: int, ask: Ask, jobs: Sequence[Job], options: BatchOptions) -> None:
         self.asked.append(ask)
         self.begun.append([job.out.name for job in jobs])
         self.given += jobs
-        self.terms.append(terms)
-        self._waiting.append((number, jobs, terms))
+        self.options.append(options)
+        self._waiting.append((number, jobs, options))
 
     def finished(self, _: float) -> list[tuple[int, list[Outcome] | Lost]]:
-        number, jobs, terms = self._waiting.pop(0)
+        number, jobs, options = self._waiting.pop(0)
 
         def hear(item: Outcome | Progress) -> None:
             self._told.append((number, item))
 
         if self._lose(number):
-            convert_part(jobs[:1], terms, versions(), hear)  # so far it came
+            convert_part(jobs[:1], options, versions(), hear)  # so far it came
             return [(number, Lost("NodeDiedError: it burns"))]
-        return [(number, convert_part(jobs, terms, versions(), hear))]
+        return [(number, convert_part(jobs, options, versions(), hear))]
 
     def heard(self) -> list[tuple[int, Outcome | Progress]]:
         told, self._told = self._told, []
@@ -157,8 +157,8 @@ def test_all_parts_are_made_on_one_kind_of_device_and_as_many_threads_as_cpus(jo
 
     convert_on_cluster(jobs, BatchOptions(replace(BatchOptions().resources, threads=2)))
 
-    assert {terms.device for terms in nodes.terms} == {"cpu"}
-    assert {terms.resources.threads for terms in nodes.terms} == {ask.cpus for ask in nodes.asked} == {2}
+    assert {options.device for options in nodes.options} == {"cpu"}
+    assert {options.resources.threads for options in nodes.options} == {ask.cpus for ask in nodes.asked} == {2}
 
 
 def test_where_nodes_have_gpus_each_part_asks_for_one(
@@ -170,7 +170,7 @@ def test_where_nodes_have_gpus_each_part_asks_for_one(
     convert_on_cluster(jobs)
 
     assert {ask.gpus for ask in nodes.asked} == {1}
-    assert {terms.device for terms in nodes.terms} == {"cuda"}
+    assert {options.device for options in nodes.options} == {"cuda"}
 
 
 def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_kept(jobs: list[Job], use: Use) -> None:
@@ -184,7 +184,7 @@ def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_ke
     assert statuses(outcomes) == ["made"] * 4
     assert len(told) == 4  # of a0 by the node that was lost, and not again
     assert outcomes[0].notes == outcomes[2].notes == ()
-    assert outcomes[1].notes == ("begun again, as its worker was lost: NodeDiedError: it burns",)
+    assert outcomes[1].notes == ("started again, as its worker was lost: NodeDiedError: it burns",)
 
 
 def test_a_part_that_somebody_else_interrupts_is_begun_again(
@@ -212,8 +212,8 @@ def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[
     outcomes = convert_on_cluster(jobs)
 
     assert statuses(outcomes) == ["made", "failed", "made", "made"]
-    assert outcomes[1].message == "begun 4 times, and its worker was lost each time: NodeDiedError: it burns"
-    assert nodes.begun.count(["a0", "a1"]) == MOST_BEGINNINGS
+    assert outcomes[1].message == "started 4 times, and its worker was lost each time: NodeDiedError: it burns"
+    assert nodes.begun.count(["a0", "a1"]) == MOST_STARTS
 
 
 def test_where_no_node_is_left_that_could_make_a_part_it_fails(jobs: list[Job], use: Use) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from converter import BatchOptions, Job, Resources, convert_batch
+from converter import BatchOptions, Job, Resources, plan_conversion
+from converter.batch.batch import convert_jobs
 from converter.batch.cluster.parts import IMPORTS, Ask, Node, Prediction, divide, on_gpus, part_sizes, predict
-from converter.batch.passes import Pass
+from converter.batch.forecast import Forecast
+from converter.batch.observer import BatchObserver, PassBegun
 from converter.errors import ConversionRefused
 from tests.models import save_adapter, save_base
 
@@ -118,20 +120,38 @@ def test_on_gpus_a_node_takes_as_many_parts_as_it_has_gpus() -> None:
 
 
 @pytest.mark.parametrize("memory", [None, 120_000_000])
-def test_a_pass_takes_no_more_memory_than_was_predicted(
-    memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pass_takes_no_more_memory_than_was_predicted(memory: int | None, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama")
     some = [save_adapter(tmp_path / f"a{number}", base, "llama", target_modules=["q_proj"]) for number in range(3)]
     jobs = [Job(tmp_path / "out" / adapter.name, adapter, base) for adapter in some]
-    terms = BatchOptions(Resources(memory=memory, threads=2))
-    taken: list[int] = []
-    run = Pass.run
-    monkeypatch.setattr(Pass, "run", lambda self: (taken.append(self.memory), run(self))[1])
+    options = BatchOptions(Resources(memory=memory, threads=2))
+    passes: list[PassBegun] = []
 
-    convert_batch(jobs, terms)
+    convert_jobs(jobs, options, BatchObserver(begun=passes.append))
 
-    found = predict(jobs[0], terms)
-    assert taken
-    assert max(taken) <= found.memory(len(jobs)) - IMPORTS
+    found = predict(jobs[0], options)
+    assert [one.outputs for one in passes] == [3]
+    assert passes[0].memory <= found.memory(len(jobs)) - IMPORTS
     assert found.most >= len(jobs)
+
+
+def test_what_is_predicted_of_a_job_is_what_a_dry_run_of_it_alone_foretells(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    job = Job(tmp_path / "out", save_adapter(tmp_path / "a", base, "llama", target_modules=["q_proj"]), base)
+    foretold: list[Forecast] = []
+
+    convert_jobs([job], BatchOptions(device="cpu"), BatchObserver(foretold=foretold.append), dry_run=True)
+    found = predict(job, BatchOptions())
+
+    assert found.memory(1) - IMPORTS >= found.alone == foretold[0].memory
+    assert found.base_bytes == plan_conversion(base, job.adapter).plan.base_bytes
+    assert found.read > 0
+    assert found.own > 0
+
+
+def test_a_job_whose_out_is_taken_can_be_predicted(tmp_path: Path) -> None:
+    """Whether it is made already, the node that makes its part finds out."""
+    base = save_base(tmp_path / "base", "llama")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").touch()
+    assert predict(Job(tmp_path / "out", None, base), BatchOptions()).most == BatchOptions().outputs_per_pass

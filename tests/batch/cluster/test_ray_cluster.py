@@ -20,7 +20,7 @@ import pytest
 
 from converter import Job, convert_batch
 from converter.batch.cluster.parts import Ask
-from converter.batch.cluster.ray_cluster import options
+from converter.batch.cluster.ray_cluster import task_options
 from converter.verify import verify
 from tests.conftest import REPOSITORY
 from tests.models import four_jobs, save_four
@@ -99,7 +99,7 @@ sys.meta_path.insert(0, Finder())
 
 
 def test_ray_is_asked_for_cpus_memory_and_a_gpu_and_repeats_nothing_by_itself() -> None:
-    asked = options(Ask(cpus=4, gpus=1, memory=900_000_000))
+    asked = task_options(Ask(cpus=4, gpus=1, memory=900_000_000))
     assert asked == {"num_cpus": 4, "num_gpus": 1, "memory": 900_000_000, "max_retries": 0}
 
 
@@ -256,7 +256,7 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
     assert (finished / "conversion.json").stat() == before
     notes = {Path(row["out"]).name: row["notes"] for row in told["outputs"]}
     assert [name for name, some in notes.items() if some] == [lost]
-    assert notes[lost][0].startswith("begun again, as its worker was lost: ")
+    assert notes[lost][0].startswith("started again, as its worker was lost: ")
 
     alone = [Job(scene.folder / "alone" / j.out.name, j.adapter, j.base, j.recipe) for j in scene.jobs]
     convert_batch(alone)

@@ -1,0 +1,250 @@
+"""A file of jobs: TOML, YAML or JSON. The only module that imports yaml."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from converter.batch.adapters import adapters_of, names_several
+from converter.batch.jobs import FOLDER_NAME, last_part
+from converter.errors import BadCheckpoint, BadRecipe
+from converter.job import Job
+from converter.read.folder import is_folder
+from converter.read.strict_json import parse_json_object
+from converter.recipe import Recipe
+
+MOST_BYTES = 10_000_000
+"""Of a file of jobs; a file of 100,000 jobs has about as many."""
+_RECIPE = {field.name for field in fields(Recipe)}
+_TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
+_KNOWN = sorted(_TEXTS | _RECIPE | {"adapters"})
+
+Rows = tuple[Sequence[Any], dict[str, Any]]
+"""The jobs as they stand in the file, and what holds for each that says nothing else."""
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """The jobs in a file. Raises `BadRecipe`, naming the job.
+
+    `.toml`, `.yaml`, `.yml` and `.json` hold `jobs`, a list, and beside it values for all jobs that state no other; or
+    a single job. `.json` may also hold a list of jobs; any other file, one JSON object per line.
+
+    A job has base, adapter, out, base_revision, adapter_revision and the recipe's names (quant_type, keep, …), with
+    - or _. Without `out` of its own, its output lies in the `out` of all jobs, called by its `name`, or as its adapter.
+    `adapters` instead of `adapter`, a folder of adapters, a glob or a list of these, stands for a job for each of them,
+    whose outputs lie in `out` by their names. Relative paths are relative to the folder of the file.
+    """
+    rows, defaults = _rows(path, _contents(path))
+    jobs = [job for number, row in enumerate(rows, 1) for job in _Row(path, number, row, defaults).jobs()]
+    if not jobs:
+        raise BadRecipe(f"{path}: has no jobs")
+    return jobs
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        # Whatever else it is might make us wait, or have no end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadRecipe(f"{path}: not a plain file")
+        with path.open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+    except OSError as exc:
+        raise BadRecipe(f"{path}: {exc.strerror}") from exc
+    if len(raw) > MOST_BYTES:
+        raise BadRecipe(f"{path}: more than {MOST_BYTES:,} bytes")
+    return raw
+
+
+def _rows(path: Path, raw: bytes) -> Rows:
+    try:
+        match path.suffix:
+            case ".toml":
+                return _of_document(tomllib.loads(raw.decode()))
+            case ".yaml" | ".yml":
+                return _of_document(_parse_yaml(raw))
+            case ".json":
+                return _of_json(path, raw)
+        return _of_lines(path, raw), {}
+    except BadRecipe as exc:
+        raise BadRecipe(f"{path}: {exc}") from exc
+    except BadCheckpoint as exc:
+        raise BadRecipe(str(exc)) from exc
+    except RecursionError as exc:
+        raise BadRecipe(f"{path}: nested too deeply") from exc
+    except ValueError as exc:
+        raise BadRecipe(f"{path}: {exc}") from exc
+
+
+def _of_document(whole: object) -> Rows:
+    if isinstance(whole, list):
+        return whole, {}
+    defaults = _spelled({} if whole is None else whole)
+    if "jobs" not in defaults:
+        return ([defaults] if defaults else []), {}
+    rows = defaults.pop("jobs")
+    if not isinstance(rows, list):
+        raise BadRecipe("jobs is not a list")
+    defaults |= _spelled(defaults.pop("recipe", {}))
+    if "adapters" in defaults:
+        rows = [*rows, {"adapters": defaults.pop("adapters")}]
+    return rows, defaults
+
+
+def _of_json(path: Path, raw: bytes) -> Rows:
+    try:
+        return _of_document(parse_json_object(b'{"jobs": ' + raw + b"\n}", str(path))["jobs"])
+    except BadCheckpoint:
+        lines = raw.split(b"\n")
+        if not all(line.strip().startswith(b"{") and line.strip().endswith(b"}") for line in lines if line.strip()):
+            raise
+        return _of_lines(path, raw), {}
+
+
+def _of_lines(path: Path, raw: bytes) -> list[Any]:
+    lines = [line for line in raw.split(b"\n") if line.strip()]
+    return [parse_json_object(line, f"{path}: job {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse_yaml(raw: bytes) -> object:
+    import yaml
+
+    try:
+        _refuse_repeated_keys(yaml.compose(raw, Loader=yaml.SafeLoader))
+        return yaml.safe_load(raw)
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        raise BadRecipe(f"not valid YAML: {where}{getattr(exc, 'problem', None) or exc}") from exc
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    """`BadRecipe` where a mapping of YAML has a key twice, of which YAML's own loader would take the last."""
+    seen: set[int] = set()
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        pairs = [item for item in node.value if isinstance(item, tuple)]
+        keys = Counter(key.value for key, _ in pairs if isinstance(key.value, str))
+        if twice := next((key for key, count in keys.items() if count > 1), None):
+            raise BadRecipe(f"line {node.start_mark.line + 1}: key {twice[:60]!r} occurs twice")
+        nodes += [part for pair in pairs for part in pair] if pairs else list(node.value)
+
+
+class _Row:
+    """One entry of the file: a job, or one job for each of its adapters."""
+
+    def __init__(self, path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> None:
+        self._where, self._parent = f"{path}: job {number}", path.parent
+        if not isinstance(row, dict):
+            raise BadRecipe(f"{self._where}: not an object")
+        try:
+            row = _spelled(row)
+            recipe = _spelled(row.pop("recipe", {}))
+        except BadRecipe as exc:
+            raise self._wrong(exc) from exc
+        self._own = row | recipe
+        self._stated = {**defaults, **self._own}
+        if unknown := sorted(self._stated.keys() - set(_KNOWN)):
+            raise self._wrong(f"{unknown[0]!r} is not known; known: {', '.join(_KNOWN)}")
+        for key in _TEXTS & self._stated.keys():
+            if not _is_text(self._stated[key]):
+                raise self._wrong(f"{key} is not a text")
+        for key in _RECIPE & self._stated.keys() - {"keep"}:
+            if isinstance(self._stated[key], dict | list):
+                raise self._wrong(f"{key} is not a single value")
+        try:
+            self._recipe = Recipe.from_json({key: self._stated[key] for key in _RECIPE & self._stated.keys()})
+        except BadRecipe as exc:
+            raise self._wrong(exc) from exc
+
+    def jobs(self) -> list[Job]:
+        try:
+            if "adapters" in self._own:
+                return self._several()
+            return [self._one()]
+        except RuntimeError as exc:  # a home folder of nobody
+            raise self._wrong(exc) from exc
+
+    def _one(self) -> Job:
+        adapter, base = self._stated.get("adapter"), self._stated.get("base")
+        if adapter is None and base is None:
+            raise self._wrong("has neither adapter, adapters nor base")
+        if adapter is not None and names_several(adapter, self._parent):
+            raise self._wrong(f"adapter {adapter} stands for several adapters; write adapters instead")
+        if "out" in self._own:
+            out = self._parent / Path(self._own["out"]).expanduser()
+        else:
+            out = self._output(self._stated.get("name") or last_part(str(adapter or base)))
+        return self._job(self._reference(adapter), out)
+
+    def _several(self) -> list[Job]:
+        if both := sorted({"adapter", "name"} & self._stated.keys()):
+            raise self._wrong(f"has both adapters and {both[0]}")
+        texts = self._own["adapters"]
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+            raise self._wrong("adapters is neither a text nor a list of texts")
+        jobs = []
+        for text in texts:
+            if not names_several(text, self._parent):
+                jobs.append(self._job(self._reference(text), self._output(last_part(text))))
+                continue
+            try:
+                found = adapters_of(text, self._parent)
+            except BadRecipe as exc:
+                raise self._wrong(exc) from exc
+            jobs += [self._job(str(folder), self._output(name)) for name, folder in found.items()]
+        return jobs
+
+    def _output(self, name: str) -> Path:
+        """In the folder of all outputs."""
+        folder = self._stated.get("out")
+        if folder is None:
+            raise self._wrong("has no out")
+        if FOLDER_NAME.fullmatch(name) is None:
+            raise self._wrong(f"{name!r} can't be a folder's name; give name or out")
+        return self._parent / Path(folder).expanduser() / name
+
+    def _job(self, adapter: str | None, out: Path) -> Job:
+        stated, base = self._stated, self._reference(self._stated.get("base"))
+        return Job(out, adapter, base, self._recipe, stated.get("base_revision"), stated.get("adapter_revision"))
+
+    def _reference(self, text: str | None) -> str | None:
+        """A path, relative to the file's folder unless it is absolute; or an id on the Hub."""
+        if text is None:
+            return None
+        there = self._parent / Path(text).expanduser()
+        if text.startswith((".", "/", "~")) or is_folder(there):
+            return str(there)
+        if is_folder(Path(text)):  # it would be taken for that folder instead of an id
+            raise self._wrong(f"{there}: no such folder; relative paths are relative to the file of jobs")
+        return text
+
+    def _wrong(self, why: object) -> BadRecipe:
+        return BadRecipe(f"{self._where}: {why}")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that a path could be."""
+    try:
+        return isinstance(value, str) and len(os.fsencode(value)) > 0 and "\0" not in value
+    except UnicodeEncodeError:
+        return False
+
+
+def _spelled(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadRecipe(f"{type(value).__name__}: expected a table of names and values")
+    spelled = {str(key).replace("-", "_"): item for key, item in value.items()}
+    if len(spelled) < len(value):
+        raise BadRecipe("a name stands there twice, once with - and once with _")
+    return spelled
