@@ -20,6 +20,7 @@ from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
 from converter.read.header import are_sizes
+from converter.read.stored.codes import four_bit_map
 from converter.read.strict_json import parse_json_object
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class FourBitEncoder:
         largest = float(absmax.max()) * (1.01 if recipe.double_quant else 1.0)
         if largest > torch.finfo(torch.float16 if recipe.dtype == "float16" else torch.bfloat16).max:
             raise NotFinite(f"{name}: holds {largest:.4g}, a value too large for {recipe.dtype}")
-        state = {"absmax": absmax, "quant_map": bnb.four_bit_map(recipe.quant_type)}
+        state = {"absmax": absmax, "quant_map": four_bit_map(recipe.quant_type)}
         offset = None
         if recipe.double_quant:
             mean = absmax.mean()
@@ -168,7 +169,7 @@ class FourBitEncoder:
         import torch
 
         if packed.device not in self._pairs:
-            code = bnb.four_bit_map(self._recipe.quant_type).to(packed.device)
+            code = four_bit_map(self._recipe.quant_type).to(packed.device)
             self._pairs[packed.device] = torch.cartesian_prod(code, code)
         block, count = self._recipe.block_size, math.prod(shape)
         restored = self._pairs[packed.device].index_select(0, packed.flatten().int()).flatten()[:count]

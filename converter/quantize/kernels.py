@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from converter.quantize.bnb import four_bit_map
 from converter.quantize.jit import (
     BFLOAT16,
     EXACT,
@@ -27,6 +26,7 @@ from converter.quantize.jit import (
     select,
     tally_blocks,
 )
+from converter.read.stored.codes import four_bit_map
 
 _GROUP = 2048
 """Weights that a step takes at a time, or one block, if that is more; no result depends on it."""

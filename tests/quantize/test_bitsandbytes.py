@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from converter.errors import NotFinite
 from converter.merge.change import Rounding, add
-from converter.quantize.bnb import NESTED_BLOCK, dynamic_map, four_bit_map, quantize_absmax
+from converter.quantize.bnb import NESTED_BLOCK, dynamic_map, quantize_absmax
 from converter.quantize.cut import tile_bounds
 from converter.quantize.format import Encoded, Encoder, Rows
 from converter.quantize.formats import format_of
 from converter.quantize.four_bit import FourBitEncoder
 from converter.quantize.measure import row_sums
 from converter.read.header import DTYPE_BYTES
+from converter.read.stored.codes import four_bit_map
 from converter.recipe import BLOCK_SIZES, Recipe
 from converter.threads import Buffers
 

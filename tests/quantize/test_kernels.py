@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from converter.merge.change import Rounding, add
 from converter.quantize import jit, kernels
-from converter.quantize.bnb import dynamic_map, four_bit_map
+from converter.quantize.bnb import dynamic_map
 from converter.quantize.four_bit import FourBitEncoder
 from converter.quantize.measure import row_sums
+from converter.read.stored.codes import four_bit_map
 from converter.recipe import BLOCK_SIZES, Recipe
 from tests.conftest import REPOSITORY
 from tests.limits import HANG

@@ -1,0 +1,1 @@
+"""Quantized bases: how one weight lies on disk, one file a scheme."""
