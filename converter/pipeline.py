@@ -36,7 +36,7 @@ from converter.seal.receipt import fingerprint
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
-from converter.tile import Conversion, Encoding, convert_tile, read_tile
+from converter.tile import Conversion, Encoding, convert_tile, read_tile, survey_tile
 from converter.write.journal import job_of
 
 
@@ -185,9 +185,14 @@ def convert_tensors(
         assert folder is not None  # noqa: S101  (what comes from an adapter has one)
         current = _UnderWay([Conversion(target, encoding) for target in targets])
         under_way.append(current)
+        if any(conversion.surveys for conversion in current.conversions):
+            for start, end in tensor.spans():
+                _stop_if_asked(observer, tensor.name)
+                buffers = crew.buffers()
+                stored, _ = read_tile(tensor, folder, start, end, buffers)
+                crew.submit(buffers, survey_tile, current.conversions, start, stored).result()
         for start, end in tensor.spans():
-            if (signum := observer.stop()) is not None:
-                raise Interrupted(signum, f"{signal.Signals(signum).name} while {tensor.name} was made")
+            _stop_if_asked(observer, tensor.name)
             buffers = crew.buffers()
             stored, raw = read_tile(tensor, folder, start, end, buffers)
             current.digest.update(raw)
@@ -196,6 +201,11 @@ def convert_tensors(
             yield from under_way.popleft().finish()
     while under_way:
         yield from under_way.popleft().finish()
+
+
+def _stop_if_asked(observer: Observer, name: str) -> None:
+    if (signum := observer.stop()) is not None:
+        raise Interrupted(signum, f"{signal.Signals(signum).name} while {name} was made")
 
 
 @dataclass

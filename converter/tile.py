@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from converter.errors import ConverterError
-from converter.merge.change import Rounding
+from converter.merge.change import Rounding, Surveying
 from converter.quantize.format import Encoded, Rows
 from converter.quantize.formats import format_of
 from converter.quantize.measure import Fidelity, Tally
@@ -65,6 +65,18 @@ class Conversion:
                 self._merge = change.load(target.adapter, encoding.device, encoding.rounding)
             except ConverterError as exc:
                 self._failure = exc
+
+    @property
+    def surveys(self) -> bool:
+        """Whether it must see all tiles, in order, before it converts the first."""
+        return self._failure is None and isinstance(self._merge, Surveying)
+
+    def survey(self, start: int, stored: Tensor) -> None:
+        """See rows from `start` on."""
+        merge: object = self._merge
+        if isinstance(merge, Surveying):
+            stored = stored.to(self._encoding.device, non_blocking=True)
+            merge.survey(stored, start, start + int(stored.shape[0]))
 
     def convert(self, start: int, stored: Tensor, buffers: Buffers) -> None:
         """Convert rows from `start` on and write them. After an error, do nothing."""
@@ -126,6 +138,12 @@ def convert_tile(conversions: Sequence[Conversion], start: int, stored: Tensor, 
     """
     for conversion in conversions:
         conversion.convert(start, stored, buffers)
+
+
+def survey_tile(conversions: Sequence[Conversion], start: int, stored: Tensor) -> None:
+    """Let those that must see a tensor before they convert it see rows from `start` on."""
+    for conversion in conversions:
+        conversion.survey(start, stored)
 
 
 def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers: Buffers) -> tuple[Tensor, memoryview]:

@@ -27,7 +27,7 @@ class BlockLora:
     """(out_features, rank), or (out_features, rank / blocks)"""
     scaling: float
     blocks_of: str
-    """Which factor holds blocks: A or B."""
+    """Which factor holds blocks: A, B or neither."""
     blocks: int
     source: TensorHeader | None = None
     whole: str | None = None
@@ -51,7 +51,8 @@ class BlockLora:
 
     @property
     def label(self) -> str:
-        return f"merge, rank {self.rank}, {self.blocks} blocks, scaling {self.scaling:g}"
+        blocks = f"{self.blocks} blocks, " if self.blocks_of else ""
+        return f"merge, rank {self.rank}, {blocks}scaling {self.scaling:g}"
 
     def as_json(self) -> dict[str, Any]:
         settings = {"rank": self.rank, "scaling": self.scaling, "blocks_of": self.blocks_of, "blocks": self.blocks}
@@ -61,7 +62,7 @@ class BlockLora:
         a, b = (read_float32(part, folder).to(device) for part in self.parts)
         if self.blocks_of == "A":
             a = on_the_diagonal(a, self.blocks)
-        else:
+        elif self.blocks_of == "B":
             b = on_the_diagonal(b, self.blocks)
         return BlockMerge(a, b, self.scaling, rounding)
 

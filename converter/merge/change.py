@@ -65,6 +65,14 @@ class Additive(Protocol):
         """Fill `out`, (end - start, in_features) in float32, with the product's rows, not yet scaled."""
 
 
+@runtime_checkable
+class Surveying(Protocol):
+    """A merge that must see all rows of the weight, in order, before it merges the first."""
+
+    def survey(self, weight: Tensor, start: int, end: int) -> None:
+        """See rows `start` to `end`; `weight` is (end - start, in_features), as the base stores it."""
+
+
 class Change(Protocol):
     """What an adapter does to one weight: a frozen value."""
 

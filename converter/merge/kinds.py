@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from converter.errors import BadAdapter, Unsupported
+from converter.errors import AdapterMismatch, BadAdapter, Unsupported
+from converter.merge.bias import LoraBias
+from converter.merge.blocks import BlockLora
 from converter.merge.change import Change
+from converter.merge.convolution import ConvolutionLora
+from converter.merge.dora import Dora
+from converter.merge.embedding import EmbeddingDora, EmbeddingLora
 from converter.merge.keys import Parts
 from converter.merge.lora import Lora
 from converter.merge.names import Names
 from converter.merge.options import Options
+from converter.merge.tokens import TokenRows
 from converter.model.architecture import Architecture, Kind, Shape
+from converter.read.header import TensorHeader
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,14 @@ class Site:
         shape = self.shapes[self.architecture.tied.get(self.weight, self.weight)]
         return shape[::-1] if self.kind == "conv1d" else shape
 
+    @property
+    def bias(self) -> str:
+        """The checkpoint's bias beside the weight. Raises `AdapterMismatch` where the layer has none."""
+        tensor = self.names.tensor(f"{self.module}.bias")
+        if tensor is None:
+            raise AdapterMismatch(f"{self.module}: has a lora_bias, but the base's layer has no bias")
+        return tensor
+
     def scaling(self) -> tuple[int, float]:
         """Rank and scaling by the config. Raises `BadAdapter` where the module's names differ in it."""
         return self.options.scaling(self.module, self.names.spellings(self.weight))
@@ -58,39 +73,98 @@ class Site:
 def changes_of(site: Site) -> dict[str, Change]:
     """The changes to the base's tensors, by their names there, that the parts of one module are.
 
-    Raises `BadAdapter` for parts that contradict each other or the config, `Unsupported` for a kind that is not merged.
+    Raises `BadAdapter` for parts that contradict each other or the config, `Unsupported` for a kind that is not merged,
+    `AdapterMismatch` for one that the base's layer has no place for.
     """
     _refuse_halves(site)
-    reader = _KINDS.get(frozenset(site.parts))
+    parts = {part for part in site.parts if not part.startswith(_OF_TRAINING)}
+    reader = _KINDS.get(frozenset(parts - _BESIDE))
     if reader is None:
-        odd = sorted(site.parts.keys() - {"lora_A", "lora_B"})
-        raise Unsupported(f"{site.module}: {odd[0]}: this kind of tensor is not merged; LoRA on linear layers is")
+        odd = sorted(parts - {"lora_A", "lora_B"})
+        raise Unsupported(f"{site.module}: {odd[0] if odd else 'nothing'}: this kind of tensor is not merged")
+    _check_flag(site, "use_dora", site.options.variants.uses_dora, "lora_magnitude_vector")
+    _check_flag(site, "lora_bias", site.options.variants.has_lora_bias and "lora_A" in parts, "lora_B.bias")
     return reader(site)
 
 
-def _lora(site: Site) -> dict[str, Change]:
+def _matrix(site: Site) -> dict[str, Change]:
+    """LoRA on a linear layer, a Conv1D or a convolution."""
     a, b = site.parts["lora_A"], site.parts["lora_B"]
-    rank, scaling = site.scaling()
-    for factor in (a, b):
-        if len(factor.shape) != 2:
-            raise Unsupported(f"{factor.name}: {len(factor.shape)} dimensions; LoRA on linear layers has 2")
-    if a.shape[0] != b.shape[1]:
-        raise BadAdapter(f"{site.module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ")
-    if a.shape[0] != rank:
-        raise BadAdapter(f"{site.module}: rank {a.shape[0]} in the file, {rank} in adapter_config.json")
+    diagonal = site.options.variants.diagonal(site.module)
+    blocks = diagonal.blocks if diagonal is not None and diagonal.factor == "B" else 1
     # PEFT saw a linear layer when it was trained: routers of experts have since become modules of their own.
     router = site.kind == "other" and len(site.shape) == 2
-    if site.kind not in ("linear", "conv1d") and not router:
+    if site.kind not in ("linear", "conv1d", "convolution") and not router:
         raise Unsupported(
-            f"{site.module}: LoRA on a module of kind {site.kind!r}; this tool merges linear layers and Conv1D"
+            f"{site.module}: LoRA on a module of kind {site.kind!r}; this tool merges linear layers, Conv1D and "
+            "convolutions without groups or dilation"
         )
-    return {site.weight: Lora(site.module, a, b, scaling)}
+    dimensions = len(site.shape) if site.kind == "convolution" else 2
+    for factor in (a, b):
+        if len(factor.shape) != dimensions:
+            raise Unsupported(f"{factor.name}: {len(factor.shape)} dimensions; LoRA on this layer has {dimensions}")
+    scaling = _scaling(site, a, b, blocks)
+    found = {site.weight: _on_matrix(site, a, b, scaling)}
+    bias = site.parts.get("lora_B.bias")
+    if bias is not None:
+        _check_shape(site, bias, "lora_B.bias", b.shape[:1])
+        found[site.bias] = LoraBias(site.module, bias, scaling)
+    return found
+
+
+def _on_matrix(site: Site, a: TensorHeader, b: TensorHeader, scaling: float) -> Change:
+    magnitude = site.parts.get("lora_magnitude_vector")
+    diagonal = site.options.variants.diagonal(site.module)
+    if site.kind == "convolution":
+        _check_shape(site, b, "lora_B", (*b.shape[:2], *[1] * (len(b.shape) - 2)))
+        _check_shape(site, magnitude, "lora_magnitude_vector", (1, b.shape[0], *[1] * (len(b.shape) - 2)))
+        return ConvolutionLora(site.module, a, b, scaling, magnitude)
+    if diagonal is not None:
+        return BlockLora(site.module, a, b, scaling, *diagonal)
+    lora = Lora(site.module, a, b, scaling)
+    _check_shape(site, magnitude, "lora_magnitude_vector", lora.shape[:1])
+    return lora if magnitude is None else Dora(lora, magnitude)
+
+
+def _embedding(site: Site) -> dict[str, Change]:
+    a, b = site.parts["lora_embedding_A"], site.parts["lora_embedding_B"]
+    if site.kind != "embedding":
+        raise Unsupported(f"{site.module}: LoRA for an embedding, on a module of kind {site.kind!r}")
+    for factor in (a, b):
+        if len(factor.shape) != 2:
+            raise Unsupported(f"{factor.name}: {len(factor.shape)} dimensions; LoRA on an embedding has 2")
+    lora = EmbeddingLora(site.module, a, b, _scaling(site, a, b))
+    magnitude = site.parts.get("lora_magnitude_vector")
+    _check_shape(site, magnitude, "lora_magnitude_vector", lora.shape[1:])
+    return {site.weight: lora if magnitude is None else EmbeddingDora(lora, magnitude)}
+
+
+def _token_rows(site: Site) -> dict[str, Change]:
+    rows, tokens = site.parts["trainable_tokens_delta"], site.options.variants.tokens(site.module)
+    if len(rows.shape) != 2 or rows.shape[0] != len(tokens):
+        raise BadAdapter(
+            f"{site.module}: trainable_tokens_delta is {list(rows.shape)}, for {len(tokens)} tokens in "
+            "trainable_token_indices"
+        )
+    if site.kind not in ("embedding", "linear"):
+        raise Unsupported(f"{site.module}: trained tokens on a module of kind {site.kind!r}")
+    if max(tokens) >= site.shape[0]:
+        raise AdapterMismatch(
+            f"{site.module}: trainable_token_indices names token {max(tokens):,}, the base has {site.shape[0]:,}"
+        )
+    return {site.weight: TokenRows(site.module, rows, tokens, site.shape[0])}
 
 
 _KINDS: Mapping[frozenset[str], Callable[[Site], dict[str, Change]]] = {
-    frozenset({"lora_A", "lora_B"}): _lora,
+    frozenset({"lora_A", "lora_B"}): _matrix,
+    frozenset({"lora_embedding_A", "lora_embedding_B"}): _embedding,
+    frozenset({"trainable_tokens_delta"}): _token_rows,
 }
-"""By the parts that a module has."""
+"""By the parts that a module must have."""
+_BESIDE = frozenset({"lora_B.bias", "lora_magnitude_vector"})
+"""Parts that a module may have besides, if the config says so."""
+_OF_TRAINING = ("lora_monteclora_sampler.", "lora_velora_")
+"""Parts that the merge has no use for."""
 
 _HALVES = {"lora_A": "lora_B", "lora_B": "lora_A"}
 _HALVES |= {"lora_embedding_A": "lora_embedding_B", "lora_embedding_B": "lora_embedding_A"}
@@ -101,3 +175,25 @@ def _refuse_halves(site: Site) -> None:
         last = part.rpartition(".")[2]
         if last in _HALVES and part.removesuffix(last) + _HALVES[last] not in site.parts:
             raise BadAdapter(f"{site.module}: has {part}, but no {_HALVES[last]}: half of a pair is lost")
+
+
+def _check_flag(site: Site, option: str, value: bool, part: str) -> None:
+    """Whether the part is there if, and only if, the config says so."""
+    if (part in site.parts) != value and "trainable_tokens_delta" not in site.parts:
+        there = "has" if part in site.parts else "lacks"
+        raise BadAdapter(f"{site.module}: {option} is {str(value).lower()}, but the file {there} {part}")
+
+
+def _check_shape(site: Site, part: TensorHeader | None, name: str, expected: Shape) -> None:
+    if part is not None and part.shape != expected:
+        raise BadAdapter(f"{site.module}: {name} is {list(part.shape)}, expected {list(expected)}")
+
+
+def _scaling(site: Site, a: TensorHeader, b: TensorHeader, blocks: int = 1) -> float:
+    """By the config, whose rank must be the factors'; `blocks`: how many of them each row of B has a part of."""
+    rank, scaling = site.scaling()
+    if a.shape[0] != b.shape[1] * blocks:
+        raise BadAdapter(f"{site.module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: their ranks differ")
+    if a.shape[0] != rank:
+        raise BadAdapter(f"{site.module}: rank {a.shape[0]} in the file, {rank} in adapter_config.json")
+    return scaling

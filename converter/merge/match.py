@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 
 from converter.errors import AdapterMismatch, BadAdapter
 from converter.merge.adapter import Adapter
-from converter.merge.change import Change
+from converter.merge.bias import LoraBias
+from converter.merge.change import Change, read_stored
+from converter.merge.embedding import EmbeddingLora
 from converter.merge.heads import advice_on, advice_on_lost_head
 from converter.merge.kinds import Site, changes_of
+from converter.merge.lora import Lora
 from converter.merge.names import Ask, Names
+from converter.merge.tokens import TokenRows
 from converter.model.architecture import Architecture, Shape
 from converter.read.header import TensorHeader
 
@@ -26,6 +30,8 @@ class Match:
     """Tensors of the adapter's file that take the place of the base's."""
     untied: dict[str, str] = field(default_factory=dict)
     """New tensor, which the base shares with another → the tensor of the base that it starts from."""
+    one: set[str] = field(default_factory=set)
+    """Tensors that the adapter trained as one with those that the base ties them to."""
     parted: bool = False
     """Whether two tensors of the base, which its config ties, are to differ."""
     vocabulary: int | None = None
@@ -58,6 +64,7 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
             _check_targeted(site)
             found.deltas[target] = change
     _check_saved_whole(adapter, architecture, names, found)
+    _keep_ties(adapter, architecture, found)
     _untie(adapter, architecture, names, found)
     _check_shapes(architecture, found, shapes)
     _check_nothing_lost(adapter, architecture, names, found)
@@ -99,9 +106,44 @@ def _check_replacement(adapter: Adapter, architecture: Architecture, target: str
 
 
 def _check_targeted(site: Site) -> None:
+    if "trainable_tokens_delta" in site.parts:
+        return  # these are named by their own option, which gave the tokens
+    if site.options.variants.keeps_ties and site.weight in {**site.architecture.tied, **site.architecture.doubled}:
+        return  # PEFT takes the head's name from target_modules
     spellings = {site.module, *site.names.spellings(site.weight)}
     if site.options.names_targets and not any(site.options.targets(name) for name in spellings):
         raise AdapterMismatch(f"{site.module}: the adapter has a delta for it, but its target_modules don't name it")
+
+
+def _keep_ties(adapter: Adapter, architecture: Architecture, found: Match) -> None:
+    """Where the adapter trained embedding and head as one, leave them one: what is done to both is done once."""
+    keeps = adapter.options.variants.keeps_ties
+    for target, source in {**architecture.tied, **architecture.doubled}.items():
+        own, shared = found.deltas.get(target), found.deltas.get(source)
+        if keeps and own is not None and shared is not None:
+            if not _is_the_same(adapter, own, shared):
+                raise BadAdapter(
+                    f"{own.module}: ensure_weight_tying is true, but its tensors are not {shared.module}'s"
+                )
+        elif own is not None or not (keeps or isinstance(shared, TokenRows)):
+            continue
+        found.deltas.pop(target, None)
+        if target in architecture.doubled:
+            found.deltas |= {} if shared is None else {target: shared}
+            if source in found.replacements:
+                found.replacements.setdefault(target, found.replacements[source])
+        found.one.add(target)
+
+
+def _is_the_same(adapter: Adapter, head: Change, embedding: Change) -> bool:
+    """Whether LoRA on a head is that on the embedding, turned: A is Bᵀ, and B is Aᵀ."""
+    if not isinstance(head, Lora) or not isinstance(embedding, EmbeddingLora) or head.scaling != embedding.scaling:
+        return False
+    pairs = ((head.a, embedding.b), (head.b, embedding.a))
+    return all(
+        one.shape == other.shape[::-1] and read_stored(one, adapter.folder).equal(read_stored(other, adapter.folder).T)
+        for one, other in pairs
+    )
 
 
 def _untie(adapter: Adapter, architecture: Architecture, names: Names, found: Match) -> None:
@@ -110,6 +152,8 @@ def _untie(adapter: Adapter, architecture: Architecture, names: Names, found: Ma
         own, shared = found.replacements.get(target), found.replacements.get(source)
         if own is not None and shared is not None and target not in found.deltas and adapter.same_bytes(own, shared):
             del found.replacements[target]
+            continue
+        if target in found.one and own is None:
             continue
         # An embedding that is saved because it was resized is still both; one that was trained on its own is not.
         trained = shared is not None and any(
@@ -123,6 +167,8 @@ def _untie(adapter: Adapter, architecture: Architecture, names: Names, found: Ma
     for target, source in architecture.doubled.items():
         own, shared = found.replacements.get(target), found.replacements.get(source)
         equal = own is not None and shared is not None and adapter.same_bytes(own, shared)
+        if target in found.one and (own is None or equal):
+            continue
         if {target, source} & (found.deltas.keys() if equal else changed):
             found.parted = True
             found.notes.append(
@@ -156,9 +202,15 @@ def _check_shapes(architecture: Architecture, found: Match, shapes: Mapping[str,
             shape = shape[::-1]
         if pair.shape != shape:
             raise AdapterMismatch(
-                f"{pair.module}: lora_B·lora_A is {list(pair.shape)}, the base's weight {list(shape)}: "
+                f"{pair.module}: {_what_has_its_shape(pair)} is {list(pair.shape)}, the base's weight {list(shape)}: "
                 "was the adapter trained on another base?"
             )
+
+
+def _what_has_its_shape(change: Change) -> str:
+    if isinstance(change, TokenRows):
+        return "trainable_tokens_delta's embedding"
+    return "lora_B.bias" if isinstance(change, LoraBias) else "lora_B·lora_A"
 
 
 def _check_saved_whole(adapter: Adapter, architecture: Architecture, names: Names, found: Match) -> None:
@@ -187,7 +239,7 @@ def _check_nothing_lost(adapter: Adapter, architecture: Architecture, names: Nam
         if name in found.deltas:
             touched[kind].add(modules[0])
         targeted = adapter.options.names_targets and any(adapter.options.targets(module) for module in modules)
-        if targeted and role.kind in ("linear", "conv1d"):
+        if targeted and role.kind in ("linear", "conv1d", "convolution", "embedding"):
             expected[kind].add(modules[0])
     for kind, modules_touched in touched.items():
         # Names that match but have no tensors at all are normal: a vision tower that wasn't trained.

@@ -11,20 +11,22 @@ from typing import Any
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.patterns import SECONDS, Pattern, Patterns
+from converter.merge.variants import UNDERSTOOD as _OF_VARIANTS
+from converter.merge.variants import Variants
 
 # What a saved LoraConfig may say without changing the merge, and what is read below.
 _WITHOUT_EFFECT = """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
-    megatron_core runtime_config eva_config lora_B_layout qalora_group_size
+    megatron_core runtime_config eva_config qalora_group_size
 """
 _READ = """
     r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
     layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights
 """
-UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split())
+UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split()) | _OF_VARIANTS
 """Options of a LoraConfig that may have any value that PEFT gives a meaning."""
 # Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
-_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _LARGEST = float(2**128 - 2**104)
 """What float32 holds, in which deltas are computed."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -42,6 +44,7 @@ class Options:
         self._where = where
         self._lists: dict[str, frozenset[Any]] = {}
         self._check()
+        self.variants = Variants(config, where)
         self._saved = [Pattern("modules_to_save", name, _around(name)) for name in self._strings("modules_to_save")]
         self._whole = {
             key: Pattern(key, value, value, whole=True)

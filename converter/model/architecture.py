@@ -12,7 +12,8 @@ from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
-Kind = Literal["linear", "conv1d", "embedding", "other"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "other"]
+"""conv1d is GPT-2's turned linear layer; convolution, one without groups and dilation, as PEFT's LoRA has it."""
 Shape = tuple[int, ...]
 
 

@@ -33,6 +33,8 @@ checkpoint may have take about one billion."""
 _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 """Signals that no config is at fault for, but a user, or a system without memory."""
 _KIND, _MOST_ANSWERS = "architectures", 64
+_ANSWERS = "2"
+"""Changes with what an answer says: answers of another kind are not remembered."""
 _PROGRAM = "from converter.model.answers import serve; serve({memory})"
 
 
@@ -170,7 +172,7 @@ class Questions:
     def _ask(self, request: dict[str, Any]) -> Any:
         question = json.dumps(request, sort_keys=True)
         made_by = [self._versions(name) for name in ("nf4-converter", "transformers", "bitsandbytes")]
-        key = hashlib.sha256("\n".join([*made_by, question]).encode()).hexdigest()
+        key = hashlib.sha256("\n".join([*made_by, _ANSWERS, question]).encode()).hexdigest()
         if key not in self._known:
             remembered = cache.load(_KIND, key)
             if remembered is None:

@@ -170,6 +170,9 @@ class Names:
             return "embedding"
         if isinstance(owner, Conv1D):
             return "conv1d"
+        if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            plain = owner.groups == 1 and set(owner.dilation) == {1} and owner.padding_mode == "zeros"
+            return "convolution" if plain else "other"
         return "linear" if isinstance(owner, nn.Linear) else "other"
 
     def role(self, name: str, shape: Shape) -> Role:

@@ -479,7 +479,8 @@ def test_lora_on_what_is_not_a_linear_layer_is_refused(
     adapter = edit(plain, tmp_path / "adapter", lambda tensors: tensors.update(pair(module, 8, *shape)))
 
     assert refusal(base, adapter, Unsupported) == (
-        f"{module}: LoRA on a module of kind {kind!r}; this tool merges linear layers and Conv1D"
+        f"{module}: LoRA on a module of kind {kind!r}; this tool merges linear layers, Conv1D and convolutions "
+        "without groups or dilation"
     )
 
 

@@ -1,0 +1,105 @@
+"""Adapters of each kind, from their files to the merged checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import BdLoraConfig
+from safetensors.torch import save_file
+
+from converter import Recipe, Resources, convert
+from tests.merge.merges import different, merged_by_peft, merged_by_us, save_exact, save_tuned, says
+from tests.models import load, save_base
+from tests.reference import tensors_of
+
+DTYPES = [torch.bfloat16, torch.float32]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 8, "lora_alpha": 12, "task_type": "CAUSAL_LM", "target_modules": ATTENTION, **settings})
+
+
+KINDS: dict[str, tuple[str, LoraConfig]] = {
+    "LoRA": ("llama", lora()),
+    "DoRA": ("llama", lora(use_dora=True, use_rslora=True)),
+    "DoRA on Conv1D": ("gpt2", lora(use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "lora_bias": ("qwen2", lora(lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj"])),
+    "embedding": ("llama", lora(target_modules=["embed_tokens", "q_proj"])),
+    "trained tokens": ("llama", lora(trainable_token_indices=[5, 17, 250])),
+    "blocks": (
+        "llama",
+        lora(
+            use_bdlora=BdLoraConfig(
+                nblocks=2, target_modules_bd_a=["q_proj", "k_proj"], target_modules_bd_b=["v_proj"], match_strict=False
+            )
+        ),
+    ),
+    "MiCA": ("llama", lora(init_lora_weights="mica")),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_merged_to_pefts_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    name, config = KINDS[kind]
+    base = save_base(tmp_path / "base", name, dtype)
+    save_tuned(tmp_path / "adapter", base, config)
+
+    ours = merged_by_us(base, tmp_path / "adapter", dtype, tmp_path / "ours")
+
+    theirs = merged_by_peft(base, tmp_path / "adapter", dtype, tmp_path / "theirs")
+    assert different(ours, theirs) == []
+    assert different(ours, tensors_of(base)) != []
+
+
+# Where PEFT merges something else than what it trained
+
+
+TIED: dict[str, tuple[LoraConfig, bool]] = {
+    "LoRA on the embedding": (lora(target_modules=["embed_tokens", "q_proj"]), False),
+    "LoRA on both as one": (lora(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True), True),
+    "both saved as one": (lora(modules_to_save=["embed_tokens", "lm_head"], ensure_weight_tying=True), True),
+    "the embedding saved as one": (lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True), True),
+    "trained tokens": (lora(trainable_token_indices=[5, 17, 250]), True),
+    "DoRA on the embedding": (lora(target_modules=["embed_tokens", "q_proj"], use_dora=True), False),
+}
+
+
+@pytest.mark.parametrize("both_on_disk", [False, True])
+@pytest.mark.parametrize("kind", TIED)
+def test_of_tied_embeddings_the_merged_model_says_what_the_trained_one_said(
+    kind: str, both_on_disk: bool, tmp_path: Path
+) -> None:
+    config, stays_tied = TIED[kind]
+    base = save_base(tmp_path / "base", "llama", torch.float32, tie_word_embeddings=True)
+    if both_on_disk:
+        tensors = tensors_of(base)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    tuned = save_tuned(tmp_path / "adapter", base, config)
+
+    merged = load(save_exact(base, tmp_path / "adapter", tmp_path / "ours"))
+
+    torch.testing.assert_close(says(merged), says(tuned), rtol=1e-4, atol=1e-5)
+    assert (says(merged) - says(load(base))).abs().max() > 0.01
+    assert merged.config.tie_word_embeddings is stays_tied
+    assert ("lm_head.weight" in tensors_of(tmp_path / "ours")) is (both_on_disk or not stays_tied)
+
+
+def test_dora_on_an_embedding_is_converted_in_any_tiles_to_what_was_trained(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float32, vocab_size=3000)
+    tuned = save_tuned(tmp_path / "adapter", base, lora(target_modules=["embed_tokens"], use_dora=True))
+    recipe = Recipe(quant_type="none", merge_precision="reference", dtype="bfloat16")
+
+    convert(base, tmp_path / "adapter", tmp_path / "whole", recipe, Resources(threads=1))
+    convert(base, tmp_path / "adapter", tmp_path / "tiles", recipe, Resources(threads=2, tile_weights=(4096, 8192)))
+
+    assert different(tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "tiles")) == []
+    exact = load(save_exact(base, tmp_path / "adapter", tmp_path / "exact"))
+    torch.testing.assert_close(says(exact), says(tuned), rtol=1e-4, atol=1e-5)
+    assert different(tensors_of(tmp_path / "whole"), tensors_of(base)) != []
