@@ -1,43 +1,26 @@
-"""Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed."""
+"""Base model plus LoRA adapter → ready-to-serve 4-bit checkpoint, streamed.
 
-from converter.batch.batch import convert_batch
-from converter.batch.job_file import read_jobs
-from converter.batch.options import BatchOptions
-from converter.batch.outcomes import Outcome
-from converter.errors import ConversionFailed, ConversionRefused, ConverterError
-from converter.job import Job
-from converter.merge.adapter import Adapter
-from converter.observer import Progress
-from converter.pipeline import Report, convert, plan_conversion
-from converter.plan.decide import make_plan
-from converter.plan.inputs import Inputs
-from converter.plan.plan import Plan
-from converter.quantize.measure import Fidelity
-from converter.read.checkpoint import Checkpoint
-from converter.read.folder import LocalFolder
-from converter.recipe import Recipe
-from converter.resources import Resources
+The public names are those of `converter.public`, imported when one of them is used: so the command line starts at once.
+"""
 
-__all__ = [
-    "Adapter",
-    "BatchOptions",
-    "Checkpoint",
-    "ConversionFailed",
-    "ConversionRefused",
-    "ConverterError",
-    "Fidelity",
-    "Inputs",
-    "Job",
-    "LocalFolder",
-    "Outcome",
-    "Plan",
-    "Progress",
-    "Recipe",
-    "Report",
-    "Resources",
-    "convert",
-    "convert_batch",
-    "make_plan",
-    "plan_conversion",
-    "read_jobs",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.public import *  # noqa: F403  (its `__all__` is the list)
+    from converter.public import __all__ as __all__
+
+
+def __getattr__(name: str) -> object:
+    import converter.public as public
+
+    if name == "__all__" or name in public.__all__:
+        return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    import converter.public as public
+
+    return [*globals(), *public.__all__]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from converter import ConversionFailed, Job, Recipe, convert, convert_batch
 from converter.compare import all_of
-from converter.verify import verify
+from converter.verification import verify
 from tests.folders import change_json
 from tests.limits import cpu_below
 from tests.models import save_adapter, save_base

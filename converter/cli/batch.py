@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @with_run_options
 @with_printing
 @with_batch_options
-def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
+@click.pass_obj
+def batch(stop: Callable[[], int | None], /, jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     r"""Make a checkpoint for each job of a file: TOML with [[jobs]], or one JSON object per line.
 
     \b
@@ -47,10 +48,11 @@ def batch(jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     if part is not None:
         wanted = slice_of(wanted, *part)
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
-    run_batch(wanted, run_options_from(options), of_batch, printing, **options)
+    run_batch(stop, wanted, run_options_from(options), of_batch, printing, **options)
 
 
 def run_batch(
+    stop: Callable[[], int | None],
     jobs: Sequence[Job],
     how: RunOptions,
     of_batch: dict[str, Any],
@@ -66,14 +68,12 @@ def run_batch(
     from converter.cli.show.batch import batch_json, batch_text
     from converter.cli.show.progress import display
     from converter.cli.show.words import json_text
-    from converter.cli.signals import Signals
     from converter.errors import printable
 
     if of_batch["against"] is not None:
         of_batch["against"] = Path(of_batch["against"])
     terms = BatchOptions(**vars(how), **of_batch)
     keep_small()
-    stop = Signals()
     with display(printing.progress, outputs=len(jobs)) as shown:
 
         def tell(outcome: Outcome) -> None:

@@ -70,7 +70,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
     if is_named(adapters) or of_batch["against"] is not None:
         jobs = jobs_from(adapters, options)
-        run_batch(jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
+        run_batch(context.obj, jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
         return
     what: dict[str, Any] = {"adapter": adapters[0] if adapters else None, "recipe": recipe_from(options)}
     what |= vars(run_options_from(options))
@@ -83,13 +83,11 @@ def cli(context: click.Context, /, **options: Any) -> None:
     from converter.cli.show.progress import display
     from converter.cli.show.summary import summary, summary_json
     from converter.cli.show.words import json_text
-    from converter.cli.signals import Signals
     from converter.pipeline import convert
 
     keep_small()
-    stop = Signals()
     with display(printing.progress) as shown:
-        report = convert(**what, **options, progress=shown.progress, stop=stop)
+        report = convert(**what, **options, progress=shown.progress, stop=context.obj)
     if printing.as_json:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:

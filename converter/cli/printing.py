@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from contextlib import suppress
-
-import click
 
 _PARAMETER = re.compile(r"`([a-z][a-z_]+(?:=False)?)`")
 _OTHER_NAMES = {"quant_type": "--format", "resume=False": "--no-resume"}
@@ -22,7 +21,8 @@ def print_text(text: str) -> None:
     from converter.errors import WriteFailed
 
     try:
-        click.echo(text, nl=False)
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise  # click ends with 1, quietly: the reader has seen enough
     except OSError as exc:
@@ -33,7 +33,8 @@ def complain(message: str) -> None:
     """Print an error for people. If stderr is closed or full, go on: that must not stop the work."""
     message = as_options(message)
     with suppress(OSError):
-        click.echo(f"error: {message}", err=True)
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
 
 
 def report_error(message: str, code: int, *, as_json: bool) -> int:
@@ -42,5 +43,6 @@ def report_error(message: str, code: int, *, as_json: bool) -> int:
     complain(message)
     if as_json:
         with suppress(OSError):  # the exit code says it too
-            click.echo(json.dumps({"error": message, "exit_code": code}))
+            sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+            sys.stdout.flush()
     return code

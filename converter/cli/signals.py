@@ -26,11 +26,12 @@ class Signalled(BaseException):
 
 
 class Signals:
-    """The first signal ends a conversion between two tiles, where someone asks for it; any other ends it at once."""
+    """The first signal ends a conversion between two tiles, if the conversion has begun to ask for signals. Any other
+    signal ends the process at once."""
 
     def __init__(self) -> None:
         self._asked = False
-        self._received: int | None = None
+        self.received: int | None = None
         for signum in (signal.SIGINT, signal.SIGTERM):
             # A shell starts what it puts in the background so that Ctrl-C, meant for others, doesn't end it.
             if signal.getsignal(signum) is not signal.SIG_IGN:
@@ -39,13 +40,13 @@ class Signals:
     def __call__(self) -> int | None:
         """The signal that was received, if any."""
         self._asked = True
-        return self._received
+        return self.received
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
-        if not self._asked or self._received is not None:
+        first, self.received = self.received is None, signum
+        if not self._asked or not first:
             end = Signalled(signum)
             # Threads are waited for on the way out, and a disk may take its time, or never answer.
             signal.signal(signal.SIGALRM, lambda *_: end.now())
             signal.alarm(_PATIENCE)
-            raise end
-        self._received = signum
+            raise end  # a library that is being imported may swallow it; then whoever asks next hears of it

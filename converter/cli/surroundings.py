@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 from contextlib import suppress
-from typing import NoReturn
 
 from converter.errors import ConversionRefused
 
@@ -41,12 +40,3 @@ def refuse_without_memory() -> None:
         raise ConversionRefused(
             f"the limit of memory (ulimit -d) is {limit:,} bytes; Python and the libraries alone take {LEAST_DATA:,}"
         )
-
-
-def leave(code: int) -> NoReturn:
-    """End without tearing the libraries down, which takes torch half a second, and without waiting for threads, which
-    may wait for what one has that died of too little memory."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # who printed it has heard of it
-            stream.flush()
-    os._exit(code)

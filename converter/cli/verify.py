@@ -32,7 +32,7 @@ def verify(out: Path, **options: Any) -> None:
     from converter.cli.show.verification import verification_json, verification_text
     from converter.cli.show.words import json_text
     from converter.cli.surroundings import refuse_without_memory
-    from converter.verify import verify as look
+    from converter.verification import verify as look
 
     refuse_without_memory()
     printing = printing_from(options)

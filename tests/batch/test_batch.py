@@ -28,7 +28,7 @@ from converter.batch.run import Access
 from converter.errors import Interrupted, ReadFailed, WriteFailed
 from converter.observer import Progress
 from converter.seal.receipt import read_receipt
-from converter.verify import verify
+from converter.verification import verify
 from tests.conftest import REPOSITORY
 from tests.folders import change_tensor, contents, copy
 from tests.models import save_adapter, save_base

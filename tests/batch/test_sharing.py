@@ -13,7 +13,7 @@ from converter.batch.sharing import lay_out, same_in_both, untouched
 from converter.errors import BadOutput
 from converter.seal.link import How
 from converter.seal.receipt import read_receipt
-from converter.verify import verify
+from converter.verification import verify
 from tests.folders import change_json, change_tensor, copy
 from tests.models import save_adapter, save_base
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,3 +172,37 @@ def test_a_command_whose_last_words_fail_ends_all_the_same() -> None:
     )
 
     assert (ran.returncode, ran.stderr) == (1, "error: Last\n")
+
+
+INTERRUPTED_IMPORT = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+for _ in range(1000):  # the handler runs between two instructions
+    pass
+raise ImportError("cannot load module more than once per process")
+"""
+
+
+@pytest.mark.parametrize("module", ["click", "tomllib", "converter.errors", "torch", "numpy", "rich"])
+def test_ctrl_c_while_libraries_are_imported_prints_one_line_and_no_traceback(
+    module: str, base: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """A copy of the package, beside a library during whose import the signal comes."""
+    shutil.copytree(REPOSITORY / "converter", tmp_path / "converter")
+    file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
+    file.write_text(INTERRUPTED_IMPORT)
+    program = "from converter.cli.main import console; console()"
+
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "--base", base, "--out", tmp_path / "out", "--progress=bar"],
+        env=environment | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+
+    assert ran.returncode == 130
+    assert ran.stderr.strip() == "error: SIGINT: nothing was written to OUT"
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.cli.show.words import text_of
-from converter.verify import Verification
+from converter.verification import Verification
 
 MOST_OF_A_KIND = 10
 """Problems that are listed; of the others, only how many there are."""

@@ -21,7 +21,7 @@ import pytest
 from converter import Job, convert_batch
 from converter.batch.cluster.parts import Ask
 from converter.batch.cluster.ray_cluster import task_options
-from converter.verify import verify
+from converter.verification import verify
 from tests.conftest import REPOSITORY
 from tests.models import four_jobs, save_four
 from tests.reference import differences

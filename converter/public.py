@@ -1,0 +1,46 @@
+"""The public names: what `from converter import …` gives."""
+
+from converter.batch.batch import convert_batch
+from converter.batch.job_file import read_jobs
+from converter.batch.options import BatchOptions
+from converter.batch.outcomes import Outcome
+from converter.errors import ConversionFailed, ConversionRefused, ConverterError
+from converter.job import Job
+from converter.merge.adapter import Adapter
+from converter.observer import Progress
+from converter.pipeline import Report, convert, plan_conversion
+from converter.plan.decide import make_plan
+from converter.plan.inputs import Inputs
+from converter.plan.plan import Plan
+from converter.quantize.measure import Fidelity
+from converter.read.checkpoint import Checkpoint
+from converter.read.folder import LocalFolder
+from converter.recipe import Recipe
+from converter.resources import Resources
+from converter.verification import Verification, verify
+
+__all__ = [
+    "Adapter",
+    "BatchOptions",
+    "Checkpoint",
+    "ConversionFailed",
+    "ConversionRefused",
+    "ConverterError",
+    "Fidelity",
+    "Inputs",
+    "Job",
+    "LocalFolder",
+    "Outcome",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Report",
+    "Resources",
+    "Verification",
+    "convert",
+    "convert_batch",
+    "make_plan",
+    "plan_conversion",
+    "read_jobs",
+    "verify",
+]
