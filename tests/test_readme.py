@@ -9,7 +9,8 @@ import click
 import pytest
 
 import converter
-from converter.cli.main import cli, main
+from converter.cli.commands import cli
+from converter.cli.main import main
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
