@@ -9,12 +9,14 @@ from typing import Any, Literal, get_args
 
 from converter.errors import BadRecipe
 
-QuantType = Literal["nf4", "fp4", "int8", "none"]
+QuantType = Literal["nf4", "fp4", "int8", "none", "w4a16", "w8a16"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
+GROUP_SIZES = (32, 64, 128)
+"""What servers' kernels for compressed-tensors' integers accept."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Recipe:
     """The choices that shape the output's bytes; part of the fingerprint. Raises `BadRecipe` for contradictions."""
 
     quant_type: QuantType = "nf4"
-    """nf4, fp4: four bits. int8: LLM.int8. none: the merged model in 16 bits."""
+    """nf4, fp4: four bits of bitsandbytes. int8: its LLM.int8. none: the merged model in 16 bits. Others are schemes of
+    compressed-tensors: `quantize.schemes`."""
     double_quant: bool = True
     """Quantize the absmax too (nf4 and fp4): 4.13 instead of 4.5 bits a weight at block size 64."""
     block_size: int = 64
@@ -35,6 +38,8 @@ class Recipe:
     """Patterns of modules to leave in 16 bits: a glob on the full path, or its last parts."""
     max_shard_size: int = 5_000_000_000
     """Bytes of tensors in one output file; a single weight may exceed it."""
+    group_size: int | None = None
+    """Values of a row that share a scale (w4a16 and w8a16). None: the largest of 128, 64, 32 that all weights allow."""
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
@@ -47,6 +52,10 @@ class Recipe:
                 raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
         if self.max_shard_size < 1_000_000:
             raise BadRecipe(f"--max-shard-size {self.max_shard_size}: expected at least 1MB")
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise BadRecipe(f"--group-size {self.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+        if self.group_size is not None and self.quant_type not in ("w4a16", "w8a16"):
+            raise BadRecipe(f"--group-size has no meaning with {self.quant_type}: only w4a16 and w8a16 have groups")
         if self.keep and self.quant_type == "none":
             raise BadRecipe("--keep has no meaning with --quant-type none: nothing is quantized")
 
@@ -71,7 +80,11 @@ class Recipe:
             raise BadRecipe("keep is not a list of texts")
         if not isinstance(stated.get("double_quant", True), bool):
             raise BadRecipe("double_quant is neither true nor false")
-        for key, what in (("max_shard_size", "a number of bytes"), ("block_size", "a number")):
+        for key, what in (
+            ("max_shard_size", "a number of bytes"),
+            ("block_size", "a number"),
+            ("group_size", "a number"),
+        ):
             # Python compares numbers of any length, but prints none of thousands of digits.
             if type(stated.get(key, 0)) is not int or stated.get(key, 0) >= 2**63:
                 raise BadRecipe(f"{key} is not {what}")
@@ -81,7 +94,9 @@ class Recipe:
             raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"keep": sorted(self.keep)}
+        """JSON values, without a group size if there is none."""
+        stated = asdict(self) | {"keep": sorted(self.keep)}
+        return {key: value for key, value in stated.items() if key != "group_size" or value is not None}
 
 
 @cache

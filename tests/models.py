@@ -31,6 +31,8 @@ _ALL = [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "llama": ("llama", "LlamaForCausalLM", _COMMON, _ALL),
+    "mistral": ("mistral", "MistralForCausalLM", _COMMON, _ALL),
+    "granite": ("granite", "GraniteForCausalLM", _COMMON, _ALL),
     "qwen2": ("qwen2", "Qwen2ForCausalLM", _COMMON, _ALL),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", {**_COMMON, "head_dim": 16, "tie_word_embeddings": True}, _ALL),
     "gemma2": ("gemma2", "Gemma2ForCausalLM", {**_COMMON, "head_dim": 16}, _ALL),

@@ -177,7 +177,7 @@ def recipe_from(options: dict[str, Any]) -> Recipe:
     """What `with_recipe` adds, taken out of the options."""
     from converter.recipe import Recipe
 
-    return Recipe(**take(options, *(field.name for field in fields(Recipe))))
+    return Recipe(**take(options, *(field.name for field in fields(Recipe) if field.name in options)))
 
 
 def run_options_from(options: dict[str, Any]) -> RunOptions:

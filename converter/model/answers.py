@@ -17,6 +17,7 @@ from typing import Any
 
 from converter.errors import BadRecipe, ConversionRefused
 from converter.model.architecture import Architecture, Role, Shape
+from converter.model.linear_layers import modules_to_ignore, quantizable, tensors_expected
 from converter.model.meta_model import Names, meta_model, modules_that_loading_quantizes, quantized_modules
 from converter.model.skip_list import skip_modules
 
@@ -29,12 +30,14 @@ def describe(
     dtype: str,
     keep: Iterable[str] = (),
     remote_code: bool = False,
+    library: str = "bitsandbytes",
 ) -> Architecture:
     """Ask transformers about a checkpoint.
 
     `shapes` are those of the checkpoint's tensors, `dtype` is "bfloat16" or "float16", `keep` are patterns of modules
     to leave in 16 bits: a glob on the full path, or its last parts (`down_proj`, `mlp.down_proj`).
     With `remote_code`, of a class that transformers doesn't have, every matrix that `keep` doesn't name is quantized.
+    `library`: whose rules say what loaders expect to be quantized, bitsandbytes or compressed-tensors.
 
     Raises `Unsupported` for a class that transformers doesn't have, `BadCheckpoint` where config and tensors disagree,
     `BadRecipe` for a pattern that matches nothing, or if nothing is kept of a class that transformers doesn't have.
@@ -54,19 +57,24 @@ def describe(
     architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
     if not quantize:
         return architecture
-    by_default = quantized_modules(model, None)
-    wanted = {
-        name: role.parameter.removesuffix(".weight")
-        for name, role in roles.items()
-        if role.parameter is not None
-        and name not in names.converted
-        and role.parameter.endswith(".weight")
-        and role.parameter.removesuffix(".weight") in by_default
-    }
+    compressed = library == "compressed-tensors"
+    if compressed:
+        wanted = quantizable(model, names, shapes)
+    else:
+        by_default = quantized_modules(model, None)
+        wanted = {
+            name: role.parameter.removesuffix(".weight")
+            for name, role in roles.items()
+            if role.parameter is not None
+            and name not in names.converted
+            and role.parameter.endswith(".weight")
+            and role.parameter.removesuffix(".weight") in by_default
+        }
     for name in _kept(wanted, architecture, keep):
         del wanted[name]
     roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
-    skip = skip_modules(model, names, roles, set(wanted.values()))
+    modules = set(wanted.values())
+    skip = modules_to_ignore(model, names, modules) if compressed else skip_modules(model, names, roles, modules)
     return replace(architecture, roles=roles, skip_modules=skip)
 
 
@@ -81,7 +89,9 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
     found = set(quantized)
     wrong_shapes = list(names.mismatched(tensors, transposed=found))
     built: set[str] = set()
-    if quantization is not None:
+    if quantization is not None and quantization.get("quant_method") == "compressed-tensors":
+        built = tensors_expected(model, names, quantization.get("ignore") or [])
+    elif quantization is not None:
         modules = modules_that_loading_quantizes(model, quantization)
         built = {names.tensor_of.get(f"{module}.weight", f"{module}.weight") for module in modules}
     problems = [f"{name}: quantized here, not by transformers" for name in sorted(found - built)]

@@ -148,10 +148,12 @@ class Questions:
         dtype: str,
         keep: Iterable[str] = (),
         remote_code: bool = False,
+        library: str = "bitsandbytes",
     ) -> Architecture:
         """`answers.describe`."""
         request = {"config": config, "shapes": shapes, "quantize": quantize, "dtype": dtype, "keep": list(keep)}
-        return Architecture.from_json(self._ask({"question": "describe", **request, "remote_code": remote_code}))
+        request |= {"remote_code": remote_code, "library": library}
+        return Architecture.from_json(self._ask({"question": "describe", **request}))
 
     def parameters(
         self, config: Mapping[str, Any], shapes: Mapping[str, Shape], names: Iterable[str], *, dtype: str

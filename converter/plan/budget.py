@@ -53,7 +53,7 @@ def cut_into_tiles(
     for tensor in tensors:
         each = _tile_bytes(tensor, recipe, resources)
         if tensor.whole is None:
-            block = format_of(recipe).block if tensor.action == "quantize" else 1
+            block = format_of(recipe).block(tensor.columns) if tensor.action == "quantize" else 1
             most = max(fewest, min(largest_tile, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)

@@ -18,7 +18,7 @@ from converter.plan.config import output_config, refuse_unconvertible
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.format import Output
-from converter.quantize.formats import format_of
+from converter.quantize.formats import fit, format_of
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
@@ -55,7 +55,9 @@ def make_plan(
         dtype=recipe.dtype,
         keep=recipe.keep,
         remote_code=trust_remote_code,
+        library=format_of(recipe).library,
     )
+    recipe = fit(recipe, {name: shapes[name] for name, role in architecture.roles.items() if role.quantize})
 
     def ask(names: list[str]) -> Mapping[str, str]:
         return parameters(base.config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
@@ -71,7 +73,8 @@ def make_plan(
     ]
     if recipe.quant_type != "none" and not any(tensor.action == "quantize" for tensor in tensors):
         raise Unsupported(
-            f"{architecture.class_name}: transformers would quantize none of its layers; use --quant-type none"
+            f"{architecture.class_name}: {format_of(recipe).library} would quantize none of its layers; "
+            "use --quant-type none"
         )
     _check_names(tensors, limits)
     processor = torch_device(device)

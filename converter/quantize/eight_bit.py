@@ -29,11 +29,14 @@ class EightBit:
     recipe: Recipe
     description: str = "8-bit weights of bitsandbytes (LLM.int8)"
     tags: tuple[str, ...] = ("bitsandbytes", "8-bit")
-    block: int = 1
+    library: str = "bitsandbytes"
 
     @property
     def settings(self) -> Mapping[str, str]:
         return {}
+
+    def block(self, columns: int) -> int:
+        return 1
 
     def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:
         """Names and shapes are those of `bitsandbytes.nn.Int8Params` in a state dict."""

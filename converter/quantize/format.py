@@ -143,7 +143,10 @@ class Format(Protocol):
         """What was chosen, for the model card."""
 
     @property
-    def block(self) -> int:
+    def library(self) -> str:
+        """Whose rules say which modules loaders expect to be quantized: bitsandbytes or compressed-tensors."""
+
+    def block(self, columns: int) -> int:
         """Consecutive weights, across rows, that a tile must hold whole."""
 
     def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:

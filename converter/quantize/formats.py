@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from converter.quantize.compressed import Compressed, fitted
 from converter.quantize.eight_bit import EightBit
 from converter.quantize.four_bit import FourBit
 from converter.quantize.sixteen_bit import SixteenBit
 
 if TYPE_CHECKING:
-    from converter.quantize.format import Format
+    from converter.quantize.format import Format, Shape
     from converter.recipe import Recipe
 
 FORMATS: dict[str, Callable[[Recipe], Format]] = {
@@ -18,12 +19,22 @@ FORMATS: dict[str, Callable[[Recipe], Format]] = {
     "fp4": FourBit,
     "int8": EightBit,
     "none": SixteenBit,
+    "w4a16": Compressed,
+    "w8a16": Compressed,
 }
 
 
 def format_of(recipe: Recipe) -> Format:
     """The format that a recipe asks for, with its settings."""
     return FORMATS[recipe.quant_type](recipe)
+
+
+def fit(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
+    """The recipe with what depends on the weights to quantize decided; `shapes` are (out_features, in_features).
+
+    Raises `BadRecipe` where its format can't hold one of them.
+    """
+    return fitted(recipe, shapes) if FORMATS[recipe.quant_type] is Compressed else recipe
 
 
 def all_formats() -> list[Format]:

@@ -61,7 +61,10 @@ class FourBit:
         return {"double quant": str(self.recipe.double_quant).lower(), "block size": str(self.recipe.block_size)}
 
     @property
-    def block(self) -> int:
+    def library(self) -> str:
+        return "bitsandbytes"
+
+    def block(self, columns: int) -> int:
         return self.recipe.block_size
 
     def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:

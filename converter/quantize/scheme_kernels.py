@@ -25,7 +25,7 @@ from converter.quantize.jit import (
     tally_blocks,
     value_of,
 )
-from converter.quantize.schemes import SCHEMES, Scheme
+from converter.quantize.schemes import Scheme
 
 _INT4, _INT8, _NVFP4, _MXFP4 = 0, 1, 2, 3
 _STEP = 2048
@@ -57,8 +57,8 @@ class Rows(NamedTuple):
 
 def quantize_rows(
     rows: Rows, scheme: Scheme, dtype: int, global_scale: float, packed: Array, scales: Array, sums: Array
-) -> bool:
-    """Merge and quantize some rows, which hold whole blocks; False if a value is NaN or infinite.
+) -> float:
+    """Merge and quantize some rows, which hold whole blocks. The largest absolute value; infinity if one is NaN.
 
     `dtype` is that of scales where the scheme names no other: BFLOAT16 or FLOAT16. `global_scale`: of a scheme that has
     one. Filled in: `packed` (uint8, the bytes of what is stored), `scales` (float32, as `formulas` makes them), `sums`
@@ -69,19 +69,19 @@ def quantize_rows(
     source = (stored, delta, rows.delta is not None, np.float32(rows.scaling), rows.columns, rows.rounding)
     if scheme.layout == "float-quantized":
         height, width = scheme.extent(rows.columns)
-        return bool(_quantize_runs(*source, height, width < rows.columns, dtype, packed, scales, sums))
+        return float(_quantize_runs(*source, height, width < rows.columns, dtype, packed, scales, sums))
     kinds = {("int", 4): _INT4, ("int", 8): _INT8, ("float", 4): _NVFP4 if scheme.has_global_scale else _MXFP4}
     kind = kinds[scheme.kind, scheme.bits]
-    return bool(_quantize_groups(*source, scheme.group, kind, dtype, np.float32(global_scale), packed, scales, sums))
+    return float(_quantize_groups(*source, scheme.group, kind, dtype, np.float32(global_scale), packed, scales, sums))
 
 
-def load(schemes: Iterable[str], dtypes: Iterable[str]) -> None:
-    """Have compiled what quantizes arrays of some dtypes (numpy's names) by some schemes."""
+def load(scheme: Scheme, dtypes: Iterable[str]) -> None:
+    """Compile what quantizes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
     for dtype in dtypes:
         rows = Rows(np.zeros(128, dtype), None, 1.0, 128, EXACT)
-        for name in schemes:
-            scales = np.empty(128, np.float32)
-            quantize_rows(rows, SCHEMES[name], BFLOAT16, 1.0, np.empty(128, np.uint8), scales, np.empty((1, SUMS)))
+        quantize_rows(
+            rows, scheme, BFLOAT16, 1.0, np.empty(128, np.uint8), np.empty(8, np.float32), np.empty((1, SUMS))
+        )
 
 
 @jitted(inline="always")
@@ -241,13 +241,14 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
     together = _RUN  # whose sums are taken together: they don't go from row to row
     while columns % together:
         together //= 2
-    finite = True
+    finite, top = True, np.float32(0.0)
     sums[:] = 0.0
     for begin in range(0, stored.size, _STEP):
         size = min(_STEP, stored.size - begin)
         count = size // group
         here, by = scales[begin // group : begin // group + count], divisors[:count]
         finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, _STEP, values, most)
+        top = max(top, most[0])
         _find_largest(values, group, largest[:count])
         _scale(largest[:count], kind, rounding, dtype, global_scale, here, by)
         _encode(values, by, group, kind, rounding, codes, restored)
@@ -258,7 +259,7 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         tally_blocks(
             stored, delta, merged, scaling, columns, begin, size, together, restored, ones[: size // together], sums
         )
-    return finite
+    return top if finite else np.float32(np.inf)
 
 
 @jitted(inline="always")
@@ -294,7 +295,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
     largest, most, divisors = np.empty(runs, np.float32), np.empty(runs, np.float32), np.empty(runs, np.float32)
     each = runs if by_run else 1
     rows = stored.size // columns
-    finite = True
+    finite, top = True, np.float32(0.0)
     sums[:] = 0.0
     for first in range(0, rows, height):
         last = min(first + height, rows)
@@ -305,6 +306,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
             for number in range(runs):
                 at = number if by_run else 0
                 most[at] = max(most[at], largest[number])
+                top = max(top, largest[number])
         here = scales[first // height * each : (first // height + 1) * each]
         for number in range(each):
             here[number] = _or_epsilon(round_float(most[number] / np.float32(448.0), dtype), dtype)
@@ -316,4 +318,4 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
                 _merge(stored, delta, merged, scaling, rounding, begin, columns, _RUN, values, largest)
             _encode_row(values, divisors, rounding, packed[begin : begin + columns], restored)
             tally_blocks(stored, delta, merged, scaling, columns, begin, columns, _RUN, restored, divisors, sums)
-    return finite
+    return top if finite else np.float32(np.inf)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 VERSION = "0.20.0"
 """Of compressed-tensors, whose tensors and config ours equal; the config names it."""
 GROUP_SIZES = (128, 64, 32)
-"""Values that may share a scale in the integer schemes, the ones that more servers' kernels take first."""
+"""Values that may share a scale in the integer schemes, those first that more servers' kernels take."""
 LARGEST_E4M3, SMALLEST_E4M3, LARGEST_E2M1 = 448.0, 0.125, 6.0
 """The largest values of both floating-point types; what a scale in E4M3 is where it would be zero."""
 

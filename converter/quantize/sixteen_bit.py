@@ -26,11 +26,14 @@ class SixteenBit:
     recipe: Recipe
     description: str = "16-bit weights"
     tags: tuple[str, ...] = ()
-    block: int = 1
+    library: str = "bitsandbytes"
 
     @property
     def settings(self) -> Mapping[str, str]:
         return {}
+
+    def block(self, columns: int) -> int:
+        return 1
 
     def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:
         return (Output(name, {"bfloat16": "BF16", "float16": "F16"}[self.recipe.dtype], shape),)

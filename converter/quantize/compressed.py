@@ -1,0 +1,216 @@
+"""compressed-tensors: formats that vLLM and SGLang load without plugins.
+
+On a CPU the kernels of `scheme_kernels.py` quantize, where numba is installed; on an accelerator, and without numba,
+torch does, by the formulas of `formulas.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadRecipe, NotFinite
+from converter.merge.change import Additive, Rounding
+from converter.quantize import formulas
+from converter.quantize.compressed_files import find_weights
+from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
+from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
+from converter.quantize.measure import row_sums
+from converter.quantize.schemes import GROUP_SIZES, SCHEMES, Scheme
+from converter.tensors import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from converter.read.checkpoint import Checkpoint
+    from converter.recipe import Recipe
+    from converter.threads import Buffers
+
+_STORED = {"BF16": 2.0, "F32": 4.0, "F16": 6.0}
+"""Bytes that a weight takes in a tile of the CPU kernels before it is quantized: a float16 becomes a float32, too."""
+
+
+def fitted(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
+    """The recipe with a group size that all weights to quantize allow. `BadRecipe` where there is none.
+
+    `shapes` are (out_features, in_features), by name.
+    """
+    scheme = SCHEMES[recipe.quant_type]
+    if scheme.kind == "float":
+        sizes: Iterable[int | None] = (scheme.group,)
+    else:
+        sizes = GROUP_SIZES if recipe.group_size is None else (recipe.group_size,)
+    unfit = {}
+    for size in sizes:
+        unfit = {name: shape[1] for name, shape in shapes.items() if not replace(scheme, group=size).fits(shape)}
+        if not unfit:
+            return replace(recipe, group_size=size) if scheme.kind == "int" else recipe
+    name = min(unfit, key=lambda name: unfit[name])
+    groups = " or ".join(map(str, sizes))
+    raise BadRecipe(
+        f"{name}: its {unfit[name]:,} inputs are not divided by groups of {groups} ({len(unfit)} such weights); "
+        f"choose another format or group size, or name the modules with --keep"
+    )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A scheme of compressed-tensors, with a recipe's settings."""
+
+    recipe: Recipe
+
+    @property
+    def scheme(self) -> Scheme:
+        scheme = SCHEMES[self.recipe.quant_type]
+        return replace(scheme, group=self.recipe.group_size or scheme.group) if scheme.kind == "int" else scheme
+
+    @property
+    def description(self) -> str:
+        return f"{self.scheme.bits}-bit weights of compressed-tensors ({self.scheme.preset})"
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return "compressed-tensors", f"{self.scheme.bits}-bit"
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        return {"group size": str(self.scheme.group)} if self.scheme.kind == "int" else {}
+
+    @property
+    def library(self) -> str:
+        return "compressed-tensors"
+
+    def block(self, columns: int) -> int:
+        return self.scheme.extent(columns)[0] * columns
+
+    def outputs(self, name: str, shape: Shape) -> tuple[Output, ...]:
+        dtype = {"bfloat16": "BF16", "float16": "F16"}[self.recipe.dtype]
+        tensors = self.scheme.tensors(name.removesuffix(".weight"), shape, dtype)
+        return tuple(Output(name, dtype, shape) for name, (dtype, shape) in tensors.items())
+
+    def config(self, skip_modules: Sequence[str] | None) -> dict[str, Any]:
+        return self.scheme.config(list(skip_modules or ()))
+
+    def state_bytes(self, rows: int, columns: int) -> int:
+        return 0  # scales are written with the codes
+
+    def tile_bytes(self, dtype: str, *, kernels: bool) -> float:
+        scheme = self.scheme
+        if not kernels:
+            return BY_TORCH
+        scales = 8 / scheme.group if scheme.group is not None else 0  # in float32, as stored, and on the way
+        return _STORED[dtype] + scheme.bits / 8 + scales
+
+    def encoder(self, device: torch.device, *, kernels: bool = False) -> CompressedEncoder:
+        by_kernels = kernels and device.type == "cpu"
+        return CompressedKernels(self, device) if by_kernels else CompressedEncoder(self, device)
+
+    def find(self, written: Checkpoint) -> Found:
+        return find_weights(written)
+
+
+class CompressedEncoder:
+    """Quantizes as compressed-tensors does on a CPU; a merge that isn't rounded, from its float32 sums."""
+
+    def __init__(self, kind: Compressed, device: torch.device) -> None:
+        self._scheme = kind.scheme
+        self._dtype = kind.recipe.dtype
+        self._device = device
+
+    def load(self, dtypes: Collection[str]) -> None:
+        """Nothing is compiled."""
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        merged = replace(rows, rounding=self._rounding(rows)).merged()
+        self._refuse_too_large(rows.name, float(merged.values.abs().amax()))
+        quantized = formulas.quantize(merged.values.contiguous(), self._scheme, torch_dtype(self._dtype))
+        pieces = self._pieces(rows, quantized.packed, quantized.scales)
+        return Encoded(pieces, sums=row_sums(merged, quantized.restored))
+
+    def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        if self._scheme.layout != "pack-quantized":
+            return {}
+        return {f"{name.removesuffix('.weight')}.weight_shape": torch.tensor(shape, dtype=torch.int64)}
+
+    def _refuse_too_large(self, name: str, largest: float) -> None:
+        """Refuse what a loader, which computes in the recipe's dtype, would restore as an infinity; and NaN."""
+        import torch
+
+        if not largest <= torch.finfo(torch_dtype(self._dtype)).max:
+            raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {self._dtype}")
+
+    def _rounding(self, rows: Rows) -> Rounding:
+        """What the adapter doesn't change is quantized as the library does it on a model loaded in the dtype."""
+        return Rounding("reference", self._dtype) if rows.merge is None else rows.rounding
+
+    def _pieces(self, rows: Rows, packed: Tensor, scales: Tensor) -> tuple[tuple[str, int, Tensor], ...]:
+        module, scheme = rows.name.removesuffix(".weight"), self._scheme
+        first = rows.start // scheme.extent(rows.stored.shape[1])[0] * scales.shape[-1]
+        codes = module + (".weight" if scheme.layout == "float-quantized" else ".weight_packed")
+        return (
+            (codes, rows.first * scheme.bits // 8, packed),
+            (f"{module}.weight_scale", first * scales.element_size(), scales),
+        )
+
+
+class CompressedKernels(CompressedEncoder):
+    """The same bits by the CPU kernels, which add what an additive change adds while they quantize."""
+
+    def load(self, dtypes: Collection[str]) -> None:
+        from converter.quantize import scheme_kernels
+
+        stored = sorted({"uint16" if dtype == "BF16" else "float32" for dtype in dtypes})
+        scheme_kernels.load(self._scheme, stored)
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        if rows.merge is not None and not isinstance(rows.merge, Additive):
+            return super().encode(rows, buffers)
+        return self._fused(rows, rows.merge, buffers)
+
+    def _fused(self, rows: Rows, merge: Additive | None, buffers: Buffers) -> Encoded:
+        import numpy
+        import torch
+
+        from converter.quantize import jit, scheme_kernels
+
+        (count, columns), scheme, stored = rows.stored.shape, self._scheme, rows.stored
+        if stored.dtype is torch.float16:
+            stored = stored.float()
+        flat = stored.contiguous().flatten()
+        bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
+        packed = buffers.take("packed", torch.uint8, count, columns * scheme.bits // 8)
+        scales = torch.empty(scheme.scales_shape((count, columns)), dtype=torch.float32)
+        sums = numpy.empty((count, jit.SUMS))
+        dtype = jit.BFLOAT16 if self._dtype == "bfloat16" else jit.FLOAT16
+        rounding = dtype if self._rounding(rows).precision == "reference" else jit.EXACT
+        height = scheme.extent(columns)[0]
+        # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
+        for first, last in pairwise(tile_bounds(count, columns, block=height * columns, most=STRIP_ELEMENTS)):
+            delta = None
+            if merge is not None:
+                delta = buffers.take("delta", torch.float32, last - first, columns)
+                merge.product(rows.start + first, rows.start + last, delta)
+            strip = scheme_kernels.Rows(
+                bits[first * columns : last * columns],
+                None if delta is None else delta.numpy().ravel(),
+                1.0 if merge is None else merge.scaling,
+                columns,
+                rounding,
+            )
+            largest = scheme_kernels.quantize_rows(
+                strip,
+                scheme,
+                dtype,
+                1.0,
+                packed[first:last].numpy().ravel(),
+                scales[first // height : -(last // -height)].numpy().ravel(),
+                sums[first:last],
+            )
+            self._refuse_too_large(rows.name, largest)
+        pieces = self._pieces(rows, packed, formulas.stored_scales(scales, scheme, torch_dtype(self._dtype)))
+        return Encoded(pieces, sums=sums if merge is not None else sums[:, :2])
