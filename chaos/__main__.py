@@ -41,12 +41,10 @@ def prepare(place: Path) -> Lab:
     os.environ["XDG_CACHE_HOME"] = str(place / "cache")
     import torch
 
-    import converter.write.journal
     from converter import Recipe, Resources, convert
     from converter.silence import quietly
 
     torch.set_num_threads(1)
-    converter.write.journal.SECONDS = 0.0  # every tensor is noted at once
     with quietly():
         from tests.models import save_adapter, save_base
 

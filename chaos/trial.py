@@ -70,7 +70,7 @@ class Lab:
         paths = ["--base", str(self.base), "--out", str(out)]
         for name, adapter in self.adapters.items():
             paths += ["--adapter", f"{name}={adapter}" if name else str(adapter)]
-        return [*paths, "--max-shard-size", "1MB", "--threads", "1", "--quiet", *options]
+        return [*paths, "--max-shard-size", "1MB", "--threads", "1", "--journal-seconds", "0", "--quiet", *options]
 
     def row(self, fault: str, command: str) -> Row:
         """A row for a fault that `python -m chaos COMMAND` tries."""

@@ -24,6 +24,8 @@ class Resources:
 
     tile_weights: tuple[int, int] = (1 << 16, 2 << 20)
     """Weights of a tile, at least and at most: larger tiles were no faster."""
+    journal_seconds: float = 3.0
+    """How often what is done is made durable and noted, so that an interrupted run can be resumed."""
 
     @property
     def slots(self) -> int:

@@ -58,7 +58,7 @@ ONLY_IN = {
     "platformdirs": {"read.cache"},
     "click": {f"cli.{name}" for name in ("main", "options", "convert", "verify", "batch")},
     "rich": {"cli.show.progress"},
-    "psutil": {"cli.show.progress"},
+    "psutil": {"cli.show.progress", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},
     "yaml": {"batch.job_file"},
     "peft": set(),

@@ -1,4 +1,4 @@
-"""A conversion that died goes on where it was, and its output is that of one that never did."""
+"""An interrupted conversion is resumed where it was, and its output is that of one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-import converter.pipeline
-import converter.write.journal
 from converter import ConversionFailed, Recipe, Report, Resources, convert
 from converter.errors import BadOutput, Interrupted, NotFinite, ReadFailed
+from converter.observer import Progress
+from tests.disks import name_of
 from tests.folders import change_tensor, contents, copy
 from tests.limits import HANG
 from tests.models import save_adapter, save_base
 
 SMALL_SHARDS = Recipe(max_shard_size=1_000_000)
-ONE_THREAD = Resources(threads=1)
+ONE_THREAD = Resources(threads=1, journal_seconds=0.0)
+"""Every tensor is noted at once."""
 SHARDS = 4
 SOME_MEMORY = 65_400_000
 """Enough, if large tensors are cut into more tiles than else."""
@@ -33,48 +33,39 @@ KILLS = 8
 """How often a process is killed, at instants drawn by chance."""
 
 DRIVER = """
-import sys, time
-import converter.write.journal, converter.pipeline
+import os, sys, time
 from converter.cli.main import console
 
-converter.write.journal.SECONDS = 0.0
-read_tile = converter.pipeline.read_tile
+pwrite = os.pwrite
 seconds = float(sys.argv.pop(1))
 
 def slowly(*arguments):
-    print("tile", flush=True)
+    os.write(1, b"write\\n")
     time.sleep(seconds)
-    return read_tile(*arguments)
+    return pwrite(*arguments)
 
-converter.pipeline.read_tile = slowly
+os.pwrite = slowly
 console()
 """
-"""The command line, with every tensor noted at once, and tiles that take their time."""
+"""The command line on a slow disk: it says "write" and waits before it writes any bytes of a shard."""
 
 
 HANGING = """
 import os, threading
-import converter.write.journal
 from converter.cli.main import console
-from converter.seal.production import Production
 
-converter.write.journal.SECONDS = 0.0
-fdatasync, finish = os.fdatasync, Production._finish
+fdatasync = os.fdatasync
 
 def hang(descriptor):
     if threading.current_thread().name.startswith("sync"):
+        os.write(1, b"sync\\n")
         threading.Event().wait()
     fdatasync(descriptor)
 
-def wait(production, file):
-    if production._syncing is not None:
-        print("tile", flush=True)
-    finish(production, file)
-
-os.fdatasync, Production._finish = hang, wait
+os.fdatasync = hang
 console()
 """
-"""The command line, on a disk that never ends a sync behind its back, which it waits for at the end of a shard."""
+"""The command line on a disk that never ends a sync in the background: it says "sync" when that begins."""
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +88,27 @@ def whole(undisturbed: Report) -> dict[str, bytes]:
     return contents(undisturbed.out)
 
 
-@pytest.fixture
-def every_tensor_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
+class Watch:
+    """Hears what a conversion makes, and ends it before a tile: by a signal, or by a failure."""
 
+    def __init__(self, end_before: int | None = None, failure: Any = None) -> None:
+        self.tiles = 0
+        """Tiles that were begun."""
+        self.made: list[str] = []
+        """Tensors that were made and noted, in order."""
+        self._end_before, self._failure = end_before, failure
 
-@contextmanager
-def tiles_read() -> Iterator[list[str]]:
-    """The tensors of the tiles that are read."""
-    read: list[str] = []
-    read_tile = converter.pipeline.read_tile
+    def stop(self) -> int | None:
+        if self.tiles == self._end_before:
+            if self._failure is not None:
+                raise self._failure
+            return signal.SIGTERM
+        self.tiles += 1
+        return None
 
-    def watched(tensor: Any, *arguments: Any) -> Any:
-        read.append(tensor.name)
-        return read_tile(tensor, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(converter.pipeline, "read_tile", watched)
-        yield read
-
-
-def stop_at(tile: int) -> Callable[[], int | None]:
-    asked = iter(range(10_000))
-    return lambda: signal.SIGTERM if next(asked) >= tile else None
+    def progress(self, told: Progress) -> None:
+        if told.stage == "converting":
+            self.made.append(told.name)
 
 
 def tiles_of(report: Report) -> list[str]:
@@ -127,101 +116,100 @@ def tiles_of(report: Report) -> list[str]:
     return [tensor.name for tensor in report.plan.tensors() for _ in tensor.spans()]
 
 
+def run(inputs: tuple[Path, Path], out: Path, watch: Watch, resources: Resources = ONE_THREAD) -> Report:
+    return convert(*inputs, out, SMALL_SHARDS, resources, progress=watch.progress, stop=watch.stop)
+
+
+def interrupt(inputs: tuple[Path, Path], out: Path, tile: int, resources: Resources = ONE_THREAD) -> Watch:
+    """A conversion that a signal ends before a tile."""
+    watch = Watch(tile)
+    with pytest.raises(Interrupted):
+        run(inputs, out, watch, resources)
+    return watch
+
+
+def made_by_resuming(inputs: tuple[Path, Path], out: Path) -> list[str]:
+    """Resume a conversion; the tensors that were left to be made."""
+    watch = Watch()
+    run(inputs, out, watch)
+    return watch.made
+
+
 # Stopped, or failing
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
-def test_stopped_before_any_tile_it_goes_on_with_the_tensors_that_are_left_to_the_same_bytes(
+def test_stopped_before_any_tile_it_makes_the_tensors_that_are_left_and_the_same_bytes(
     inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     tiles = tiles_of(undisturbed)
     for number in range(len(tiles)):
-        out = tmp_path / str(number)
-        with tiles_read() as before, pytest.raises(Interrupted) as stopped:
-            convert(*inputs, out, SMALL_SHARDS, ONE_THREAD, stop=stop_at(number))
-        assert before == tiles[:number]
+        out, watch = tmp_path / str(number), Watch(number)
+        with pytest.raises(Interrupted) as stopped:
+            run(inputs, out, watch)
+        assert watch.made == tiles[:number]
         assert stopped.value.exit_code == 143
         assert not out.exists()
         assert out.with_name(f"{number}.partial").exists() == (number > 0)
 
-        with tiles_read() as after:
-            convert(*inputs, out, SMALL_SHARDS, ONE_THREAD)
+        assert made_by_resuming(inputs, out) == tiles[number:]
 
-        assert after == tiles[number:]
         assert contents(out) == whole
         assert not out.with_name(f"{number}.partial").exists()
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
 def test_stopped_again_and_again_it_comes_to_the_same_bytes(
     inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    with tiles_read() as read:
-        for _ in range(100):
-            try:
-                convert(*inputs, out, SMALL_SHARDS, ONE_THREAD, stop=stop_at(2))
-                break
-            except Interrupted:
-                assert not out.exists()
+    tiles, made = tiles_of(undisturbed), []
+    for _ in range(0, len(tiles) - 2, 2):
+        made += interrupt(inputs, tmp_path / "out", tile=2).made
+        assert not (tmp_path / "out").exists()
+    made += made_by_resuming(inputs, tmp_path / "out")
 
-    assert contents(out) == whole
-    assert read == tiles_of(undisturbed)
+    assert contents(tmp_path / "out") == whole
+    assert made == tiles
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
 @pytest.mark.parametrize(
-    "failure", [MemoryError, RuntimeError, KeyboardInterrupt, ReadFailed], ids=lambda f: f.__name__
+    "failure", [MemoryError, RuntimeError, KeyboardInterrupt, ReadFailed("it failed")], ids=lambda f: str(f)
 )
 def test_what_fails_at_any_tensor_costs_that_tensor_and_no_other(
-    failure: type[BaseException],
-    inputs: tuple[Path, Path],
-    undisturbed: Report,
-    whole: dict[str, bytes],
-    tmp_path: Path,
+    failure: Any, inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    names = [tensor.name for tensor in undisturbed.plan.tensors()]
-    read_tile = converter.pipeline.read_tile
-    for number, name in enumerate(names):
+    tiles = tiles_of(undisturbed)
+    for number in range(len(tiles)):
         out = tmp_path / str(number)
-
-        def fail(tensor: Any, *arguments: Any, name: str = name) -> Any:
-            if tensor.name == name:
-                raise failure("it failed")
-            return read_tile(tensor, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(converter.pipeline, "read_tile", fail)
-            with pytest.raises(failure):
-                convert(*inputs, out, SMALL_SHARDS, ONE_THREAD)
+        with pytest.raises(failure if isinstance(failure, type) else type(failure)):
+            run(inputs, out, Watch(number, failure))
         assert not out.exists()
 
-        with tiles_read() as read:
-            convert(*inputs, out, SMALL_SHARDS, ONE_THREAD)
+        assert made_by_resuming(inputs, out) == tiles[number:]
 
-        assert list(dict.fromkeys(read)) == names[number:]
         assert contents(out) == whole
 
 
-@pytest.mark.parametrize("stage", ["check_written", "model_card", "write_receipt", "read_side_files"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors.index.json", "README.md", "config.json", "conversion.json", "SHA256SUMS"]
+)
 def test_what_fails_while_it_is_sealed_costs_no_tensor(
-    stage: str, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
+    rename = os.rename
 
-    module = "converter.pipeline" if stage == "read_side_files" else "converter.seal.staging"
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == file:
+            raise MemoryError
+        rename(source, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(f"{module}.{stage}", fail)
+        patch.setattr(os, "rename", fail)
         with pytest.raises(MemoryError):
-            convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+            run(inputs, tmp_path / "out", Watch())
     shards = {path.name: path.stat() for path in (tmp_path / "out.partial").glob("*.safetensors")}
     assert len(shards) == SHARDS
 
-    with tiles_read() as read:
-        convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+    assert made_by_resuming(inputs, tmp_path / "out") == []
 
-    assert read == []
     assert contents(tmp_path / "out") == whole
     for name, before in shards.items():
         after = (tmp_path / "out" / name).stat()
@@ -239,8 +227,7 @@ def test_what_was_made_of_inputs_that_are_at_fault_is_not_kept(inputs: tuple[Pat
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
-def test_another_base_of_the_same_shapes_sizes_and_times_is_not_gone_on_with(
+def test_work_on_another_base_of_the_same_shapes_sizes_and_times_is_not_resumed(
     inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first, second = copy(inputs[0], tmp_path / "first"), copy(inputs[0], tmp_path / "second")
@@ -250,17 +237,14 @@ def test_another_base_of_the_same_shapes_sizes_and_times_is_not_gone_on_with(
     for path in (*first.iterdir(), *second.iterdir()):
         os.utime(path, (1, 1))  # as in the image of a container
     (tmp_path / "base").symlink_to(first)
-    command = (tmp_path / "base", inputs[1], tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
-    with pytest.raises(Interrupted):
-        convert(*command, stop=stop_at(6))
+    interrupt((tmp_path / "base", inputs[1]), tmp_path / "out", 6)
     (tmp_path / "base").unlink()
     (tmp_path / "base").symlink_to(second)
 
     with pytest.raises(BadOutput, match="the unfinished work of another conversion, of which base differ"):
-        convert(*command)
+        convert(tmp_path / "base", inputs[1], tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -272,18 +256,16 @@ def test_another_base_of_the_same_shapes_sizes_and_times_is_not_gone_on_with(
     ],
     ids=["more threads", "fewer threads", "more memory", "less memory", "other kernels"],
 )
-def test_it_goes_on_with_other_resources_to_the_same_bytes(
+def test_it_is_resumed_with_other_resources_to_the_same_bytes(
     before: Resources, after: Resources, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    with pytest.raises(Interrupted):
-        convert(*inputs, tmp_path / "out", SMALL_SHARDS, before, stop=stop_at(6))
+    interrupt(inputs, tmp_path / "out", 6, replace(before, journal_seconds=0.0))
 
     convert(*inputs, tmp_path / "out", SMALL_SHARDS, after)
 
     assert contents(tmp_path / "out") == whole
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
 @pytest.mark.parametrize("file", [".journal", ".unfinished", ".safetensors"])
 def test_after_any_damage_to_what_was_left_it_comes_to_the_same_bytes(
     file: str, inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
@@ -292,8 +274,7 @@ def test_after_any_damage_to_what_was_left_it_comes_to_the_same_bytes(
     chance = random.Random(file)
     for number in range(12):
         tile = chance.randrange(4, len(tiles_of(undisturbed)))
-        with pytest.raises(Interrupted):
-            convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD, stop=stop_at(tile))
+        interrupt(inputs, tmp_path / "out", tile)
         for path in [path for path in staging.iterdir() if path.name.endswith(file)]:
             raw = bytearray(path.read_bytes())
             if number % 3 == 0:
@@ -311,13 +292,13 @@ def test_after_any_damage_to_what_was_left_it_comes_to_the_same_bytes(
         out.rename(tmp_path / str(number))
 
 
-def test_the_message_of_a_stop_says_how_to_go_on(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_message_of_a_stop_says_how_to_resume(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as stopped:
-        convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD, stop=stop_at(3))
+        run(inputs, tmp_path / "out", Watch(3))
     with pytest.raises(Interrupted) as at_once:
-        convert(*inputs, tmp_path / "other", SMALL_SHARDS, ONE_THREAD, stop=stop_at(0))
+        run(inputs, tmp_path / "other", Watch(0))
 
-    end = f"; what is done is kept in {tmp_path / 'out.partial'}: the same command goes on with it"
+    end = f"; what is done is kept in {tmp_path / 'out.partial'}: the same command resumes it"
     assert str(stopped.value).startswith("SIGTERM while ")
     assert str(stopped.value).endswith(end)
     assert str(at_once.value).isprintable()
@@ -325,7 +306,6 @@ def test_the_message_of_a_stop_says_how_to_go_on(inputs: tuple[Path, Path], tmp_
     assert list(tmp_path.glob("other*")) == []
 
 
-@pytest.mark.usefixtures("every_tensor_is_noted")
 def test_a_file_that_is_lost_costs_itself_and_not_those_before_it(
     inputs: tuple[Path, Path],
     undisturbed: Report,
@@ -337,7 +317,7 @@ def test_a_file_that_is_lost_costs_itself_and_not_those_before_it(
     second = undisturbed.plan.shards[1]
 
     def fail_at_the_second(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(second.file):
+        if name_of(descriptor).startswith(second.file):
             raise OSError(5, "Input/output error")
         fdatasync(descriptor)
 
@@ -349,28 +329,29 @@ def test_a_file_that_is_lost_costs_itself_and_not_those_before_it(
         ".lock", ".journal", undisturbed.plan.shards[0].file
     }  # fmt: skip
 
-    with tiles_read() as read:
-        convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
-
-    assert set(read) == {tensor.name for shard in undisturbed.plan.shards[1:] for tensor in shard.tensors}
+    left = [tensor.name for shard in undisturbed.plan.shards[1:] for tensor in shard.tensors]
+    assert made_by_resuming(inputs, tmp_path / "out") == left
     assert contents(tmp_path / "out") == whole
 
 
 # Processes that are killed
 
 
-def start(inputs: tuple[Path, Path], out: Path, *driver: str, seconds: float = 0.02) -> subprocess.Popen[str]:
-    """A conversion in a process of its own, which says "tile" before each one."""
+def start(
+    inputs: tuple[Path, Path], out: Path, *driver: str, seconds: float = 0.02, threads: int = 2
+) -> subprocess.Popen[str]:
+    """A conversion in a process of its own, which notes every tensor at once and says "write" before each write."""
     options = ["--base", *inputs[:1], "--adapter", *inputs[1:], "--out", out, "--max-shard-size", "1MB", "--quiet"]
+    options += ["--journal-seconds", "0", "--threads", str(threads)]
     command = [sys.executable, "-c", *(driver or (DRIVER, str(seconds))), *map(os.fspath, options)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def wait_for_tiles(process: subprocess.Popen[str], count: int) -> None:
+def wait_for(process: subprocess.Popen[str], said: str, count: int = 1) -> None:
     assert process.stdout is not None
     for _ in range(count):
-        assert process.stdout.readline() == "tile\n"
+        assert process.stdout.readline() == f"{said}\n"
 
 
 def said_at_the_second(process: subprocess.Popen[str], signum: signal.Signals) -> str:
@@ -384,7 +365,7 @@ def said_at_the_second(process: subprocess.Popen[str], signum: signal.Signals) -
     return said
 
 
-def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
+def test_killed_at_any_instant_it_is_resumed_to_the_same_bytes(
     inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     chance = random.Random()
@@ -393,8 +374,8 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
     for _ in range(KILLS):
         process = start(inputs, out)
         assert process.stdout is not None
-        process.stdout.readline()  # a tile; nothing, where one was killed that had made all and not yet sealed it
-        time.sleep(chance.uniform(0, 0.03 * tiles))
+        process.stdout.readline()  # a write; nothing, where one was killed that had made all and not yet sealed it
+        time.sleep(chance.uniform(0, 0.06 * tiles))
         process.kill()
         process.communicate()
         if out.exists():
@@ -409,23 +390,21 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_ends_it_between_tiles_with_one_line_that_says_how_to_go_on(
+def test_a_signal_ends_it_between_tiles_with_one_line_that_says_how_to_resume(
     signum: signal.Signals, inputs: tuple[Path, Path], undisturbed: Report, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     process = start(inputs, out, seconds=0.1)
-    wait_for_tiles(process, 4)
+    wait_for(process, "write", 4)
     process.send_signal(signum)
     _, said = process.communicate(timeout=HANG)
 
     assert process.returncode == 128 + signum
     assert said.startswith(f"error: {signum.name} while ")
-    assert said.endswith(f"; what is done is kept in {out}.partial: the same command goes on with it\n")
+    assert said.endswith(f"; what is done is kept in {out}.partial: the same command resumes it\n")
     assert said.count("\n") == 1
     assert not out.exists()
-    with tiles_read() as read:
-        convert(*inputs, out, SMALL_SHARDS, ONE_THREAD)
-    assert 0 < len(read) < len(tiles_of(undisturbed))
+    assert 0 < len(made_by_resuming(inputs, out)) < len(tiles_of(undisturbed))
     assert contents(out) == whole
 
 
@@ -434,12 +413,12 @@ def test_a_second_signal_ends_it_at_once(
     signum: signal.Signals, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    process = start(inputs, out, seconds=0.0)
-    wait_for_tiles(process, 6)
+    process = start(inputs, out, threads=1)
+    wait_for(process, "write", 6)
     process.kill()
     process.communicate()
-    process = start(inputs, out, seconds=1_000 * HANG)  # a tile takes longer than anybody waits
-    wait_for_tiles(process, 1)
+    process = start(inputs, out, seconds=1_000 * HANG, threads=1)  # a write takes longer than anybody waits
+    wait_for(process, "write")
     said = said_at_the_second(process, signum)
 
     assert said.startswith("error: ")
@@ -453,8 +432,8 @@ def test_a_second_signal_ends_it_at_once(
 def test_a_second_signal_ends_it_at_once_though_the_disk_never_ends_a_sync(
     signum: signal.Signals, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = start(inputs, tmp_path / "out", HANGING, "--threads", "2")
-    wait_for_tiles(process, 1)
+    process = start(inputs, tmp_path / "out", HANGING)
+    wait_for(process, "sync")
     said = said_at_the_second(process, signum)
 
     assert said == f"error: {signum.name}: nothing was written to OUT\n"

@@ -26,7 +26,6 @@ from converter.seal.link import ReusableShard
 from converter.seal.production import Made, Production
 from converter.seal.staging import Staging
 from converter.write.journal import job_of
-from converter.write.shard import write_file
 
 _OUTPUTS = ".outputs"
 """Names the outputs that share the shards of a folder, first the one that the folder is named after."""
@@ -60,7 +59,7 @@ class SharedShards:
         outs = [next_to, *(other for other in group.jobs.values() if other is not next_to)]
         names = [os.path.relpath(other.destination.out, destination.out.parent) for other in outs]
         with suppress(WriteFailed):  # it serves to tidy up later, and nothing else
-            write_file(staging.folder / _OUTPUTS, json.dumps({"outputs": names}).encode())
+            staging.put(_OUTPUTS, json.dumps({"outputs": names}).encode())
         self.production = Production(plan, None, staging)
 
     def cut(self, reserved: int) -> None:

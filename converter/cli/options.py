@@ -99,6 +99,12 @@ with_run_options = together(
     click.option(
         "--threads", type=click.IntRange(min=1), help="Threads that convert tiles.  [default: one per processor]"
     ),
+    click.option(
+        "--journal-seconds",
+        type=click.FloatRange(min=0),
+        hidden=True,  # for tests
+        help="Seconds until what is done is made durable and noted; 0: after each tensor.",
+    ),
     with_device,
     flag("--overwrite", text="Replace an earlier conversion, once the new one is complete."),
     click.option("--resume/--no-resume", default=True, show_default=True, help="Resume an interrupted run."),
@@ -184,13 +190,13 @@ def run_options_from(options: dict[str, Any]) -> RunOptions:
     """What `with_run_options` adds, taken out of the options."""
     from converter.job import RunOptions
 
-    resources = _resources(**take(options, "memory", "threads"))
+    resources = _resources(**take(options, "memory", "threads", "journal_seconds"))
     return RunOptions(resources, **take(options, "device", "overwrite", "offline", "trust_remote_code", "resume"))
 
 
-def _resources(memory: int | None, threads: int | None) -> Resources:
+def _resources(**given: Any) -> Resources:
     from converter.cli.surroundings import refuse_without_memory
     from converter.resources import Resources
 
     refuse_without_memory()
-    return Resources(memory=memory) if threads is None else Resources(memory=memory, threads=threads)
+    return Resources(**{name: value for name, value in given.items() if value is not None})

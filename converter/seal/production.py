@@ -1,6 +1,6 @@
-"""One output that is being made: its shards as they fill, the journal of what is done, and its end.
+"""One output in the making: its shards as they fill, and the journal of what is done.
 
-A conversion makes one of these, a batch many at a time, from the same tiles of the base.
+A conversion has one of these. A batch has many at a time, made from the same tiles of the base.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from converter.errors import ConverterError, WriteFailed
 from converter.quantize.measure import Fidelity
 from converter.threads import pool
 from converter.write.journal import Entry
-from converter.write.shard import ShardWriter, Writer
+from converter.write.shard import Writer
 
 if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan, TensorPlan
     from converter.read.folder import Folder
     from converter.seal.staging import Staging
+    from converter.write.shard import ShardWriter
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of one output: what happens to it, and who takes its bytes."""
+    """A tensor of one output: what becomes of it, and what takes its bytes."""
 
     tensor: TensorPlan
     adapter: Folder | None
-    """Where its factors, or the values that replace the base's, are read."""
+    """Where its factors are read, or the values that replace the base's."""
     writer: Writer
     owner: Production | None = None
     """The output that is to note it; None where nothing is made."""
@@ -45,22 +46,22 @@ class Made:
     digest: str
     """xxh3-128 of the bytes that were read."""
     nbytes: int
-    """How many those were."""
+    """The number of these bytes."""
 
 
 class Production:
     """The making of one output in its staging folder.
 
     A shard is opened when the first of its tensors is asked for, and gets its name when the last one is made. Shards
-    in `given` come from elsewhere and are not made. `close` closes the staging folder, too, and so does a failure to
-    begin. After `fail` the folder stays where another run can resume it.
+    in `given` come from elsewhere and are not made. `close` closes the staging folder, too; so does a failure to begin.
+    After `fail` the folder stays if another run can resume it.
     """
 
     def __init__(self, plan: Plan, adapter: Folder | None, staging: Staging, given: Iterable[str] = ()) -> None:
         self.staging = staging
         self.made: dict[str, Made] = {}
         self.done = 0
-        """Bytes that were read for what is made."""
+        """Bytes that were read for the tensors that are made."""
         self._adapter, self._given = adapter, frozenset(given)
         self.cut(plan)
         self._writers: dict[str, ShardWriter] = {}
@@ -76,7 +77,7 @@ class Production:
             self._open_things = stack.pop_all()
 
     def cut(self, plan: Plan) -> None:
-        """Take the same plan with its tensors cut into other tiles."""
+        """Take the same plan with other tiles."""
         self.plan = plan
         self._planned = {
             tensor.name: (shard, tensor)
@@ -86,13 +87,13 @@ class Production:
         }
 
     def targets(self) -> Iterator[list[Target]]:
-        """What is left to be made, tensor by tensor, in the order of the shards."""
+        """The tensors that are left to be made, in the order of the shards."""
         for name in self._planned:
             if (target := self.target(name)) is not None:
                 yield [target]
 
     def target(self, name: str) -> Target | None:
-        """Where a tensor goes; None where there is nothing to do for it."""
+        """Where a tensor goes. None if there is nothing to do for it."""
         if name not in self._planned:
             return None
         shard, tensor = self._planned[name]
@@ -103,9 +104,9 @@ class Production:
         return Target(tensor, self._adapter, self._writers[shard.file], self)
 
     def note(self, made: Made) -> None:
-        """Take note of a tensor that was written: in the journal, durably, every few seconds.
+        """Take note of a tensor that was written. Every few seconds the notes are made durable.
 
-        Raises `WriteFailed`; also what making earlier ones durable met with, behind the caller's back.
+        `WriteFailed` if this fails now, or has failed for earlier tensors in the background.
         """
         shard, journal = self._planned[made.name][0], self.staging.journal
         if self._syncing is not None and self._syncing.done():
@@ -117,12 +118,12 @@ class Production:
         self._left[shard.file].discard(made.name)
         if not self._left[shard.file]:
             self._finish(shard.file)
-        elif journal.is_due() and self._syncing is None:
-            self._sync_behind()
+        elif self._syncing is None and journal.is_due(self.plan.resources.journal_seconds):
+            self._sync_in_the_background()
 
     def fail(self, reason: BaseException) -> bool:
-        """Say why the output won't be finished: what another run can resume is made durable, what none can is thrown
-        away at the end. Whether there is something to resume."""
+        """Say why the output won't be finished. What another run can resume is made durable; what none can resume is
+        removed when this is closed. Whether there is something to resume."""
         if isinstance(reason, ConverterError) and reason.resumable:
             return self.keep()
         self.staging.fail(reason)
@@ -130,7 +131,7 @@ class Production:
 
     def keep(self) -> bool:
         """Make durable what is there. Whether another run of the same command can resume it."""
-        with suppress(Exception):  # whatever fails here must not hide what went wrong
+        with suppress(Exception):  # what fails here must not hide the first failure
             self._sync()
         for file, writer in self._writers.items():
             if writer.is_lost:
@@ -138,8 +139,7 @@ class Production:
         return bool(self.staging.journal.entries) and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
-        journal = self.staging.journal
-        writer = ShardWriter(self.staging.folder, shard, journal.written(shard.file))
+        journal, writer = self.staging.journal, self.staging.writer(shard)
         self._writers[shard.file] = writer
         self._left[shard.file] = {tensor.name for tensor in shard.tensors} - writer.resumed
         for tensor in shard.tensors:
@@ -166,12 +166,12 @@ class Production:
         self.staging.digest_soon(file)
 
     def _sync(self) -> None:
-        """Make durable what is there, then note it."""
+        """Make durable what is written, then note it."""
         self._await_sync()
         self._make_durable(list(self._writers.values()), self.staging.journal.take())
 
-    def _sync_behind(self) -> None:
-        """The same while more is made: the disk takes its time, and nobody need wait for it."""
+    def _sync_in_the_background(self) -> None:
+        """The same while more is made, for a disk takes its time."""
         if self._background is None:
             self._sync()
             return
@@ -179,7 +179,7 @@ class Production:
         self._syncing = self._background.submit(self._make_durable, writers, entries)
 
     def _make_durable(self, writers: Sequence[ShardWriter], entries: Sequence[Entry]) -> None:
-        """A line of the journal must not speak of what isn't durable, in whatever shard it lies."""
+        """The journal must not name what isn't durable, whatever shard it lies in."""
         for writer in writers:
             writer.sync()
         self.staging.journal.commit(entries)
@@ -205,7 +205,6 @@ class Production:
     ) -> None:
         try:
             if value is not None and self.fail(value):
-                kept = f"what is done is kept in {self.staging.folder}: the same command goes on with it"
-                value.args = (f"{value}; {kept}",)
+                value.args = (f"{value}; what is done is kept in {self.staging.folder}: the same command resumes it",)
         finally:
             self.close()

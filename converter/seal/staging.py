@@ -1,7 +1,7 @@
-"""Sealing: a staging folder becomes a checkpoint named OUT, whole or not at all.
+"""The staging folder, in which OUT's files gather until it becomes OUT, whole or not at all.
 
-Order of writes: shards, side files, index, config.json, receipt, and then the name. Each is durable before the next
-one refers to it; OUT is never half a checkpoint.
+Order of writes: shards, side files, index, config.json, receipt, SHA256SUMS, then the name. Each is durable before the
+next one refers to it, so OUT is never half a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,29 +34,36 @@ from converter.seal.destination import OURS, Destination, clear, remove
 from converter.seal.link import How, ReusableShard, identity_of, link
 from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
 from converter.threads import pool
+from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
 from converter.write.journal import JOURNAL, Journal
 from converter.write.lock import LOCK, Lock
-from converter.write.shard import UNFINISHED, make_folder, sync_folder, write_file, writing
+from converter.write.shard import ShardWriter
 
 if TYPE_CHECKING:
-    from converter.plan.plan import Plan
+    from converter.plan.plan import Plan, ShardPlan
     from converter.quantize.measure import Fidelity
 
-ANEW = "an earlier run had begun it with the same tensors in other shards: it was begun anew"
+ANEW = "an earlier run had begun this with the same tensors in other shards: it was begun anew"
 
 
 class Staging:
-    """The locked staging folder of one run, with the journal of what is done.
+    """The locked staging folder of one run, with the journal of what is done. It is where shards and small files go.
 
-    Closed without `seal` it stays for the next run of the same job if something is done in it, unless `spend` or `fail`
-    said that it is of no more use. `resume` false: what an earlier run left is discarded. That is done, too, where it
-    has the same tensors in other shards, and `notes` says so.
+    Closed before `seal`, it stays for the next run of the same job. It is removed if nothing is done in it, or if
+    `spend` or `fail` said that it is of no more use. What an earlier run left is discarded if `resume` is false, or if
+    it has the same tensors in other shards; then `notes` says so.
     """
 
     def __init__(
-        self, destination: Destination, job: Mapping[str, Any], shards: Iterable[str], *, resume: bool
+        self,
+        destination: Destination,
+        job: Mapping[str, Any],
+        shards: Iterable[str],
+        *,
+        resume: bool,
+        disk: Disk = LOCAL_DISK,
     ) -> None:
-        self._destination = destination
+        self._destination, self._disk = destination, disk
         self.folder = destination.staging
         self._sealed = False
         self._spent = False
@@ -64,13 +71,13 @@ class Staging:
         self._ended = threading.Event()
         self._links: dict[str, str] = {}
         self.notes: tuple[str, ...] = ()
-        """What a user should know of what an earlier run left."""
+        """What the user should know about an earlier run's work."""
         with writing(self.folder):
             if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
                 raise BadOutput(f"{self.folder}: exists and is not a staging folder")
             if self.folder.exists() and not (self.folder / LOCK).exists() and os.listdir(self.folder):
                 raise BadOutput(f"{self.folder}: exists, is not empty and not a staging folder of this tool")
-            make_folder(self.folder)
+            disk.make_folder(self.folder)
             try:
                 self._lock = Lock(self.folder)
             except BlockingIOError:
@@ -78,7 +85,7 @@ class Staging:
             try:
                 if not resume:
                     clear(self.folder, but={LOCK})
-                self.journal = Journal(self.folder, job)  # may refuse; then the other job's files stay
+                self.journal = Journal(self.folder, job, disk=disk)  # may refuse; then the other job's files stay
                 if self.journal.is_begun_anew:
                     self.notes = (ANEW,)
                     shards = ()
@@ -88,18 +95,26 @@ class Staging:
                 self._lock.release()
                 raise
 
+    def writer(self, shard: ShardPlan) -> ShardWriter:
+        """Begin a shard, or resume it."""
+        return ShardWriter(self.folder, shard, self.journal.written(shard.file), disk=self._disk)
+
+    def put(self, name: str, raw: bytes) -> None:
+        """Write a small file, durably. `WriteFailed`."""
+        self._disk.put(self.folder / name, raw)
+
     def digest_soon(self, name: str) -> None:
-        """Begin to compute a finished file's sha256, while the next one is made."""
+        """Begin to compute the sha256 of a finished shard, while the next one is made."""
         self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
 
     def take(self, shard: ReusableShard, name: str, how: How) -> str:
-        """Have a finished shard from elsewhere under a name of ours; how that was done: hard, reflink or copy.
+        """Link or copy a finished shard of another output to `name`. Returns how: hard, reflink or copy.
 
-        `ReadFailed` if it is gone, or isn't what its digest was taken of.
+        `ReadFailed` if it is gone or has changed since its sha256 was taken.
         """
         shard.refuse_if_changed()
-        with writing(self.folder / name):
-            self._links[name] = link(shard.path, self.folder / name, how)
+        with writing(self.folder / name, shard.identity[1]):
+            self._links[name] = link(shard.path, self.folder / name, how, self._disk)
         shard.refuse_if_changed()
         done: Future[str] = Future()
         done.set_result(shard.sha256)
@@ -107,33 +122,33 @@ class Staging:
         return self._links[name]
 
     def finished(self, name: str) -> ReusableShard:
-        """A finished shard of this folder, for other folders to take."""
+        """A finished shard of this folder, for others to take."""
         with writing(self.folder / name):
             return ReusableShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
 
     def is_there(self) -> bool:
-        """Whether the folder is still this run's: while a run lives, somebody may delete or move it all the same."""
+        """Whether the folder is still this run's. Somebody may delete or move it although it is locked."""
         return self._lock.is_there()
 
     def spend(self) -> None:
-        """What is here has served its purpose: it is removed at the end."""
+        """Say that what is here is of no more use. The folder is removed when it is closed."""
         self._spent = True
 
     def fail(self, reason: BaseException) -> None:
-        """Say why this is not sealed: what no run can resume is removed at the end."""
+        """Say why this will not be sealed. If no run can resume it, the folder is removed when it is closed."""
         if isinstance(reason, ConverterError) and not reason.resumable:
             self.spend()
 
     def seal(
         self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
     ) -> None:
-        """Write what stands beside the shards, look at the whole once more as a loader would, give it its name."""
+        """Write the files beside the shards, check the whole as a loader reads it, and give it its name."""
         for name, raw in side_files.items():
-            write_file(self.folder / name, raw)
+            self.put(name, raw)
         if len(plan.shards) > 1:
-            write_file(self.folder / INDEX, _index(self.folder))
-        write_file(self.folder / CARD, model_card(plan, origin))
-        write_file(self.folder / CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
+            self.put(INDEX, _index(self.folder))
+        self.put(CARD, model_card(plan, origin))
+        self.put(CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         check_written(self.folder, plan)
         with writing(self.folder):
             files = {
@@ -141,14 +156,14 @@ class Staging:
                 for entry in os.scandir(self.folder)
                 if entry.name not in OURS and entry.name != CARD
             }
-        write_file(self.folder / RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
+        self.put(RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-        write_file(self.folder / SUMS, sums.encode())
+        self.put(SUMS, sums.encode())
         with writing(self.folder):
-            sync_folder(self.folder)
+            self._disk.sync_folder(self.folder)
         if not self.is_there():
-            raise WriteFailed(f"{self.folder}: was taken away while it was written; what has its name is another run's")
+            raise WriteFailed(f"{self.folder}: was moved or deleted while this run was writing it; nothing was sealed")
         self._destination.accept()
         self._sealed = True
 
@@ -164,7 +179,7 @@ class Staging:
         useless = self._spent or not self.journal.entries or self._destination.accepted
         try:
             if not self._sealed and useless and self.is_there():
-                with contextlib.suppress(OSError):  # the next run takes away what is left
+                with contextlib.suppress(OSError):  # the next run removes what is left
                     remove(self.folder)
         finally:
             self._lock.release()
@@ -181,7 +196,7 @@ class Staging:
 
 
 def check_written(folder: Path, plan: Plan) -> None:
-    """Open what was written as a reader would and hold it against the plan; `VerificationFailed` names a difference."""
+    """Read what was written as a loader does, and compare it with the plan. `VerificationFailed` names a difference."""
     with Checkpoint(LocalFolder(folder)) as written:
         planned = {output.name: output for tensor in plan.tensors() for output in tensor.outputs}
         for name in planned.keys() ^ written.tensors.keys():
@@ -214,7 +229,7 @@ def _index(folder: Path) -> bytes:
 
 
 def sha256_of(path: Path, ended: threading.Event | None = None) -> str:
-    """Of a file, in hex; `CancelledError` if it has `ended`, as nobody wants it then, and a shard takes seconds."""
+    """The sha256 of a file, in hex. `CancelledError` once `ended` is set: a shard takes seconds."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):

@@ -1,9 +1,9 @@
-"""The journal of a staging folder: which tensors are durably written, so that a run that died can be continued.
+"""The journal of a staging folder: which tensors are durably written, so that another run can resume the work.
 
-A line is a digest and a JSON object. The first says which job it is; each other one names a tensor, the bytes that
-stand for it and their digests, and what was learnt while it was made. A line is written when what it speaks of is
-durable, and is durable itself before anything relies on it. A line that doesn't fit its digest is no line, nor is what
-follows it.
+A line is a digest, a space and a JSON object. The first line says which job it is. Each other line names a tensor, the
+pieces of bytes that were written for it with their digests, and what was measured while it was made. A line is written
+when the bytes that it names are durable, and is itself durable before anything relies on it. Reading stops at the first
+line that doesn't fit its digest.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ import xxhash
 from converter.errors import BadOutput
 from converter.read.digests import sample
 from converter.recipe import versions
-from converter.write.shard import Piece, Written, write_file, writing
+from converter.write.durable import LOCAL_DISK, Disk, writing
+from converter.write.shard import Piece, Written
 
 if TYPE_CHECKING:
     from converter.plan.inputs import Inputs
     from converter.plan.plan import Plan
 
 JOURNAL = ".journal"
-SECONDS = 3.0
-"""How much of a run may be lost."""
 FORMAT = 2
-"""A journal of another one is another job's."""
+"""A journal of another format is refused as another job's."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is written."""
+    """A tensor that is written, in the order of a line's keys."""
 
     tensor: str
     shard: str
     pieces: tuple[Piece, ...]
     states: Mapping[str, str]
-    """Quant state → its JSON; its place is known only when the shard is finished."""
+    """Quant state → its JSON. It gets its place when the shard is finished."""
     error: float
     survival: float | None
     digest: str
@@ -53,10 +52,11 @@ class Entry:
 
 
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
-    """What two runs must have in common for one to go on with the other's work.
+    """What two runs must have in common for one to resume the other's work.
 
-    The layout says in which shards, and changes with what a batch shares; the rest, what will be made of what. Of a
-    local base: headers, sizes, modification times and some bytes. Its contents are known only when they have been read.
+    `layout` says which tensor lies in which shard, and changes with what a batch shares. The rest says what will be
+    made of what. Of a local base it has headers, sizes, modification times and some bytes, for its whole contents are
+    known only when they have been read.
     """
     base = inputs.base
     headers = sorted((t.name, t.dtype, t.shape, t.file, t.offset) for t in base)
@@ -75,14 +75,14 @@ def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
 
 
 class Journal:
-    """The journal in a staging folder that is locked. What an earlier run of the same job left is in `entries`.
+    """The journal in a staging folder that is locked. `entries` is what an earlier run of the same job left.
 
-    Work of the same job in another layout is of no use: none of it is in `entries`, and `is_begun_anew` says so.
-    Raises `BadOutput`, saying what differs, if the folder holds the work of another job.
+    Work of the same job in another layout is of no use: `entries` is empty then, and `is_begun_anew` true. `BadOutput`
+    says what differs if the folder holds the work of another job.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
-        self._path = folder / JOURNAL
+    def __init__(self, folder: Path, job: Mapping[str, Any], *, disk: Disk = LOCAL_DISK) -> None:
+        self._path, self._disk = folder / JOURNAL, disk
         self.entries: dict[str, Entry] = {}
         """By tensor."""
         self.is_begun_anew = False
@@ -90,60 +90,54 @@ class Journal:
         self._failure: OSError | None = None
         self._committed = time.monotonic()
         self._read(job)
-        # A new file: in the old one something torn may stand at the end, or a sync may have failed.
-        write_file(
-            self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, self.entries.values())])
-        )
+        # A new file: the old one may end with half a line, or a sync of it may have failed.
+        disk.put(self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, self.entries.values())]))
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
 
     def add(self, entry: Entry) -> None:
-        """Note a tensor; `commit` makes it count."""
+        """Note a tensor. It counts once it is committed."""
         self._new.append(entry)
 
-    def is_due(self) -> bool:
-        """Whether what was noted is worth the disk's time."""
-        return time.monotonic() - self._committed >= SECONDS
+    def is_due(self, seconds: float) -> bool:
+        """Whether the last commit is so many seconds ago."""
+        return time.monotonic() - self._committed >= seconds
 
     def take(self) -> list[Entry]:
-        """What was noted and not yet committed, for `commit`."""
+        """What was noted and is not yet committed, for `commit`."""
         taken, self._new = self._new, []
         return taken
 
     def commit(self, entries: Sequence[Entry]) -> None:
-        """Make entries durable. Their tensors must be so already."""
+        """Make entries durable. Their tensors must be durable already."""
         with writing(self._path):
             if self._failure is not None:
                 raise self._failure
             try:
-                self._append(b"".join(map(_line_of, entries)))
+                self._disk.append(self._descriptor, b"".join(map(_line_of, entries)))
+                self._disk.sync_bytes(self._descriptor)
             except OSError as exc:
-                # Half a line may be there; or the disk hasn't got it, and asking again would say that all is well.
+                # The file may end with half a line. Or the disk lost it, and a second sync would report success.
                 self._failure = exc
                 raise
-        # Another dict: `written` may be going through this one, in another thread.
+        # Another dict: `written` may be iterating over this one in another thread.
         self.entries = self.entries | {entry.tensor: entry for entry in entries}
         self._committed = time.monotonic()
 
     def written(self, shard: str) -> Written:
-        """What was written of a shard."""
+        """What was written of a shard, for a `ShardWriter`."""
         return {e.tensor: (e.pieces, e.states) for e in self.entries.values() if e.shard == shard}
 
     def forget(self, shard: str) -> None:
-        """Rely no more on what was written of a shard."""
+        """Rely on nothing that was written of a shard."""
         self.entries = {tensor: entry for tensor, entry in self.entries.items() if entry.shard != shard}
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             os.close(self._descriptor)
 
-    def _append(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[os.write(self._descriptor, raw) :]
-        os.fdatasync(self._descriptor)
-
     def _read(self, job: Mapping[str, Any]) -> None:
-        """Take in what is there, up to the first line that isn't as it was written."""
+        """Take in what is there, up to the first line that doesn't fit its digest."""
         try:
             raw = _read_plain(self._path)
         except FileNotFoundError:
@@ -182,7 +176,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _entry(value: dict[str, Any]) -> Entry:
-    """What a line says; `TypeError` or `KeyError` where it is none of ours, whatever its digest."""
+    """What a line says. `TypeError`, `KeyError` or `ValueError` if it has another shape, whatever its digest."""
     pieces = tuple(
         Piece(str(p["output"]), _size(p["start"]), _size(p["length"]), str(p["digest"])) for p in value["pieces"]
     )
@@ -203,7 +197,7 @@ def _line_of(entry: Entry) -> bytes:
 
 
 def _read_plain(path: Path) -> bytes:
-    """A plain file; no link is followed, and no pipe waited for."""
+    """The bytes of a plain file. No link is followed, and no pipe is waited for."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise BadOutput(f"{path}: not a plain file")

@@ -1,4 +1,4 @@
-"""Another name for a folder: whether it can have one, and two folders that swap theirs."""
+"""Whether a folder can be renamed, and how two folders swap their names."""
 
 from __future__ import annotations
 
@@ -6,32 +6,29 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import stat
 from pathlib import Path
 
 
 def can_be_renamed(folder: Path) -> bool:
-    """Whether a folder can have another name beside its own. A mount can't, nor what is in a folder that isn't ours to
-    write, nor what is somebody else's in a sticky one."""
+    """Whether a folder can get another name beside its own. Not if something is mounted there, if the folder above it
+    is not ours to write, or if that one is sticky and the folder somebody else's."""
     above = folder.parent.stat()
     others = os.geteuid() not in (0, above.st_uid, folder.stat().st_uid)
     if (above.st_mode & stat.S_ISVTX and others) or not os.access(folder.parent, os.W_OK):
         return False
-    return not folder.is_mount() and os.fsencode(folder) not in _mounts()
+    if folder.is_mount():
+        return False
+    import psutil
 
-
-def _mounts() -> set[bytes]:
-    """Where something is mounted; `Path.is_mount` doesn't know a folder of the same disk that is mounted elsewhere."""
+    # `is_mount` doesn't see a folder of the same disk that is mounted elsewhere.
     with contextlib.suppress(OSError):
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-        # proc_pid_mountinfo(5): the fifth field, with spaces and the like as \\ and three octal digits.
-        return {re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines}
-    return set()
+        return str(folder) not in {mount.mountpoint for mount in psutil.disk_partitions(all=True)}
+    return True
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swap two folders' names in one step, so that neither is ever absent; in two steps where the system can't."""
+    """Swap two folders' names: in one step, so that neither is ever absent; in two where the system can't."""
     at_fdcwd, exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

@@ -1,4 +1,4 @@
-"""A shard file: tensors at planned offsets, in any order; the file gets its name when its bytes are durable."""
+"""A shard: tensors at planned offsets, written in any order. The file gets its name when its bytes are durable."""
 
 from __future__ import annotations
 
@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import xxhash
 
-from converter.errors import WriteFailed
 from converter.plan.layout import header_json
 from converter.threads import no_thread
+from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
 
 if TYPE_CHECKING:
     from converter.plan.plan import ShardPlan
     from converter.quantize.format import Output
 
-UNFINISHED = ".unfinished"
-"""Suffix of a file whose bytes are not all there yet."""
-
-
 FLUSH_BYTES = 64_000_000
-"""Written bytes after which the disk is set to work, so that it doesn't wait for the end."""
+"""After so many new bytes a file is synced while more is written, so that the end need not wait for all of them."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +44,21 @@ Written = Mapping[str, tuple[Sequence[Piece], Mapping[str, str]]]
 """Tensor name → its pieces, and its quant states by output name."""
 
 
-class _Flusher:
-    """Makes a file's bytes durable behind the writers' backs."""
+class Writer(Protocol):
+    """Takes the bytes of output tensors, a piece at a time, in any order and from several threads."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
+        """Take `raw` as the bytes of a tensor from its byte `start`; the number of bytes."""
+
+
+class _Flusher:
+    """Syncs a file in a thread of its own while more is written to it.
+
+    The system reports a failed sync once, to whoever asks first. So one asks at a time, and all hear of the failure.
+    """
+
+    def __init__(self, sync: Callable[[], None], every: int) -> None:
+        self._sync, self._every = sync, every
         self._waiting = 0
         self._ended = False
         self._failure: OSError | None = None
@@ -65,28 +71,27 @@ class _Flusher:
             raise no_thread("flush", exc) from exc
 
     def wrote(self, count: int) -> None:
-        """Take note of `count` bytes; raises what an earlier flush met with."""
+        """Take note of `count` new bytes. `OSError` if an earlier sync failed."""
         if self._failure is not None:
             raise self._failure
         with self._changed:
             self._waiting += count
-            if self._waiting >= FLUSH_BYTES:
+            if self._waiting >= self._every:
                 self._changed.notify()
 
     def sync(self) -> None:
-        """Make durable what was written. The system tells of a failure only once, to whoever asks first: one asks at a
-        time, and all hear of it."""
+        """Make durable what was written. `OSError` if this or an earlier sync failed."""
         with self._syncing:
             if self._failure is not None:
                 raise self._failure
             try:
-                os.fdatasync(self._descriptor)
+                self._sync()
             except OSError as exc:
                 self._failure = exc
                 raise
 
     def end(self) -> None:
-        """Stop; raises what a flush met with, for a failed one can't be repeated: the file is lost."""
+        """End the thread. `OSError` if a sync failed: the file is lost."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -97,7 +102,7 @@ class _Flusher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or self._waiting >= FLUSH_BYTES)
+                self._changed.wait_for(lambda: self._ended or self._waiting >= self._every)
                 if self._ended:
                     return
                 self._waiting = 0
@@ -107,19 +112,12 @@ class _Flusher:
                 return
 
 
-class Writer(Protocol):
-    """Takes the bytes of output tensors, a piece at a time, in any order and from several threads."""
-
-    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
-        """Take `raw` as the bytes of a tensor from its byte `start`; the number of bytes."""
-
-
 class ShardWriter:
-    """One output file. `write` puts bytes at a tensor's place, `finish` the header.
+    """One output file. `write` puts bytes at a tensor's place; `finish` adds quant states and header, and the name.
 
-    Left without `finish`, what was written stays for a run that is told of it by `written` (tensor name → its pieces
-    and quant states); that run looks at every piece before it relies on it, and says in `resumed` which tensors are
-    there. A file that would have to be written to and has a second name is left as it is, and a new one made.
+    Closed without `finish`, the file stays for another run. That run passes what the journal tells of it as `written`.
+    Every piece is read and compared with its digest before it counts; `resumed` names the tensors that are there. A
+    file that must be changed but has a second name stays as it is, for it is somebody else's, too; a new one is made.
     """
 
     def __init__(
@@ -127,43 +125,48 @@ class ShardWriter:
         folder: Path,
         plan: ShardPlan,
         written: Written | None = None,
+        *,
+        disk: Disk = LOCAL_DISK,
+        flush_bytes: int = FLUSH_BYTES,
     ) -> None:
-        self._plan = plan
+        self._plan, self._disk = plan, disk
         self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
         self._state_names = {t.name: [output.name for output in t.outputs if output.is_state] for t in plan.tensors}
-        self._lost = False
+        self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
         self._path = folder / plan.file
         self._temporary = folder / (plan.file + UNFINISHED)
-        self._outputs = {output.name: output for tensor in plan.tensors for output in tensor.outputs}
         self._counting = threading.Condition()
         self._writers = 0
-        self._count_nothing()
-        self._finished = False
+        self._lost = self._finished = False
         self._flusher: _Flusher | None = None
-        with writing(self._temporary):
-            if written and self._path.exists():
-                self._temporary = self._path  # an earlier run finished it
-            going_on = bool(written) and self._temporary.exists()
-            self._descriptor = _open_again(self._temporary) if going_on else create(self._temporary)
-            try:
-                if going_on and written:
-                    self._resume(written)
-                if going_on and not (self.is_finished and self._is_whole()):
-                    unfinished = folder / (plan.file + UNFINISHED)
-                    if _has_second_name(self._descriptor):
-                        going_on = False
+        self._count_nothing()
+        with writing(self._temporary, plan.layout.size):
+            self._open(written or {}, flush_bytes)
+
+    def _open(self, written: Written, flush_bytes: int) -> None:
+        unfinished = self._temporary
+        if written and self._path.exists():
+            self._temporary = self._path  # an earlier run finished it
+        is_new = not (written and self._temporary.exists())
+        self._descriptor = (self._disk.create if is_new else self._disk.open_again)(self._temporary)
+        try:
+            if not is_new:
+                self._resume(written)
+                if not (self.is_finished and self._is_whole()):
+                    if os.fstat(self._descriptor).st_nlink > 1:  # somebody else's, too: not written to
+                        is_new = True
                         self._begin_anew(unfinished)
                     elif self.is_finished:
-                        self._path.rename(unfinished)
+                        self._disk.rename(self._path, unfinished)
                     self._temporary = unfinished
-                if self._temporary != self._path:
-                    _reserve(self._descriptor, plan.layout.size)
-                    sync_folder(folder)
-                large = plan.layout.size > FLUSH_BYTES
-                self._flusher = _Flusher(self._descriptor) if large else None
-            except BaseException:
-                self._discard(lost=not going_on)
-                raise
+            if not self.is_finished:
+                self._disk.reserve(self._descriptor, self._plan.layout.size)
+                self._disk.sync_folder(self._path.parent)
+            if self._plan.layout.size > flush_bytes:
+                self._flusher = _Flusher(lambda: self._disk.sync_bytes(self._descriptor), flush_bytes)
+        except BaseException:
+            self._discard(lost=is_new)
+            raise
 
     @property
     def is_finished(self) -> bool:
@@ -172,7 +175,7 @@ class ShardWriter:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a sync failed: what the disk has is unknown, and the file won't stay."""
+        """Whether a sync failed. What the disk has is then unknown, and the file is removed at the end."""
         return self._lost
 
     def pieces(self, tensor: str) -> tuple[Piece, ...]:
@@ -187,12 +190,12 @@ class ShardWriter:
     def sync(self) -> None:
         """Make durable what was written."""
         with writing(self._temporary):
-            flusher = self._flusher
-            self._synchronize(os.fdatasync if flusher is None else lambda _: flusher.sync())
+            descriptor, flusher = self._descriptor, self._flusher
+            self._synchronize((lambda: self._disk.sync_bytes(descriptor)) if flusher is None else flusher.sync)
 
     def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
-        """Put `raw` at byte `start` of a tensor; the number of bytes. A quant state, whose place depends on the length
-        of those before it, is remembered until the end."""
+        """Put `raw` at byte `start` of a tensor; the number of bytes. A quant state is kept until the end: its place
+        depends on the lengths of those before it."""
         if self._outputs[name].is_state:
             self._states[name] = bytes(raw)
         if start < 0 or start + len(raw) > self._outputs[name].nbytes:
@@ -206,7 +209,7 @@ class ShardWriter:
         return len(raw)
 
     def finish(self) -> int:
-        """Write quant states and header, make the file durable, give it its name. Its size in bytes."""
+        """Write quant states and header, make the file durable, give it its name. The file's size in bytes."""
         if self.is_finished:
             self._finished = True
             self._close()
@@ -219,12 +222,12 @@ class ShardWriter:
         self._put(states, self._plan.layout.states_offset)
         self._put(header, 0)
         with writing(self._temporary):
-            if (flusher := self._flusher) is not None:
-                self._synchronize(lambda _: flusher.end())
-            os.ftruncate(self._descriptor, end)
-            self._synchronize(os.fsync)
+            if self._flusher is not None:
+                self._synchronize(self._flusher.end)
+            self._disk.cut(self._descriptor, end)
+            self._synchronize(lambda: self._disk.sync(self._descriptor))
             self._close()
-            commit(self._temporary, self._path)
+            self._disk.commit(self._temporary, self._path)
         self._finished = True
         return end
 
@@ -250,21 +253,18 @@ class ShardWriter:
         return len(header).to_bytes(8, "little") + header, states
 
     def _put(self, raw: bytes | memoryview, offset: int) -> None:
-        view = memoryview(raw)
-        with writing(self._temporary), self._kept_open() as descriptor:
-            while view:
-                count = os.pwrite(descriptor, view, offset)
-                view, offset = view[count:], offset + count
+        with writing(self._temporary, self._plan.layout.size), self._kept_open() as descriptor:
+            self._disk.write(descriptor, raw, offset)
             if (flusher := self._flusher) is not None:
-                self._synchronize(lambda _: flusher.wrote(len(raw)))
+                self._synchronize(lambda: flusher.wrote(len(raw)))
 
-    def _synchronize(self, by: Callable[[int], None]) -> None:
+    def _synchronize(self, sync: Callable[[], None]) -> None:
         if self._lost:
             raise OSError(errno.EIO, "a sync failed before")
         try:
-            by(self._descriptor)
+            sync()
         except OSError:
-            # What the disk has now is unknown, and asking again would say that all is well: the file is lost.
+            # What the disk has is unknown now, and a second sync would report success: the file is lost.
             self._lost = True
             raise
 
@@ -276,12 +276,12 @@ class ShardWriter:
         self.resumed: set[str] = set()
 
     def _begin_anew(self, unfinished: Path) -> None:
-        """Let go of a file that others may have, too, and make another one in its place."""
+        """Leave a file to others that have it, too, and make another in its place."""
         self._close()
         self._count_nothing()
         self._temporary = unfinished
-        self._descriptor = create(unfinished)
-        self._path.unlink(missing_ok=True)  # the next run, too, goes on with the new one
+        self._descriptor = self._disk.create(unfinished)
+        self._path.unlink(missing_ok=True)  # so that the next run, too, resumes the new one
 
     def _resume(self, written: Written) -> None:
         """Count as written what is still there as it was written."""
@@ -322,15 +322,15 @@ class ShardWriter:
         return ends and self._read(len(header), 0) == header and self._read(len(states), end) == states
 
     def _read(self, count: int, offset: int) -> bytes:
-        """Of what an earlier run wrote; nothing where the disk can't give it back, for then it is made anew."""
+        """Bytes that an earlier run wrote. None where the disk fails: the tensor is made anew then."""
         try:
-            return os.pread(self._descriptor, count, offset)
+            return self._disk.read(self._descriptor, count, offset)
         except OSError:
             return b""
 
     @contextmanager
     def _kept_open(self) -> Iterator[int]:
-        """The descriptor, which stays this file's meanwhile: once it is closed, its number may be another file's."""
+        """The descriptor, which is not closed meanwhile: a closed one's number may soon be another file's."""
         with self._counting:
             if self._descriptor < 0:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -345,13 +345,13 @@ class ShardWriter:
     def _close(self) -> None:
         with self._counting:
             self._counting.wait_for(lambda: not self._writers)
-            # Once only: a close that fails has closed all the same.
+            # Only once: a close that fails has closed the descriptor all the same.
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            self._disk.close(descriptor)
 
     def _discard(self, *, lost: bool) -> None:
-        # Whatever fails here must not hide what went wrong.
+        # What fails here must not hide the first failure.
         if self._flusher is not None:
             try:
                 self._flusher.end()
@@ -375,73 +375,3 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def write_file(path: Path, raw: bytes) -> None:
-    """A small file: its bytes, made durable, then its name."""
-    temporary = path.with_name(path.name + UNFINISHED)
-    with writing(path):
-        with os.fdopen(create(temporary), "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        commit(temporary, path)
-
-
-def create(path: Path) -> int:
-    """A descriptor of a new file, whatever stood in its place: what a link or a pipe leads to is not written to."""
-    path.unlink(missing_ok=True)
-    # The mode is the umask's business: files of mode 0600 break shared machines and containers.
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-
-def _open_again(path: Path) -> int:
-    """A descriptor of a file that an earlier run began."""
-    return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-
-
-def _has_second_name(descriptor: int) -> bool:
-    """Whether a file may be somebody else's, too: then it is not written to."""
-    return os.fstat(descriptor).st_nlink > 1
-
-
-def commit(temporary: Path, path: Path) -> None:
-    """Give a durable file its name, and make the name durable."""
-    temporary.rename(path)
-    sync_folder(path.parent)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, and their names durable."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk says into one line that names the file."""
-    try:
-        yield
-    except OSError as exc:
-        raise WriteFailed(f"{path}: {exc.strerror or exc}") from exc
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the space now, so that a full disk is known at the start of a file and not at its end."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as exc:
-        if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, size)  # a filesystem that can't reserve

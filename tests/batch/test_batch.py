@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 import converter.pipeline
 import converter.plan.budget
-import converter.write.journal
 from converter import BatchOptions, Job, Outcome, Recipe, Resources, convert, convert_batch
 from converter.batch.batch import convert_jobs
 from converter.batch.disks import Disks
@@ -35,6 +34,7 @@ from tests.models import save_adapter, save_base
 from tests.reference import differences
 
 ATTENTION = ["q_proj", "v_proj"]
+EVERY_TENSOR_IS_NOTED = BatchOptions(Resources(journal_seconds=0.0))
 
 
 def adapters(folder: Path, base: Path, name: str = "llama", **settings: Any) -> list[Path]:
@@ -54,7 +54,7 @@ def interrupt(jobs: list[Job], tiles: int) -> None:
     """Begin a batch, and have a signal end it after so many tiles."""
     count = itertools.count()
     with pytest.raises(Interrupted, match="goes on with it"):
-        convert_batch(jobs, stop=lambda: signal.SIGTERM if next(count) == tiles else None)
+        convert_batch(jobs, EVERY_TENSOR_IS_NOTED, stop=lambda: signal.SIGTERM if next(count) == tiles else None)
 
 
 def statuses(outcomes: list[Outcome]) -> list[str]:
@@ -329,7 +329,6 @@ def test_a_batch_that_was_interrupted_ends_in_the_bytes_of_one_that_was_not(
     tiles: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_batch(jobs_for(three, base, tmp_path / "undisturbed"))
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
     interrupt(jobs, tiles)
     assert not any(job.out.exists() for job in jobs)
@@ -346,7 +345,6 @@ def test_what_was_begun_for_another_list_of_adapters_is_begun_anew_by_itself(
     before: int, after: int, tiles: int, base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is shared depends on the whole list, and with it the layout of each output."""
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     interrupt(jobs_for(three[:before], base, tmp_path / "out"), tiles)
     # Of one nothing may be kept yet: its first tensors were under way.
     begun = {name for name in ("a0", "a1") if (tmp_path / "out" / f"{name}.partial").exists()}
@@ -364,7 +362,6 @@ def test_what_was_begun_for_another_list_of_adapters_is_begun_anew_by_itself(
 def test_what_was_begun_of_an_adapter_that_changed_is_refused_and_the_others_go_on(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     mine = [copy(adapter, tmp_path / adapter.name) for adapter in three]
     interrupt(jobs_for(mine[:2], base, tmp_path / "out"), tiles=20)
     change_tensor(next(mine[0].glob("*.safetensors")), _a_factor(mine[0]), lambda value: value.mul_(2))
@@ -380,7 +377,6 @@ def test_what_was_begun_of_an_adapter_that_changed_is_refused_and_the_others_go_
 def test_what_another_batch_left_in_common_is_made_anew(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     interrupt(jobs_for(three[:2], base, tmp_path / "out"), tiles=12)
     for adapter in three[:2]:
         shutil.rmtree(tmp_path / "out" / f"{adapter.name}.partial", ignore_errors=True)  # if it had begun
@@ -565,7 +561,6 @@ def test_an_output_that_would_be_linked_to_may_go_or_change_before_a_later_pass(
 def test_an_output_that_goes_in_the_very_instant_before_it_is_linked_to_fails_what_wanted_it_until_the_next_run(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     convert_batch(jobs_for([three[2]], base, tmp_path / "out"))
     jobs = jobs_for(three, base, tmp_path / "out")
     init = converter.seal.staging.Staging.__init__
@@ -577,7 +572,7 @@ def test_an_output_that_goes_in_the_very_instant_before_it_is_linked_to_fails_wh
 
     with monkeypatch.context() as patch:
         patch.setattr("converter.seal.staging.Staging.__init__", going)
-        outcomes = convert_batch(jobs, BatchOptions(link="hard"))
+        outcomes = convert_batch(jobs, BatchOptions(Resources(journal_seconds=0.0), link="hard"))
     assert statuses(outcomes) == ["made", "failed", "nothing to do"]
     assert "gone or changed since it was looked at" in outcomes[1].message
 
@@ -642,7 +637,6 @@ def test_a_disk_that_is_too_full_refuses_the_outputs_on_it_and_no_other(
 def test_what_an_interrupted_batch_has_on_a_disk_is_counted_when_it_goes_on(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
     planned = convert_batch(jobs, dry_run=True)
     needed = planned[0].shared_bytes + sum(outcome.output_bytes - outcome.shared_bytes for outcome in planned)
@@ -700,10 +694,9 @@ def test_an_output_that_fails_in_a_first_pass_leaves_the_common_shards_to_the_se
 
 DRIVER = """
 import os, signal, sys
-import converter.seal.destination, converter.write.journal, converter.seal.staging
+import converter.seal.destination, converter.seal.staging
 from converter.cli.main import console
 
-converter.write.journal.SECONDS = 0.0
 where, count = sys.argv.pop(1).split(":")
 owner = {
     "accept": converter.seal.destination.Destination,
@@ -730,6 +723,7 @@ def test_killed_while_it_makes_seals_or_tidies_it_goes_on_to_the_same_bytes_and_
 ) -> None:
     out = tmp_path / "out"
     options = ["--base", base, *(word for adapter in three for word in ("--adapter", adapter)), "--out", out, "-q"]
+    options += ["--journal-seconds", "0"]
     ran = subprocess.run([sys.executable, "-c", DRIVER, where, *map(os.fspath, options)], cwd=REPOSITORY, check=False)
     assert ran.returncode == -signal.SIGKILL
     assert any(path.name.startswith(".shared-") for path in out.iterdir())
@@ -745,7 +739,6 @@ def test_killed_while_it_makes_seals_or_tidies_it_goes_on_to_the_same_bytes_and_
 def test_what_a_batch_left_is_taken_away_by_one_that_begins_with_another_job(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     interrupt(jobs_for(three[1:], base, tmp_path / "out"), tiles=12)
 
     assert statuses(convert_batch(jobs_for(three, base, tmp_path / "out"))) == ["made"] * 3
@@ -760,7 +753,6 @@ def names_in(folder: Path) -> list[str]:
 def test_what_a_batch_left_goes_with_those_of_its_outputs_that_are_made_though_its_first_job_is_gone(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
     interrupt(jobs, tiles=20)
     assert names_in(tmp_path / "out") == [".shared", "a0.partial", "a1.partial", "a2.partial"]
@@ -775,7 +767,6 @@ def test_what_a_batch_left_goes_with_those_of_its_outputs_that_are_made_though_i
 def test_what_a_batch_left_stays_while_another_of_its_outputs_is_unfinished(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
     interrupt(jobs, tiles=20)
 
@@ -787,7 +778,6 @@ def test_what_a_batch_left_stays_while_another_of_its_outputs_is_unfinished(
 def test_what_is_in_common_is_gone_on_with_though_nothing_was_kept_of_the_outputs(
     base: Path, three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     jobs = jobs_for(three, base, tmp_path / "out")
     interrupt(jobs, tiles=12)
     journal = next((tmp_path / "out").glob(".shared-*/.journal")).read_text()

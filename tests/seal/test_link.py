@@ -1,4 +1,4 @@
-"""A finished file under a second name."""
+"""A finished shard in another output: linked, cloned or copied."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from converter.seal.link import link
+from converter.write.durable import Disk
+from tests.disks import failing
 
 
 @pytest.fixture
@@ -41,53 +43,53 @@ def test_whatever_has_the_name_is_replaced_and_not_written_to(source: Path, tmp_
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP])
-def test_where_no_hard_link_can_be_auto_finds_another_way(
-    code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(code, os.strerror(code))
+def test_where_no_hard_link_can_be_auto_finds_another_way(code: int, source: Path, tmp_path: Path) -> None:
+    disk = failing("link", code=code)
 
-    monkeypatch.setattr("converter.seal.link.os.link", refuse)
-    assert link(source, tmp_path / "target") in ("reflink", "copy")
+    assert link(source, tmp_path / "target", "auto", disk) in ("reflink", "copy")
+
     assert (tmp_path / "target").read_bytes() == source.read_bytes()
     with pytest.raises(OSError, match=os.strerror(code)):
-        link(source, tmp_path / "other", "hard")
+        link(source, tmp_path / "other", "hard", disk)
 
 
-def test_a_disk_that_fails_is_not_taken_for_one_without_links(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, "I/O error")
-
-    monkeypatch.setattr("converter.seal.link.os.link", fail)
-    with pytest.raises(OSError, match="I/O error"):
-        link(source, tmp_path / "target")
+def test_a_disk_that_fails_is_not_taken_for_one_without_links(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        link(source, tmp_path / "target", "auto", failing("link"))
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL])
 def test_a_reflink_that_can_not_be_is_refused_if_asked_for_and_leaves_the_name_as_it_was(
-    code: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, source: Path, tmp_path: Path
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr("converter.seal.link.fcntl.ioctl", refuse)
     (tmp_path / "target").write_bytes(b"before")
+
     with pytest.raises(OSError, match=os.strerror(code)):
-        link(source, tmp_path / "target", "reflink")
+        link(source, tmp_path / "target", "reflink", failing("clone", code=code))
+
     assert (tmp_path / "target").read_bytes() == b"before"
 
 
-def test_a_reflink_where_the_filesystem_has_them_copies_nothing(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "converter.seal.link.fcntl.ioctl", lambda target, _, number: target.write(os.pread(number, 1 << 20, 0))
-    )
-    monkeypatch.setattr("converter.seal.link.shutil.copyfileobj", None)
-    assert link(source, tmp_path / "target", "reflink") == "reflink"
+def test_a_reflink_where_the_filesystem_has_them_copies_nothing(source: Path, tmp_path: Path) -> None:
+    class Cloning(Disk):
+        def clone(self, source: int, target: int) -> None:
+            os.sendfile(target, source, 0, 1 << 20)
+
+        def copy(self, source: int, target: int) -> None:
+            raise AssertionError
+
+    assert link(source, tmp_path / "target", "reflink", Cloning()) == "reflink"
     assert (tmp_path / "target").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("call", ["create", "append", "sync", "close", "rename"])
+def test_a_copy_that_fails_leaves_the_name_as_it_was(call: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"before")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        link(source, tmp_path / "target", "copy", failing(call))
+
+    assert (tmp_path / "target").read_bytes() == b"before"
 
 
 def _umask() -> int:

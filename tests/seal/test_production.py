@@ -1,28 +1,26 @@
-"""An output on its way: what is made becomes durable while more is made, and what the disk says is heard."""
+"""An output in the making: what is made becomes durable while more is made, and a failing disk is heard."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import threading
-from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import converter.write.journal
 from converter import Resources, convert
 from converter.errors import Interrupted, WriteFailed
-from converter.threads import Crew
-from converter.write.journal import Entry, Journal
-from converter.write.shard import ShardWriter
+from converter.observer import Progress
+from tests.disks import name_of
 from tests.folders import contents
 from tests.models import save_adapter, save_base
 
-TWO_THREADS = Resources(threads=2)
+ONE_THREAD = Resources(threads=1, journal_seconds=0.0)
+TWO_THREADS = Resources(threads=2, journal_seconds=0.0)
+"""Every tensor is noted at once."""
+SHARD = "model.safetensors.unfinished"
 LONG = 60.0
 """Seconds after which something that is waited for won't come."""
 
@@ -34,33 +32,26 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, save_adapter(folder / "adapter", base, "llama")
 
 
-@pytest.fixture(autouse=True)
-def _always_due(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
-
-
 def test_while_the_disk_syncs_more_is_made(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more, waited = threading.Event(), []
-    noted: list[str] = []
-    add, sync = Journal.add, ShardWriter.sync
+    made: list[str] = []
+    fdatasync = os.fdatasync
 
-    def note(journal: Journal, entry: Entry) -> None:
-        noted.append(entry.tensor)
-        if len(noted) == 4:
+    def note(progress: Progress) -> None:
+        made.append(progress.name)
+        if len(made) == 4:
             more.set()
-        add(journal, entry)
 
-    def slow(writer: ShardWriter) -> None:
-        if not waited:
+    def slow(descriptor: int) -> None:
+        if name_of(descriptor) == SHARD and not waited:
             waited.append(more.wait(LONG))
-        sync(writer)
+        fdatasync(descriptor)
 
-    monkeypatch.setattr(Journal, "add", note)
-    monkeypatch.setattr(ShardWriter, "sync", slow)
+    monkeypatch.setattr(os, "fdatasync", slow)
 
-    convert(*inputs, tmp_path / "out", resources=TWO_THREADS)
+    convert(*inputs, tmp_path / "out", resources=TWO_THREADS, progress=note)
 
     assert waited == [True]
 
@@ -68,28 +59,27 @@ def test_while_the_disk_syncs_more_is_made(
 def test_with_one_thread_no_other_one_syncs(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, threads = ShardWriter.sync, set()
+    fdatasync, threads = os.fdatasync, set()
 
-    def watched(writer: ShardWriter) -> None:
+    def watched(descriptor: int) -> None:
         threads.add(threading.current_thread())
-        sync(writer)
+        fdatasync(descriptor)
 
-    monkeypatch.setattr(ShardWriter, "sync", watched)
+    monkeypatch.setattr(os, "fdatasync", watched)
 
-    convert(*inputs, tmp_path / "out", resources=Resources(threads=1))
+    convert(*inputs, tmp_path / "out", resources=ONE_THREAD)
 
     assert threads == {threading.main_thread()}
 
 
-def test_a_sync_that_fails_behind_the_back_ends_the_conversion_and_the_next_run_makes_the_same_bytes(
+def test_a_sync_that_fails_in_the_background_ends_the_conversion_and_the_next_run_makes_the_same_bytes(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, fdatasync = tmp_path / "out", os.fdatasync
     failed: list[str] = []
 
     def sync(descriptor: int) -> None:
-        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
-        if name == "model.safetensors.unfinished" and not failed:
+        if name_of(descriptor) == SHARD and not failed:
             failed.append(threading.current_thread().name)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fdatasync(descriptor)
@@ -106,32 +96,27 @@ def test_a_sync_that_fails_behind_the_back_ends_the_conversion_and_the_next_run_
     assert contents(out) == contents(convert(*inputs, tmp_path / "fresh", resources=TWO_THREADS).out)
 
 
-def test_what_a_sync_behind_meets_with_hides_no_signal_and_leaves_no_lock(
+def test_a_failure_of_a_sync_in_the_background_hides_no_signal_and_leaves_no_lock(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, begun, asked = tmp_path / "out", threading.Event(), threading.Event()
-    submit = Crew.submit
+    fdatasync = os.fdatasync
 
-    def at_once(*arguments: Any) -> Future[Any]:
-        done = submit(*arguments)
-        wait([done])
-        return done
-
-    def sync(_writer: ShardWriter) -> None:
+    def sync(descriptor: int) -> None:
+        if name_of(descriptor) != SHARD:
+            return fdatasync(descriptor)
         begun.set()
         asked.wait(LONG)
         raise MemoryError
 
     def stop() -> int | None:
-        if next(tiles) == 0 or not begun.wait(LONG):
+        if not begun.wait(1.0):  # time for a tensor to be made and noted
             return None
         asked.set()
         return signal.SIGTERM
 
-    tiles = itertools.count()
     with monkeypatch.context() as patch:
-        patch.setattr(Crew, "submit", at_once)  # so that the first tensor is noted before the second is begun
-        patch.setattr(ShardWriter, "sync", sync)
+        patch.setattr(os, "fdatasync", sync)
         with pytest.raises(Interrupted):
             convert(*inputs, out, resources=TWO_THREADS, stop=stop)
 

@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converter.seal.staging
-import converter.write.journal
 from converter import Recipe, Resources, convert
 from converter.errors import BadOutput, Interrupted, WriteFailed
-from converter.write.journal import JOURNAL, Entry, Journal
+from converter.observer import Progress
+from converter.seal.staging import ANEW
+from converter.write.durable import LOCAL_DISK, Disk
+from converter.write.journal import FORMAT, JOURNAL, Entry, Journal
 from converter.write.shard import Piece
+from tests.disks import FailingOnce, failing, name_of
 from tests.folders import contents, copy
 from tests.models import save_adapter, save_base
 
 ONE_THREAD = Resources(threads=1)
+EVERY_TENSOR_IS_NOTED = Resources(threads=1, journal_seconds=0.0)
 JOB = {"plan": "p", "layout": "l", "base": "b", "adapter": None, "device": "cpu", "versions": {"torch": "2"}}
 SHARD = "model.safetensors"
 
@@ -31,6 +35,17 @@ SHARD = "model.safetensors"
 def entry(name: str, shard: str = SHARD) -> Entry:
     pieces = (Piece(name, 0, 10, "ab"), Piece(f"{name}.absmax", 4, 3, "cd"))
     return Entry(name, shard, pieces, {f"{name}.state": '{"é": 1}'}, 0.1, 1 / 3, "digest")
+
+
+def line(value: object) -> bytes:
+    """A line as the format has it: xxh3-64 of all that follows the space, and the newline is part of that."""
+    raw = json.dumps(value).encode() + b"\n"
+    return xxhash.xxh3_64_hexdigest(raw).encode() + b" " + raw
+
+
+def value_of(raw: bytes) -> dict[str, Any]:
+    """What a line says."""
+    return dict(json.loads(raw.partition(b" ")[2]))
 
 
 def keep(folder: Path, *entries: Entry) -> None:
@@ -140,14 +155,55 @@ def test_it_is_due_after_some_seconds_and_not_before(tmp_path: Path, monkeypatch
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     journal = Journal(tmp_path, JOB)
-    assert not journal.is_due()
+    assert not journal.is_due(3.0)
 
-    now[0] += converter.write.journal.SECONDS
-    assert journal.is_due()
+    now[0] += 3.0
+    assert journal.is_due(3.0)
 
     journal.commit(journal.take())
-    assert not journal.is_due()
+    assert not journal.is_due(3.0)
+    assert journal.is_due(0.0)
     journal.close()
+
+
+# Its format: an earlier version's work must be resumed, or refused by another number
+
+
+OF_FORMAT_2 = (
+    b'299c6d699301da43 {"journal": 2, "job": {"plan": "p", "layout": "l", "base": "b", "adapter": null, '
+    b'"device": "cpu", "versions": {"torch": "2"}}}' + b"\n"
+    b'a68cb4e9a3e61e15 {"tensor": "a", "shard": "model.safetensors", "pieces": [{"output": "a", "start": 0, '
+    b'"length": 10, "digest": "ab"}, {"output": "a.absmax", "start": 4, "length": 3, "digest": "cd"}], '
+    b'"states": {"a.state": "{\\"\\u00e9\\": 1}"}, "error": 0.1, "survival": 0.3333333333333333, '
+    b'"digest": "digest"}' + b"\n"
+    b'80faecd5e81e002a {"tensor": "norm", "shard": "other", "pieces": [{"output": "norm", "start": 0, "length": 6, '
+    b'"digest": "00"}], "states": {}, "error": Infinity, "survival": null, "digest": "digest"}' + b"\n"
+)
+"""As the first version with this format wrote it."""
+
+
+def test_a_journal_of_the_format_is_understood_and_written_to_the_last_byte(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(OF_FORMAT_2)
+
+    assert names(tmp_path) == ["a", "norm"]
+    journal = Journal(tmp_path, JOB)
+    journal.close()
+
+    assert FORMAT == 2
+    assert journal.entries == {
+        "a": entry("a"),
+        "norm": Entry("norm", "other", (Piece("norm", 0, 6, "00"),), {}, float("inf"), None, "digest"),
+    }
+    assert (tmp_path / JOURNAL).read_bytes() == OF_FORMAT_2
+
+
+def test_what_is_added_has_the_lines_of_the_format(tmp_path: Path) -> None:
+    keep(tmp_path, entry("a"))
+
+    first, second = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+
+    assert first == line({"journal": 2, "job": JOB})
+    assert second == line(value_of(OF_FORMAT_2.splitlines()[1]))
 
 
 # What it believes
@@ -197,7 +253,7 @@ def test_what_follows_a_forged_line_with_a_value_that_no_line_of_ours_has_is_not
     change: dict[str, object], three: Path
 ) -> None:
     lines = (three / JOURNAL).read_bytes().splitlines(keepends=True)
-    forged = converter.write.journal._line(json.loads(lines[2].partition(b" ")[2]) | change)
+    forged = line(value_of(lines[2]) | change)
     (three / JOURNAL).write_bytes(b"".join([*lines[:2], forged, *lines[2:]]))
 
     assert names(three) == ["a"]
@@ -236,8 +292,9 @@ def test_another_job_is_refused_with_what_differs(key: str, three: Path) -> None
     assert contents(three) == before
 
 
-def test_a_journal_of_another_format_is_refused(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.write.journal, "FORMAT", 99)
+def test_a_journal_of_another_format_is_refused(three: Path) -> None:
+    lines = (three / JOURNAL).read_bytes().splitlines(keepends=True)
+    (three / JOURNAL).write_bytes(b"".join([line(value_of(lines[0]) | {"journal": FORMAT + 1}), *lines[1:]]))
 
     with pytest.raises(BadOutput, match="plan, base, device, versions differ"):
         Journal(three, JOB)
@@ -267,67 +324,55 @@ def test_something_that_is_no_file_in_its_place_is_refused(make: Callable[[Path]
 # When the disk fails
 
 
-def test_after_a_line_that_was_written_in_part_none_is_written(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = os.write
-    calls: list[int] = []
+class Filling(Disk):
+    """Has room for a new file, but only for twenty bytes that are added to it later."""
 
-    def full(descriptor: int, raw: bytes) -> int:
-        calls.append(len(raw))
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(descriptor, raw[:20])
+    def __init__(self) -> None:
+        self.calls = 0
 
-    journal = Journal(three, JOB)
+    def put(self, path: Path, raw: bytes) -> None:
+        LOCAL_DISK.put(path, raw)
+
+    def append(self, descriptor: int, raw: bytes) -> None:
+        self.calls += 1
+        super().append(descriptor, raw[:20])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_after_a_line_that_was_written_in_part_none_is_written(three: Path) -> None:
+    disk = Filling()
+    journal = Journal(three, JOB, disk=disk)
     journal.add(entry("d"))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
-        for _ in range(2):
-            with pytest.raises(WriteFailed, match=r"\.journal: No space left on device"):
-                journal.commit(journal.take())
-    with pytest.raises(WriteFailed, match="No space left"):
-        journal.commit(journal.take())
+    for _ in range(3):
+        with pytest.raises(WriteFailed, match=r"\.journal: No space left on device: .*; make room there$"):
+            journal.commit(journal.take())
     journal.close()
 
-    assert len(calls) == 2
+    assert disk.calls == 1
     assert list(journal.entries) == ["a", "b", "c"]
     keep(three, entry("e"))
     assert names(three) == ["a", "b", "c", "e"]
 
 
-def test_after_a_failed_sync_it_is_not_synced_again_and_the_next_run_takes_a_new_file(
-    three: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    journal = Journal(three, JOB)
-    asked: list[int] = []
-
-    def sync(descriptor: int) -> None:
-        asked.append(descriptor)
-        if len(asked) == 1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+def test_after_a_failed_sync_it_is_not_synced_again_and_the_next_run_takes_a_new_file(three: Path) -> None:
+    disk = FailingOnce("sync_bytes")
+    journal = Journal(three, JOB, disk=disk)
     journal.add(entry("d"))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fdatasync", sync)
-        for _ in range(3):
-            with pytest.raises(WriteFailed, match=r"\.journal: Input/output error"):
-                journal.commit(journal.take())
+    for _ in range(3):
+        with pytest.raises(WriteFailed, match=r"\.journal: Input/output error"):
+            journal.commit(journal.take())
     journal.close()
     inode = (three / JOURNAL).stat().st_ino
 
-    assert len(asked) == 1
+    assert disk.asked == [JOURNAL]
     assert "d" not in journal.entries
     names(three)
     assert (three / JOURNAL).stat().st_ino != inode
 
 
-def test_a_journal_that_cannot_be_begun_leaves_the_old_one(three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
-        with pytest.raises(WriteFailed, match=r"\.journal: Input/output error"):
-            Journal(three, JOB)
+def test_a_journal_that_cannot_be_begun_leaves_the_old_one(three: Path) -> None:
+    with pytest.raises(WriteFailed, match=r"\.journal: Input/output error"):
+        Journal(three, JOB, disk=failing("sync"))
 
     assert names(three) == ["a", "b", "c"]
 
@@ -422,20 +467,17 @@ def test_the_same_tensors_in_other_shards_are_begun_anew_with_a_note(left: tuple
 
     fresh = convert(base, adapter, out.with_name("fresh"), recipe, ONE_THREAD)
     assert contents(out) == contents(fresh.out)
-    assert set(report.plan.notes) - set(fresh.plan.notes) == {converter.seal.staging.ANEW}
+    assert set(report.plan.notes) - set(fresh.plan.notes) == {ANEW}
 
 
-def test_without_resume_nothing_that_was_left_is_taken(
-    left: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_resume_nothing_that_was_left_is_taken(left: tuple[Path, Path, Path]) -> None:
     base, adapter, out = left
-    read: list[str] = []
-    read_tile = converter.pipeline.read_tile
-    monkeypatch.setattr("converter.pipeline.read_tile", lambda t, *rest: read.append(t.name) or read_tile(t, *rest))
+    made: list[Progress] = []
 
-    report = convert(base, adapter, out, resources=ONE_THREAD, resume=False)
+    report = convert(base, adapter, out, resources=ONE_THREAD, resume=False, progress=made.append)
 
-    assert set(read) == {tensor.name for tensor in report.plan.tensors()}
+    names = [tensor.name for tensor in report.plan.tensors()]
+    assert [told.name for told in made if told.stage == "converting"] == names
 
 
 def test_a_journal_whose_data_is_gone_costs_no_more_than_the_data(left: tuple[Path, Path, Path]) -> None:
@@ -452,7 +494,6 @@ def test_a_journal_whose_data_is_gone_costs_no_more_than_the_data(left: tuple[Pa
 def test_data_is_durable_before_the_journal_tells_of_it_and_the_journal_before_more_is_told(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     events: list[tuple[str, str]] = []
 
     def watch(call: str) -> None:
@@ -460,7 +501,7 @@ def test_data_is_durable_before_the_journal_tells_of_it_and_the_journal_before_m
 
         def watched(descriptor: int, *arguments: Any) -> Any:
             result = function(descriptor, *arguments)
-            name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+            name = name_of(descriptor)
             if name == JOURNAL or name.startswith("model"):
                 events.append((call, "journal" if name == JOURNAL else "data"))
             return result
@@ -470,7 +511,7 @@ def test_data_is_durable_before_the_journal_tells_of_it_and_the_journal_before_m
     for call in ("write", "pwrite", "fdatasync", "fsync"):
         watch(call)
 
-    report = convert(*inputs, tmp_path / "out", resources=ONE_THREAD)
+    report = convert(*inputs, tmp_path / "out", resources=EVERY_TENSOR_IS_NOTED)
 
     told = 0
     unsynced = {"data": False, "journal": False}
@@ -486,32 +527,31 @@ def test_data_is_durable_before_the_journal_tells_of_it_and_the_journal_before_m
 def test_no_line_is_written_of_data_whose_sync_failed(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(converter.write.journal, "SECONDS", 0.0)
     out = tmp_path / "out"
-    fdatasync = os.fdatasync
+    journal = out.with_name("out.partial") / JOURNAL
+    fdatasync, unlink = os.fdatasync, os.unlink
     synced: list[str] = []
+    kept: list[bytes] = []
 
     def sync(descriptor: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        synced.append(name_of(descriptor))
         if synced.count("model.safetensors.unfinished") == 4:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fdatasync(descriptor)
 
-    kept: dict[str, bytes] = {}
-    remove = converter.seal.staging.remove
+    def watched(path: Any, **settings: Any) -> None:
+        if Path(path) == journal:
+            kept.append(journal.read_bytes())
+        unlink(path, **settings)
 
-    def watched(folder: Path) -> None:
-        kept.update(contents(folder))
-        remove(folder)
-
-    monkeypatch.setattr("converter.seal.staging.remove", watched)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", sync)
+        patch.setattr(os, "unlink", watched)
         with pytest.raises(WriteFailed, match=r"model\.safetensors\.unfinished: Input/output error$"):
-            convert(*inputs, out, resources=ONE_THREAD)
+            convert(*inputs, out, resources=EVERY_TENSOR_IS_NOTED)
 
     # Three tensors were durable, but with the file they are lost, and so is what the journal told of them.
     assert synced.count("model.safetensors.unfinished") == 4
-    assert len(kept[JOURNAL].splitlines()) == 1 + 3
+    assert [len(raw.splitlines()) for raw in kept] == [1 + 3]
     assert not out.with_name("out.partial").exists()
     assert json.loads((convert(*inputs, out, resources=ONE_THREAD).out / "conversion.json").read_text())

@@ -26,14 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
-import converter.write.shard
 from converter.errors import WriteFailed
 from converter.plan.layout import lay_out
 from converter.plan.plan import ShardPlan, TensorPlan
 from converter.quantize.format import Output
 from converter.read.folder import LocalFolder
 from converter.read.header import DTYPE_BYTES, TensorHeader, read_header
-from converter.write.shard import UNFINISHED, ShardWriter, Written, write_file
+from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk
+from converter.write.shard import ShardWriter, Written
+from tests.disks import FailingOnce, failing, failing_with
 from tests.limits import no_hang
 
 FILE = "model.safetensors"
@@ -83,10 +84,14 @@ def write_all(writer: ShardWriter, *, but: Output | None = None) -> dict[str, by
 
 
 def write_shard(
-    folder: Path, *, but: Output | None = None, end: Callable[[ShardWriter], object] = ShardWriter.finish
+    folder: Path,
+    disk: Disk = LOCAL_DISK,
+    *,
+    but: Output | None = None,
+    end: Callable[[ShardWriter], object] = ShardWriter.finish,
 ) -> None:
     """A shard of OUTPUTS; `end` is what happens when they are written."""
-    with ShardWriter(folder, shard_plan(*OUTPUTS)) as writer:
+    with ShardWriter(folder, shard_plan(*OUTPUTS), disk=disk) as writer:
         write_all(writer, but=but)
         end(writer)
 
@@ -95,32 +100,10 @@ def names(folder: Path) -> set[str]:
     return {entry.name for entry in os.scandir(folder)}
 
 
-def fail(code: int) -> Callable[..., Any]:
-    """A system call that fails."""
-
-    def call(*arguments: object) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return call
-
-
 def assert_one_line(error: WriteFailed, path: Path) -> None:
     """That names the file."""
     assert str(error).isprintable()
     assert str(path) in str(error)
-
-
-def fails_once(monkeypatch: pytest.MonkeyPatch, call: str) -> list[str]:
-    """A sync fails, and those after it say that all is well, as the kernel does. The names of the files synced."""
-    asked: list[str] = []
-
-    def sync(descriptor: int) -> None:
-        asked.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        if len(asked) == 1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(os, call, sync)
-    return asked
 
 
 @contextmanager
@@ -149,21 +132,16 @@ def umask() -> Iterator[Callable[[int], int]]:
     os.umask(before)
 
 
-@pytest.fixture
-def closing_fails(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Closing a file reports an error, as NFS does when bytes could not be stored. The descriptors of those closed."""
-    closed: list[int] = []
-    close = os.close
+class ClosingFails(Disk):
+    """Closing a file reports an error, as NFS does when bytes could not be stored."""
 
-    def close_and_fail(descriptor: int) -> None:
-        plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        close(descriptor)
-        if plain:
-            closed.append(descriptor)
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def __init__(self) -> None:
+        self.closed = 0
 
-    monkeypatch.setattr(os, "close", close_and_fail)
-    return closed
+    def close(self, descriptor: int) -> None:
+        super().close(descriptor)
+        self.closed += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 # What a reader finds
@@ -232,17 +210,6 @@ def test_a_tensor_may_be_written_in_parts_in_any_order(tmp_path: Path) -> None:
     assert dict(deserialize((tmp_path / FILE).read_bytes()))[NORM.name]["data"] == raw
 
 
-def test_a_write_that_the_system_cuts_short_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, raw, at: whole(fd, raw[:5], at))
-
-    with ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer:
-        written = write_all(writer)
-        writer.finish()
-
-    assert {n: bytes(t["data"]) for n, t in deserialize((tmp_path / FILE).read_bytes())} == written
-
-
 def test_the_header_is_padded_with_spaces_up_to_the_room_it_has(tmp_path: Path) -> None:
     plan = shard_plan(*OUTPUTS)
     with ShardWriter(tmp_path, plan) as writer:
@@ -278,19 +245,15 @@ def test_a_file_has_no_name_but_the_unfinished_one_before_it_is_finished(tmp_pat
     assert names(tmp_path) == {FILE}
 
 
-def test_a_file_is_durable_before_it_has_its_name_and_its_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_durable_before_it_has_its_name_and_its_name_after(tmp_path: Path) -> None:
     seen = []
-    fsync = os.fsync
 
-    def watch(descriptor: int) -> None:
-        seen.append(("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file", names(tmp_path)))
-        fsync(descriptor)
+    class Watched(Disk):
+        def sync(self, descriptor: int) -> None:
+            seen.append(("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file", names(tmp_path)))
+            super().sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", watch)
-
-    write_shard(tmp_path)
+    write_shard(tmp_path, Watched())
 
     assert seen == [("folder", {FILE + UNFINISHED}), ("file", {FILE + UNFINISHED}), ("folder", {FILE})]
 
@@ -370,7 +333,7 @@ def test_permissions_are_what_the_umask_leaves(
     umask(mask)
 
     write_shard(tmp_path)
-    write_file(tmp_path / "config.json", b"{}")
+    LOCAL_DISK.put(tmp_path / "config.json", b"{}")
 
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in (FILE, "config.json")] == [mode, mode]
 
@@ -381,54 +344,55 @@ def test_permissions_are_what_the_umask_leaves(
 @pytest.mark.parametrize(
     ("call", "code", "left"),
     [
-        ("open", errno.EROFS, set()),
-        ("posix_fallocate", errno.ENOSPC, set()),
-        ("pwrite", errno.ENOSPC, {FILE + UNFINISHED}),
-        ("pwrite", errno.EIO, {FILE + UNFINISHED}),
-        ("ftruncate", errno.EIO, {FILE + UNFINISHED}),
-        ("fsync", errno.EIO, set()),
-        ("fsync", errno.EDQUOT, set()),
+        ("create", errno.EROFS, set()),
+        ("reserve", errno.ENOSPC, set()),
+        ("write", errno.ENOSPC, {FILE + UNFINISHED}),
+        ("write", errno.EIO, {FILE + UNFINISHED}),
+        ("cut", errno.EIO, {FILE + UNFINISHED}),
+        ("sync", errno.EIO, set()),
+        ("sync", errno.EDQUOT, set()),
         ("rename", errno.EIO, {FILE + UNFINISHED}),
+        ("sync_folder", errno.EIO, set()),
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value if isinstance(value, str) else "",
 )
 def test_a_failing_disk_is_an_error_that_names_the_file_which_gets_no_name(
-    call: str, code: int, left: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, code: int, left: set[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(os, call, fail(code))
-
     with pytest.raises(WriteFailed, match=os.strerror(code)) as caught:
-        write_shard(tmp_path)
+        write_shard(tmp_path, failing(call, code=code))
 
     assert_one_line(caught.value, tmp_path / FILE)
     assert names(tmp_path) == left
 
 
 def test_a_file_that_fails_while_it_is_closed_is_closed_once_and_left_without_its_name(
-    tmp_path: Path, closing_fails: list[int]
+    tmp_path: Path,
 ) -> None:
+    disk = ClosingFails()
     with pytest.raises(WriteFailed, match="Input/output error"):
-        write_shard(tmp_path)
+        write_shard(tmp_path, disk)
 
-    assert len(closing_fails) == 1
+    assert disk.closed == 1
     assert names(tmp_path) == {FILE + UNFINISHED}
 
 
-def test_a_failure_to_close_does_not_hide_what_went_wrong_before(tmp_path: Path, closing_fails: list[int]) -> None:
+def test_a_failure_to_close_does_not_hide_what_went_wrong_before(tmp_path: Path) -> None:
+    disk = ClosingFails()
     with pytest.raises(AssertionError, match="was not written"):
-        write_shard(tmp_path, but=NORM)
+        write_shard(tmp_path, disk, but=NORM)
 
-    assert len(closing_fails) == 1
+    assert disk.closed == 1
     assert names(tmp_path) == {FILE + UNFINISHED}
 
 
-@pytest.mark.parametrize(("call", "end"), [("fdatasync", ShardWriter.sync), ("fsync", ShardWriter.finish)])
+@pytest.mark.parametrize(("call", "end"), [("sync_bytes", ShardWriter.sync), ("sync", ShardWriter.finish)])
 def test_a_file_of_which_a_sync_failed_is_never_synced_again_and_is_gone(
-    call: str, end: Callable[[ShardWriter], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, end: Callable[[ShardWriter], object], tmp_path: Path
 ) -> None:
-    with ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer:
+    disk = FailingOnce(call)
+    with ShardWriter(tmp_path, shard_plan(*OUTPUTS), disk=disk) as writer:
         write_all(writer)
-        asked = fails_once(monkeypatch, call)
         for attempt in (end, ShardWriter.sync, ShardWriter.finish, end):
             with pytest.raises(WriteFailed) as caught:
                 attempt(writer)
@@ -436,54 +400,45 @@ def test_a_file_of_which_a_sync_failed_is_never_synced_again_and_is_gone(
 
         assert writer.is_lost
 
-    assert asked == [FILE + UNFINISHED]
+    assert disk.asked == [FILE + UNFINISHED]
     assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("end", [ShardWriter.sync, ShardWriter.finish])
-def test_a_sync_that_fails_behind_the_writers_backs_is_told_by_the_next_one(
-    end: Callable[[ShardWriter], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_sync_that_fails_in_the_background_is_told_by_the_next_one(
+    end: Callable[[ShardWriter], object], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(converter.write.shard, "FLUSH_BYTES", 40)
-    asked = fails_once(monkeypatch, "fdatasync")
+    disk = FailingOnce("sync_bytes")
 
     def write_and_end() -> None:
         write_all(writer)  # may be told already
-        while not asked:
+        while not disk.asked:
             time.sleep(0.001)
         end(writer)
 
     with (
         no_hang(),
-        ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer,
+        ShardWriter(tmp_path, shard_plan(*OUTPUTS), disk=disk, flush_bytes=40) as writer,
         pytest.raises(WriteFailed, match="Input/output error"),
     ):
         write_and_end()
 
-    assert asked == [FILE + UNFINISHED]
+    assert disk.asked == [FILE + UNFINISHED]
     assert names(tmp_path) == set()
 
 
-def test_a_file_of_which_an_unasked_sync_failed_is_gone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.write.shard, "FLUSH_BYTES", 40)
-    asked = fails_once(monkeypatch, "fdatasync")
-    with no_hang(), ShardWriter(tmp_path, shard_plan(*OUTPUTS)) as writer, contextlib.suppress(WriteFailed):
+def test_a_file_of_which_an_unasked_sync_failed_is_gone_too(tmp_path: Path) -> None:
+    disk = FailingOnce("sync_bytes")
+    with (
+        no_hang(),
+        ShardWriter(tmp_path, shard_plan(*OUTPUTS), disk=disk, flush_bytes=40) as writer,
+        contextlib.suppress(WriteFailed),
+    ):
         write_all(writer)
-        while not asked:
+        while not disk.asked:
             time.sleep(0.001)
 
     assert names(tmp_path) == set()
-
-
-def test_a_file_whose_name_could_not_be_made_durable_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(converter.write.shard, "sync_folder", fail(errno.EIO))
-
-    with pytest.raises(WriteFailed, match="Input/output error") as caught:
-        write_shard(tmp_path)
-
-    assert_one_line(caught.value, tmp_path / FILE)
 
 
 def test_a_full_disk_is_known_before_the_first_tensor_is_converted(tmp_path: Path) -> None:
@@ -496,30 +451,11 @@ def test_a_full_disk_is_known_before_the_first_tensor_is_converted(tmp_path: Pat
     assert names(tmp_path) == set()
 
 
-def test_a_disk_without_room_for_small_files_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    with files_of_at_most(4096), pytest.raises(WriteFailed, match="File too large") as caught:
-        write_file(tmp_path / "config.json", bytes(5000))
-
-    assert_one_line(caught.value, tmp_path / "config.json")
-    assert "config.json" not in names(tmp_path)
-
-
 def test_a_folder_that_is_gone_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(WriteFailed, match="No such file or directory") as caught:
         ShardWriter(tmp_path / "gone", shard_plan(*OUTPUTS))
 
     assert_one_line(caught.value, tmp_path / "gone" / FILE)
-
-
-@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS], ids=errno.errorcode.get)
-def test_a_filesystem_that_cannot_reserve_room_is_written_to_all_the_same(
-    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", fail(code))
-
-    write_shard(tmp_path)
-
-    assert len(deserialize((tmp_path / FILE).read_bytes())) == len(OUTPUTS)
 
 
 # What a later run makes of it
@@ -555,9 +491,9 @@ def leave(folder: Path, *, cut: int = 100, finish: bool = False) -> Written:
         return notes(writer)
 
 
-def finish(folder: Path, written: Written) -> set[str]:
-    """Go on with what was left, as a conversion does; the tensors that were there."""
-    with ShardWriter(folder, TWO, written) as writer:
+def finish(folder: Path, written: Written, disk: Disk = LOCAL_DISK) -> set[str]:
+    """Resume what was left, as a conversion does; the tensors that were there."""
+    with ShardWriter(folder, TWO, written, disk=disk) as writer:
         for tensor in TWO.tensors:
             if tensor.name not in writer.resumed:
                 for piece in pieces_of(100, *(output.name for output in tensor.outputs)):
@@ -685,13 +621,12 @@ def test_a_file_of_which_nothing_is_known_is_made_anew(tmp_path: Path, undisturb
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
-def test_a_finished_file_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_file_is_not_written_again(tmp_path: Path) -> None:
     written = leave(tmp_path, finish=True)
     before = (tmp_path / FILE).stat()
-    for call in ("pwrite", "ftruncate", "posix_fallocate", "rename", "fsync", "fdatasync"):
-        monkeypatch.setattr(os, call, fail(errno.EROFS))
+    disk = failing("write", "cut", "reserve", "rename", "sync", "sync_bytes", "create", code=errno.EROFS)
 
-    with ShardWriter(tmp_path, TWO, written) as writer:
+    with ShardWriter(tmp_path, TWO, written, disk=disk) as writer:
         assert writer.is_finished
         assert writer.finish() == before.st_size
 
@@ -733,43 +668,34 @@ def test_notes_that_do_not_account_for_a_whole_tensor_are_not_relied_on(
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
-def test_what_the_disk_cannot_give_back_is_made_anew(
-    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_disk_cannot_give_back_is_made_anew(tmp_path: Path, undisturbed: bytes) -> None:
     written = leave(tmp_path, finish=True)
-    monkeypatch.setattr(os, "pread", fail(errno.EIO))
 
-    assert finish(tmp_path, written) == set()
+    assert finish(tmp_path, written, failing("read")) == set()
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, MemoryError])
 def test_what_an_earlier_run_left_stays_when_looking_at_it_is_interrupted(
-    interruption: type[BaseException], tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+    interruption: type[BaseException], tmp_path: Path, undisturbed: bytes
 ) -> None:
     written = leave(tmp_path)
 
     def interrupt(*_: object) -> bytes:
         raise interruption
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pread", interrupt)
-        with pytest.raises(interruption):
-            ShardWriter(tmp_path, TWO, written)
+    with pytest.raises(interruption):
+        ShardWriter(tmp_path, TWO, written, disk=failing_with(interrupt, "read"))
 
     assert finish(tmp_path, written) == BOTH
     assert (tmp_path / FILE).read_bytes() == undisturbed
 
 
-def test_what_an_earlier_run_left_stays_on_a_disk_that_is_full_meanwhile(
-    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_earlier_run_left_stays_on_a_disk_that_is_full_meanwhile(tmp_path: Path, undisturbed: bytes) -> None:
     written = leave(tmp_path)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
-        with pytest.raises(WriteFailed, match="No space left"):
-            ShardWriter(tmp_path, TWO, written)
+    with pytest.raises(WriteFailed, match="No space left"):
+        ShardWriter(tmp_path, TWO, written, disk=failing("reserve", code=errno.ENOSPC))
 
     assert finish(tmp_path, written) == BOTH
     assert (tmp_path / FILE).read_bytes() == undisturbed
@@ -789,7 +715,7 @@ def test_a_damaged_file_that_others_have_too_is_left_to_them_and_made_anew(
 
     with ShardWriter(folder, TWO, written) as writer:
         assert writer.resumed == set()
-        assert names(folder) == {FILE + UNFINISHED}  # should this run die, the next one goes on with it
+        assert names(folder) == {FILE + UNFINISHED}  # should this run die, the next one resumes it
     assert finish(folder, written) == set()
 
     assert (folder / FILE).read_bytes() == undisturbed
@@ -807,7 +733,7 @@ def test_a_whole_file_that_others_have_too_stays_theirs_and_ours(tmp_path: Path)
 
 
 def test_a_new_file_in_the_place_of_one_that_others_have_is_not_left_where_the_disk_is_full(
-    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: bytes
 ) -> None:
     folder = tmp_path / "staging"
     folder.mkdir()
@@ -815,29 +741,25 @@ def test_a_new_file_in_the_place_of_one_that_others_have_is_not_left_where_the_d
     (tmp_path / "other").hardlink_to(folder / FILE)
     change_byte(folder / FILE, 0)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fail(errno.ENOSPC))
-        with pytest.raises(WriteFailed, match="No space left"):
-            ShardWriter(folder, TWO, written)
+    with pytest.raises(WriteFailed, match="No space left"):
+        ShardWriter(folder, TWO, written, disk=failing("reserve", code=errno.ENOSPC))
 
     assert names(folder) == set()
     assert finish(folder, written) == set()
     assert (folder / FILE).read_bytes() == undisturbed
 
 
-def test_a_file_is_not_closed_under_a_write_whose_number_could_by_then_be_another_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_not_closed_under_a_write_whose_number_could_by_then_be_another_files(tmp_path: Path) -> None:
     """A batch drops an output while its tiles are on their way, and opens other files at once."""
-    pwrite, begun, go_on = os.pwrite, threading.Event(), threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    def slow(descriptor: int, raw: bytes, offset: int) -> int:
-        begun.set()
-        assert go_on.wait(20)
-        return pwrite(descriptor, raw, offset)
+    class Slow(Disk):
+        def write(self, descriptor: int, raw: bytes | memoryview, offset: int) -> None:
+            begun.set()
+            assert go_on.wait(20)
+            super().write(descriptor, raw, offset)
 
-    monkeypatch.setattr(os, "pwrite", slow)
-    writer = ShardWriter(tmp_path, TWO)
+    writer = ShardWriter(tmp_path, TWO, disk=Slow())
     failures: list[BaseException] = []
 
     def write() -> None:
@@ -846,7 +768,7 @@ def test_a_file_is_not_closed_under_a_write_whose_number_could_by_then_be_anothe
         except BaseException as exc:
             failures.append(exc)
 
-    writing, closing = threading.Thread(target=write), threading.Thread(target=writer.__exit__, args=[None] * 3)
+    writing, closing = threading.Thread(target=write), threading.Thread(target=writer.close)
     writing.start()
     assert begun.wait(20)
     closing.start()
@@ -918,44 +840,3 @@ def test_after_any_damage_the_file_is_what_it_would_have_been(
         writer.finish()
 
     assert {n: bytes(t["data"]) for n, t in deserialize((folder / FILE).read_bytes())} == wanted
-
-
-# Small files
-
-
-def test_a_small_file_holds_its_bytes_and_nothing_else_is_left(tmp_path: Path) -> None:
-    write_file(tmp_path / "config.json", b"{}\n")
-
-    assert (tmp_path / "config.json").read_bytes() == b"{}\n"
-    assert names(tmp_path) == {"config.json"}
-
-
-def test_a_small_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_bytes(b"old")
-    held = []
-    commit = converter.write.shard.commit
-
-    def watch(temporary: Path, path: Path) -> None:
-        held.append((temporary.read_bytes(), path.read_bytes()))
-        commit(temporary, path)
-
-    monkeypatch.setattr(converter.write.shard, "commit", watch)
-
-    write_file(tmp_path / "config.json", b"new")
-
-    assert held == [(b"new", b"old")]
-    assert (tmp_path / "config.json").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_small_file_that_cannot_be_replaced_stays_as_it_was(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.json").write_bytes(b"old")
-    monkeypatch.setattr(os, call, fail(errno.EIO))
-
-    with pytest.raises(WriteFailed, match="Input/output error") as caught:
-        write_file(tmp_path / "config.json", b"new")
-
-    assert_one_line(caught.value, tmp_path / "config.json")
-    assert (tmp_path / "config.json").read_bytes() == b"old"
