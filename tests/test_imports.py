@@ -61,7 +61,7 @@ ONLY_IN = {
     "psutil": {"cli.show.progress", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},
     "yaml": {"batch.job_file"},
-    "peft": set(),
+    "peft": {"merge.bridge"},
     "safetensors": set(),
     "accelerate": set(),
 }

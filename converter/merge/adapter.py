@@ -48,19 +48,21 @@ class Adapter:
         if not self.tensors:
             raise BadAdapter(f"{where}: {WEIGHTS} holds no tensors")
         for tensor in self.tensors.values():
-            if tensor.dtype not in _FLOATS:
+            if tensor.dtype not in _FLOATS and not self.options.is_bridged:
                 raise BadAdapter(f"{where}: {tensor.name!r}: dtype {tensor.dtype}, expected {', '.join(_FLOATS)}")
             if tensor.nbytes == 0:
                 raise BadAdapter(
                     f"{where}: {tensor.name!r}: empty, as a ZeRO-3 run saves it when its parameters were not gathered"
                 )
-        keys = read_keys(self.tensors, where)
+        keys = read_keys(self.tensors, where, self.options.prefix)
+        self.shared = keys.shared
+        """What all modules share, by its key."""
         self.modules: dict[str, Parts] = keys.modules
         """The parts of what changes a module, by the module, named as in the model that was trained."""
         self.replacements: dict[str, TensorHeader] = self._replacements(keys)
         """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
         self.options.learn(self.modules)
-        for module in self.modules:
+        for module in self.modules if not self.options.is_bridged else ():
             self.options.scaling(module)
 
     @property
@@ -81,7 +83,7 @@ class Adapter:
             digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
             for piece in tensor.pieces(self.folder):
                 digest.update(piece)
-                if not all_finite(piece, tensor.dtype):
+                if tensor.dtype in _FLOATS and not all_finite(piece, tensor.dtype):
                     raise BadAdapter(f"{self.folder.label}: {tensor.name!r} holds a NaN or an infinity")
         return digest.hexdigest()
 

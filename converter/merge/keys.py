@@ -40,15 +40,21 @@ class Keys:
     """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
     originals: dict[str, TensorHeader] = field(default_factory=dict)
     """What `replacements` took the place of, as PEFT saves it beside them where the vocabulary grew."""
+    shared: dict[str, TensorHeader] = field(default_factory=dict)
+    """What all modules of another tuner share, by its key."""
     copies: dict[str, TensorHeader] = field(default_factory=dict)
     """Replacements that the file has a second time, as `modules_to_save`."""
 
 
-def read_keys(tensors: Mapping[str, TensorHeader], where: str) -> Keys:
-    """Sort the tensors of an adapter's file. `where` begins the message of the `BadAdapter` for names that contradict
+def read_keys(tensors: Mapping[str, TensorHeader], where: str, prefix: str | None = None) -> Keys:
+    """Sort the tensors of an adapter's file. `prefix`: with what the names of the parts begin, if not with LoRA's;
+    `where` begins the message of the `BadAdapter` for names that contradict
     each other."""
-    paths = _paths(tensors, where)
+    shared = {key for key in tensors if prefix is not None and key.startswith(f"base_model.{prefix}")}
+    paths = _paths([key for key in tensors if key not in shared], where)
     found = Keys()
+    if prefix is not None:
+        return _of_another_tuner(paths, tensors, prefix, where)
     names: set[str] = set()
     for key, path in paths.items():
         factor = _FACTOR.fullmatch(path) or _BARE.fullmatch(path)
@@ -65,6 +71,18 @@ def read_keys(tensors: Mapping[str, TensorHeader], where: str) -> Keys:
     for key, path in paths.items():
         if not (_FACTOR.fullmatch(path) or _BARE.fullmatch(path) or _OTHER.fullmatch(path)):
             _add_whole(found, path, tensors[key], names | {"default"}, where)
+    return found
+
+
+def _of_another_tuner(paths: Mapping[str, str], tensors: Mapping[str, TensorHeader], prefix: str, where: str) -> Keys:
+    """Parts whose names begin with `prefix`; what all modules share stands beside the model."""
+    found = Keys(shared={key: tensor for key, tensor in tensors.items() if key not in paths})
+    part = re.compile(rf"(?P<module>.+?)\.(?:base_layer\.)*(?P<part>{prefix}.+)")
+    for key, path in paths.items():
+        if match := part.fullmatch(path):
+            _add_part(found, match["module"], match["part"].replace(".default", ""), tensors[key], where)
+        else:
+            _add_whole(found, path, tensors[key], {"default"}, where)
     return found
 
 

@@ -17,6 +17,8 @@ from converter.merge.kinds import Site, changes_of
 from converter.merge.lora import Lora
 from converter.merge.names import Ask, Names
 from converter.merge.tokens import TokenRows
+from converter.merge.tuners import Tuner
+from converter.merge.tuners import check as check_bridged
 from converter.model.architecture import Architecture, Shape
 from converter.read.header import TensorHeader
 
@@ -56,13 +58,17 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
         _check_replacement(adapter, architecture, target, name)
         found.replacements[target] = tensor
     now = {**shapes, **{name: tensor.shape for name, tensor in found.replacements.items()}}
-    for module, parts in adapter.modules.items():
-        site = Site(module, parts, adapter.options, names, architecture, now)
-        for target, change in changes_of(site).items():
+    sites = [
+        Site(module, parts, adapter.options, names, architecture, now) for module, parts in adapter.modules.items()
+    ]
+    read = Tuner.of(adapter.config, adapter.shared, sites).changes if adapter.options.is_bridged else changes_of
+    for site in sites:
+        for target, change in read(site).items():
             if target in found.deltas:
-                raise BadAdapter(f"{module}: the adapter has two deltas for {target}")
+                raise BadAdapter(f"{site.module}: the adapter has two deltas for {target}")
             _check_targeted(site)
             found.deltas[target] = change
+    check_bridged(found.deltas, adapter.folder.label)
     _check_saved_whole(adapter, architecture, names, found)
     _keep_ties(adapter, architecture, found)
     _untie(adapter, architecture, names, found)

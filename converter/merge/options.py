@@ -21,12 +21,32 @@ _WITHOUT_EFFECT = """
 """
 _READ = """
     r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
-    layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights
+    layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights kasa_config
 """
 UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split()) | _OF_VARIANTS
 """Options of a LoraConfig that may have any value that PEFT gives a meaning."""
 # Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_OF_THE_BASE = ("pissa", "olora")
+"""Initialisations that take a part out of the base, which can be found again."""
+TUNERS = {
+    "ADALORA": "lora_", "BEFT": "beft_", "BOFT": "boft_", "C3A": "c3a_", "DEFT": "deft_", "DELORA": "delora_",
+    "FOURIERFT": "fourierft_", "GLORA": "glora_", "GRALORA": "gralora_", "HIRA": "hira_", "HRA": "hra_", "IA3": "ia3_",
+    "LOHA": "hada_", "LOKR": "lokr_", "MISS": "miss_", "OFT": "oft_", "OSF": "osf_", "PEANUT": "peanut_",
+    "PSOFT": "psoft_", "PVERA": "pvera_", "RANDLORA": "randlora_", "ROAD": "road_", "SHIRA": "shira_",
+    "SUPERTUNING": "supertuning_", "VBLORA": "vblora_", "VERA": "vera_", "WAVEFT": "waveft_",
+}  # fmt: skip
+"""Tuners that PEFT merges one module at a time → with what the names of their tensors begin."""
+_NO_MERGE = {
+    "TINYLORA": ", whose modules depend on each other's order",
+    "UNILORA": ", whose modules depend on each other's order",
+    "FROD": ", whose modules are decomposed together",
+    "PREFIX_TUNING": ", which changes no weight",
+    "PROMPT_TUNING": ", which changes no weight",
+    "P_TUNING": ", which changes no weight",
+    "XLORA": ", whose weights depend on the input",
+    "POLY": ", whose weights depend on the input",
+}
 _LARGEST = float(2**128 - 2**104)
 """What float32 holds, in which deltas are computed."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -61,6 +81,17 @@ class Options:
         valued = [pattern for values in self._values.values() for pattern in values]
         self._patterns = Patterns(where, [*self._whole.values(), *self._saved, *self._layers, *valued], seconds)
 
+    @property
+    def is_bridged(self) -> bool:
+        """Whether PEFT's own classes merge it: other tuners, and LoRA that changes the base."""
+        of_base = self._config.get("init_lora_weights") in _OF_THE_BASE or bool(self._config.get("kasa_config"))
+        return self._config.get("peft_type") in TUNERS or of_base
+
+    @property
+    def prefix(self) -> str | None:
+        """With what the names of the parts of a module begin; None: LoRA's."""
+        return TUNERS.get(str(self._config.get("peft_type")))
+
     def learn(self, modules: Iterable[str]) -> None:
         """Match all patterns against modules that will be asked for, which is faster than one by one."""
         self._patterns.learn(modules)
@@ -72,7 +103,7 @@ class Options:
 
     @property
     def trains_biases(self) -> bool:
-        return self._config.get("bias") in ("all", "lora_only")
+        return self._config.get("bias") not in (None, False, "none")
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -135,11 +166,17 @@ class Options:
 
     def _check(self) -> None:
         config, where = self._config, self._where
-        kind = config.get("peft_type")
+        kind = str(config.get("peft_type"))
+        if kind != "LORA" and kind not in TUNERS:
+            raise Unsupported(
+                f"{where}: peft_type {config.get('peft_type')!r}{_NO_MERGE.get(kind, '')}; this tool merges LORA and "
+                "what PEFT merges one module at a time"
+            )
+        self._check_names()
         if kind != "LORA":
-            raise Unsupported(f"{where}: peft_type {kind!r}; this tool merges LORA")
+            return  # PEFT's own class knows its options
         init = config.get("init_lora_weights", True)
-        if init not in _PLAIN_INITIALISATIONS:
+        if init not in (*_PLAIN_INITIALISATIONS, *_OF_THE_BASE):
             raise Unsupported(
                 f"{where}: init_lora_weights {init!r} may change the base that the adapter was trained on; convert the "
                 "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -152,7 +189,6 @@ class Options:
             raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")
         if not isinstance(config.get("use_rslora", False), bool | None):
             raise BadAdapter(f"{where}: use_rslora {config['use_rslora']!r}, expected true or false")
-        self._check_names()
 
     def _check_names(self) -> None:
         """The options that name modules or layers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,15 @@ REFERENCE = Recipe(quant_type="none", merge_precision="reference", dtype="bfloat
 
 
 def save_tuned(
-    folder: Path, base: Path, config: PeftConfig, scale: float = 0.05, change: Callable[[Any], None] = lambda _: None
+    folder: Path, base: Path, config: PeftConfig, scale: float = 0.05, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """An adapter that `config` describes, with random values; the model in float32 that it was trained on.
-
-    `change` may alter the trained model before it is saved.
-    """
-    tuned: Any = get_peft_model(load(base, dtype=torch.float32), copy.deepcopy(config))
+    """An adapter that `config` describes, with random values; the model of `dtype` that it was trained on."""
+    tuned: Any = get_peft_model(load(base, dtype=dtype), copy.deepcopy(config))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for _, parameter in sorted(tuned.named_parameters()):
             if parameter.requires_grad:
                 parameter += torch.randn(parameter.shape, generator=generator) * scale
-    change(tuned)
     with warnings.catch_warnings(action="ignore", category=PeftWarning):  # of biases, which it takes for broken factors
         tuned.save_pretrained(folder)
     return tuned.eval()

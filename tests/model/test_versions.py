@@ -36,7 +36,7 @@ from tests.models import make_model
 
 REFUSED_OPTIONS = """
     megatron_config loftq_config corda_config lora_ga_config alora_invocation_tokens use_qalora layer_replication
-    arrow_config kasa_config
+    arrow_config
 """
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
