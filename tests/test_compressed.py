@@ -36,17 +36,22 @@ def same_json(one: object, other: object) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
+CASES = [(name, architecture) for name in ("w4a16", "fp8") for architecture in QUANTIZABLE]
+CASES += [(name, architecture) for name in ("w8a16", "fp8-block", "mxfp4a16") for architecture in ("llama", "mixtral")]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("architecture", QUANTIZABLE)
+@pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_the_output_equals_the_librarys_for_every_architecture_and_base_dtype(
-    architecture: str, dtype: torch.dtype, tmp_path: Path
+    name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    base = save_base(tmp_path / "base", architecture, dtype, sharded=dtype is BF16)
+    wide = {"hidden_size": 128, "moe_intermediate_size": 128} if name == "fp8-block" else {}
+    base = save_base(tmp_path / "base", architecture, dtype, sharded=dtype is BF16, **wide)
     adapter = save_adapter(tmp_path / "adapter", base, architecture)
-    scheme = replace(SCHEMES["w4a16"], group=64)
+    scheme = SCHEMES[name] if SCHEMES[name].kind == "float" else replace(SCHEMES[name], group=64)
     reference = compressed_flow(base, adapter, tmp_path, scheme, dtype)
 
-    out = convert(base, adapter, tmp_path / "out", Recipe(quant_type="w4a16", merge_precision="reference")).out
+    out = convert(base, adapter, tmp_path / "out", Recipe(quant_type=name, merge_precision="reference")).out
 
     assert differences(out, reference) == []
     expected = quantization_of(reference)

@@ -21,6 +21,9 @@ FORMATS: dict[str, Callable[[Recipe], Format]] = {
     "none": SixteenBit,
     "w4a16": Compressed,
     "w8a16": Compressed,
+    "fp8": Compressed,
+    "fp8-block": Compressed,
+    "mxfp4a16": Compressed,
 }
 
 
