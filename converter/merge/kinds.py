@@ -6,8 +6,9 @@ weight, and gives the changes of one or several of the base's tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.bias import LoraBias
@@ -16,12 +17,13 @@ from converter.merge.change import Change
 from converter.merge.convolution import ConvolutionLora
 from converter.merge.dora import Dora
 from converter.merge.embedding import EmbeddingDora, EmbeddingLora
+from converter.merge.experts import ExpertFactors, OneExpert, StackedExperts
 from converter.merge.keys import Parts
 from converter.merge.lora import Lora
 from converter.merge.names import Names
 from converter.merge.options import Options
 from converter.merge.tokens import TokenRows
-from converter.model.architecture import Architecture, Kind, Shape
+from converter.model.architecture import Architecture, Kind, Shape, Stack
 from converter.read.header import TensorHeader
 
 
@@ -65,9 +67,75 @@ class Site:
             raise AdapterMismatch(f"{self.module}: has a lora_bias, but the base's layer has no bias")
         return tensor
 
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The parameters of the module, if its matrices are experts', that target_parameters names."""
+        module = self.names.parameter(self.module)
+        inside = [one for one in self.architecture.stacks if one.parameter.rpartition(".")[0] == module]
+        return tuple(one for one in inside if self.options.variants.names(self.path_of(one)))
+
+    def path_of(self, stack: Stack) -> str:
+        """The parameter's name in the model that was trained."""
+        return f"{self.module}.{stack.parameter.rpartition('.')[2]}"
+
     def scaling(self) -> tuple[int, float]:
         """Rank and scaling by the config. Raises `BadAdapter` where the module's names differ in it."""
         return self.options.scaling(self.module, self.names.spellings(self.weight))
+
+
+def changes_of_experts(site: Site) -> dict[str, Change]:
+    """Of a module of experts: PEFT wraps one parameter after the other, the first one innermost.
+
+    `peft.tuners.lora.layer.ParamWrapper`
+    """
+    found: dict[str, Change] = {}
+    used: set[str] = set()
+    for number, stack in enumerate(site.stacks):
+        wraps = "base_layer." * (len(site.stacks) - 1 - number)
+        pair = [site.parts.get(f"{wraps}{half}") for half in ("lora_A", "lora_B")]
+        if pair[0] is None or pair[1] is None:
+            raise BadAdapter(f"{site.module}: the file lacks LoRA for {stack.parameter}, which target_parameters names")
+        used |= {f"{wraps}lora_A", f"{wraps}lora_B"}
+        factors = _expert_factors(site, stack, pair[0], pair[1])
+        for tensor, (expert, first, turned) in stack.pieces.items():
+            if expert is None:
+                found[tensor] = StackedExperts(replace(factors, turned=factors.turned != turned))
+            else:
+                found[tensor] = OneExpert(factors, expert, first, site.shapes[tensor][0])
+    if odd := sorted(site.parts.keys() - used):
+        raise Unsupported(f"{site.module}: {odd[0]}: this kind of tensor is not merged")
+    return found
+
+
+def _expert_factors(site: Site, stack: Stack, a: TensorHeader, b: TensorHeader) -> ExpertFactors:
+    experts, rows, columns = stack.shape
+    rank, scaling = site.options.scaling(site.path_of(stack))
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.shape[0] == b.shape[1] == experts * rank:
+        raise BadAdapter(
+            f"{site.module}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, expected rank {rank} for each of "
+            f"{experts} experts of {stack.parameter}"
+        )
+    matrix = b.shape[0], a.shape[1]
+    fits = {turned for turned, shape in ((False, (rows, columns)), (True, (columns, rows))) if matrix == shape}
+    if not fits:
+        raise AdapterMismatch(
+            f"{site.module}: lora_B·lora_A of an expert is {list(matrix)}, the base's matrix "
+            f"{[rows, columns]}: was the adapter trained on another base?"
+        )
+    turned = fits.pop() if len(fits) == 1 else _is_turned(site, stack)
+    return ExpertFactors(site.module, a, b, scaling, experts, bool(site.options.variants.grouped), turned)
+
+
+def _is_turned(site: Site, stack: Stack) -> bool:
+    """Of square matrices: PEFT before 0.19 took all of them for (in_features, out_features)."""
+    version = site.options.variants.peft_version
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    if numbers is None:
+        raise Unsupported(
+            f"{site.module}: the matrices of {stack.parameter} are square, and adapter_config.json has no peft_version "
+            "that says which way they were trained"
+        )
+    return stack.turned or (int(numbers[1]), int(numbers[2])) < (0, 19)
 
 
 def changes_of(site: Site) -> dict[str, Change]:
@@ -77,6 +145,8 @@ def changes_of(site: Site) -> dict[str, Change]:
     `AdapterMismatch` for one that the base's layer has no place for.
     """
     _refuse_halves(site)
+    if site.stacks:
+        return changes_of_experts(site)
     parts = {part for part in site.parts if not part.startswith(_OF_TRAINING)}
     reader = _KINDS.get(frozenset(parts - _BESIDE))
     if reader is None:

@@ -112,8 +112,8 @@ def _check_replacement(adapter: Adapter, architecture: Architecture, target: str
 
 
 def _check_targeted(site: Site) -> None:
-    if "trainable_tokens_delta" in site.parts:
-        return  # these are named by their own option, which gave the tokens
+    if "trainable_tokens_delta" in site.parts or site.stacks:
+        return  # these are named by their own option, which was read
     if site.options.variants.keeps_ties and site.weight in {**site.architecture.tied, **site.architecture.doubled}:
         return  # PEFT takes the head's name from target_modules
     spellings = {site.module, *site.names.spellings(site.weight)}

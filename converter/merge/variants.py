@@ -59,6 +59,10 @@ class Variants:
             for factor in ("A", "B")
         }
 
+    def names(self, parameter: str) -> bool:
+        """Whether target_parameters has a parameter, or an end of its name."""
+        return any(f".{parameter}".endswith(f".{name}") for name in self.parameters)
+
     def diagonal(self, module: str) -> Diagonal | None:
         """Which factor of a module is stored as blocks; None: the adapter is of another kind.
 

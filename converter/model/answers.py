@@ -55,6 +55,7 @@ def describe(
     parameters = [f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)]
     embeddings = frozenset(names.tensor_of.get(name, name) for name in parameters)
     architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
+    architecture = replace(architecture, stacks=tuple(names.stacks(shapes)))
     if not quantize:
         return architecture
     compressed = library == "compressed-tensors"

@@ -32,6 +32,19 @@ class Role:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A parameter that holds a matrix for each expert: (experts, rows, columns)."""
+
+    parameter: str
+    shape: Shape
+    turned: bool
+    """Whether the matrices are (in_features, out_features)."""
+    pieces: Mapping[str, tuple[int | None, int, bool]]
+    """The checkpoint's tensors that it is made of → the expert that each is of (None: it holds all of them), the row of
+    the expert's matrix with which it begins, and whether it is turned on loading."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What transformers makes of every tensor of one checkpoint."""
 
@@ -46,6 +59,8 @@ class Architecture:
     if they are equal, earlier versions and vLLM in any case."""
     known: bool = True
     """Whether transformers has the class. If not, the user said which matrices are quantized."""
+    stacks: tuple[Stack, ...] = ()
+    """In the order in which the model has them."""
     embeddings: frozenset[str] = frozenset()
     """Checkpoint names of the input embedding and of the output head, one that shares the input's tensor included."""
 
@@ -60,6 +75,7 @@ class Architecture:
             "doubled": dict(self.doubled),
             "known": self.known,
             "embeddings": sorted(self.embeddings),
+            "stacks": [[one.parameter, one.shape, one.turned, list(one.pieces.items())] for one in self.stacks],
         }
 
     @classmethod
@@ -73,6 +89,10 @@ class Architecture:
             doubled=value.get("doubled", {}),
             known=value["known"],
             embeddings=frozenset(value["embeddings"]),
+            stacks=tuple(
+                Stack(parameter, tuple(shape), turned, {name: (one[0], one[1], one[2]) for name, one in pieces})
+                for parameter, shape, turned, pieces in value["stacks"]
+            ),
         )
 
     def tensor_of(self, parameter: str) -> str | None:

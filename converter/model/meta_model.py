@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
-from converter.model.architecture import Kind, Role, Shape
+from converter.model.architecture import Kind, Role, Shape, Stack
 from converter.silence import quietly
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Names:
         prefix, state = model.base_model_prefix, model.state_dict()
         self._integers = {name for name, value in state.items() if not value.is_floating_point()}
         self.parameter_of: dict[str, str] = {}
+        self._converters: dict[str, Any] = {}
         self.converted: set[str] = set()
         """Tensors that loading cuts, stacks or otherwise reshapes on their way to a parameter."""
         for name in sorted(tensors, key=dot_natural_key):
@@ -112,6 +113,7 @@ class Names:
                 self.parameter_of[name] = renamed
                 if converter is not None:
                     self.converted.add(name)
+                    self._converters[name] = next(one for one in converters if converter in one.source_patterns)
         self.tensor_of = {
             parameter: name for name, parameter in self.parameter_of.items() if name not in self.converted
         }
@@ -158,6 +160,33 @@ class Names:
                 )
         for name, expected in self.mismatched(shapes):
             raise BadCheckpoint(f"{name}: shape {list(shapes[name])}, but the config makes it {list(expected)}")
+
+    def stacks(self, shapes: Mapping[str, Shape]) -> Iterator[Stack]:
+        """The parameters that hold a matrix for each expert, where it is known what becomes of each tensor."""
+        tensors: dict[str, list[str]] = {}
+        for name, parameter in self.parameter_of.items():
+            tensors.setdefault(parameter, []).append(name)
+        for parameter, shape in self.parameters.items():
+            owner = self.model.get_submodule(parameter.rpartition(".")[0])
+            if len(shape) != 3 or not hasattr(owner, "is_transposed"):
+                continue
+            pieces = {name: self._piece(name, shapes[name]) for name in tensors.get(parameter, [])}
+            known = {name: piece for name, piece in pieces.items() if piece is not None}
+            if known and len(known) == len(pieces):
+                yield Stack(parameter, shape, bool(owner.is_transposed), known)
+
+    def _piece(self, name: str, shape: Shape) -> tuple[int | None, int, bool] | None:
+        if name not in self.converted:
+            return None, 0, False
+        converter = self._converters[name]
+        operations = [type(one).__name__ for one in converter.operations]
+        if operations == ["Transpose"]:
+            return None, 0, True
+        found = re.search(r"\.(\d+)\.([^.]+)\.weight$", name)
+        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or found is None:
+            return None
+        order = [source.split(".")[-2].strip("\\") for source in converter.source_patterns]
+        return (int(found[1]), order.index(found[2]) * shape[0], False) if found[2] in order else None
 
     def kind(self, parameter: str) -> Kind:
         from torch import nn

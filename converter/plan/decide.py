@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
+from converter.merge.experts import StackedExperts
 from converter.merge.match import Match, match
 from converter.model.architecture import Architecture, Role
 from converter.model.ask import check_output, describe, dismiss, parameters
@@ -129,6 +131,8 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
         dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
     computed = source.shape[::-1] if transpose else source.shape
     rows = computed[0] if computed else 1
+    if isinstance(change, StackedExperts):
+        rows = math.prod(computed[:-1])  # those of one expert after the other
     return TensorPlan(
         name=name,
         source=source,

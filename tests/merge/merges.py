@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from converter import Recipe, convert
 from converter.merge.adapter import Adapter
@@ -42,6 +43,23 @@ def save_tuned(
     with warnings.catch_warnings(action="ignore", category=PeftWarning):  # of biases, which it takes for broken factors
         tuned.save_pretrained(folder)
     return tuned.eval()
+
+
+def save_gpt_oss(folder: Path, dtype: torch.dtype) -> Path:
+    """A random base whose experts are one tensor, turned."""
+    layers = ["sliding_attention", "full_attention"]
+    config = GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256, head_dim=16, num_local_experts=3, num_experts_per_tok=1, layer_types=layers,
+    )  # fmt: skip
+    config.architectures = ["GptOssForCausalLM"]
+    torch.manual_seed(5)
+    model = GptOssForCausalLM(config)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            parameter.normal_(0, 0.05)
+    model.to(dtype).save_pretrained(folder)
+    return folder
 
 
 def edit_config(adapter: Path, **options: Any) -> None:

@@ -9,14 +9,25 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.config import BdLoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from converter import Recipe, Resources, convert
-from tests.merge.merges import different, merged_by_peft, merged_by_us, save_exact, save_tuned, says
+from converter.errors import Unsupported
+from tests.merge.merges import (
+    different,
+    edit_config,
+    merged_by_peft,
+    merged_by_us,
+    save_exact,
+    save_gpt_oss,
+    save_tuned,
+    says,
+)
 from tests.models import load, save_base
 from tests.reference import tensors_of
 
 DTYPES = [torch.bfloat16, torch.float32]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -39,6 +50,9 @@ KINDS: dict[str, tuple[str, LoraConfig]] = {
             )
         ),
     ),
+    "fused experts": ("gpt_oss", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
+    "experts one by one": ("qwen2_moe", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
+    "experts in part": ("mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS[:1])),
     "MiCA": ("llama", lora(init_lora_weights="mica")),
 }
 
@@ -47,7 +61,7 @@ KINDS: dict[str, tuple[str, LoraConfig]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_merged_to_pefts_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     name, config = KINDS[kind]
-    base = save_base(tmp_path / "base", name, dtype)
+    base = save_gpt_oss(tmp_path / "base", dtype) if name == "gpt_oss" else save_base(tmp_path / "base", name, dtype)
     save_tuned(tmp_path / "adapter", base, config)
 
     ours = merged_by_us(base, tmp_path / "adapter", dtype, tmp_path / "ours")
@@ -103,3 +117,41 @@ def test_dora_on_an_embedding_is_converted_in_any_tiles_to_what_was_trained(tmp_
     exact = load(save_exact(base, tmp_path / "adapter", tmp_path / "exact"))
     torch.testing.assert_close(says(exact), says(tuned), rtol=1e-4, atol=1e-5)
     assert different(tensors_of(tmp_path / "whole"), tensors_of(base)) != []
+
+
+# Layouts of experts that PEFT doesn't have any more
+
+
+@pytest.mark.parametrize("layout", ["rank_major", "grouped_by_expert"])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "before 0.19"])
+def test_experts_are_merged_in_the_layout_in_which_they_were_trained(old: bool, layout: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2_moe", torch.float32)
+    config = lora(target_modules=["q_proj"], target_parameters=EXPERTS)
+    save_tuned(tmp_path / "adapter", base, config)
+    plain = tensors_of(save_exact(base, tmp_path / "adapter", tmp_path / "plain"))
+    name = "model.layers.1.mlp.experts"
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    saved = load_file(file)
+    for key in [key for key in saved if ".experts." in key and "lora_B" in key]:
+        first = key.replace("lora_B", "lora_A")
+        a, b = saved[first].view(4, 8, -1), saved[key].view(-1, 8, 4)
+        if old:  # in and out were exchanged, and the delta turned
+            a, b = b.permute(2, 1, 0), a.permute(2, 1, 0)
+        b = b if layout == "rank_major" else b.transpose(1, 2)
+        saved[first], saved[key] = a.reshape(32, -1).contiguous(), b.reshape(b.shape[0], 32).contiguous()
+    save_file(saved, file)
+    edit_config(tmp_path / "adapter", lora_B_layout=layout, peft_version="0.18.0" if old else "0.21.2")
+
+    ours = tensors_of(save_exact(base, tmp_path / "adapter", tmp_path / "ours"))
+
+    torch.testing.assert_close(ours, plain)
+    assert any(name in one for one in different(ours, tensors_of(base)))
+
+
+def test_square_experts_of_an_unknown_version_are_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2_moe", torch.float32)  # its down_proj is 64 by 64
+    save_tuned(tmp_path / "adapter", base, lora(target_modules=["q_proj"], target_parameters=EXPERTS[1:]))
+    edit_config(tmp_path / "adapter", peft_version=None)
+
+    with pytest.raises(Unsupported, match=r"are square, and adapter_config\.json has no peft_version"):
+        save_exact(base, tmp_path / "adapter", tmp_path / "ours")
