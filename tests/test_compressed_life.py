@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from converter import Job, Recipe, Resources, convert, convert_batch, verify
-from converter.errors import BadRecipe, Interrupted
+from converter import Job, Recipe, Resources, convert, convert_batch, plan_conversion, verify
+from converter.errors import BadRecipe, Interrupted, NotFinite
 from converter.quantize import formulas
 from converter.quantize.schemes import SCHEMES
 from tests.compressed import compress, compressed_flow, library_scheme
@@ -99,7 +99,7 @@ def test_verify_makes_an_output_again_and_finds_what_was_changed(
 
     problems = verify(out, *inputs).problems
     assert f"{changed}: differs from what base and adapter give" in problems
-    assert any(problem.startswith("model.safetensors: sha256") for problem in problems)
+    assert any(problem.startswith("model.safetensors: ") for problem in problems)
 
 
 def test_verify_names_a_part_of_a_weight_that_is_missing_or_has_another_shape(
@@ -197,3 +197,51 @@ def test_a_group_size_without_meaning_is_refused(settings: dict[str, object], me
 def test_a_recipe_without_a_group_size_says_nothing_of_it() -> None:
     assert "group_size" not in Recipe().as_json()
     assert Recipe.from_json(Recipe(quant_type="w4a16", group_size=64).as_json()).group_size == 64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_are_compiled_before_there_are_threads(
+    name: str, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from converter.quantize import scheme_kernels
+
+    seen: set[int] = set()
+    recipe = Recipe(quant_type=name)
+    convert(*inputs, tmp_path / "out", recipe, progress=lambda _: seen.add(scheme_kernels.compiled()))
+
+    assert seen == {scheme_kernels.compiled()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_estimates_the_time_and_names_what_servers_have_no_kernel_for(name: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "mixtral", hidden_size=64)
+
+    dry = plan_conversion(base, None, recipe=Recipe(quant_type=name))
+
+    assert dry.estimate.compute > 0
+    assert (
+        "experts are quantized one by one, as vLLM serves them; transformers restores them as it loads"
+        in dry.plan.notes
+    )
+    assert any("vLLM has only slower kernels for it" in note for note in dry.plan.notes) == (name == "w4a16")
+
+
+def test_the_model_card_says_how_to_serve_it(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    card = (convert(*inputs, tmp_path / "out", Recipe(quant_type="w4a16")).out / "README.md").read_text()
+
+    assert "vllm serve PATH" in card
+    assert "- compressed-tensors" in card
+    assert "4-bit weights of compressed-tensors (W4A16)" in card
+    assert "| group size | 128 |" in card
+
+
+@pytest.mark.parametrize("name", [*NAMES, "mxfp4a16"])
+def test_a_value_too_large_for_the_dtype_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", torch.float16)
+    (file,) = base.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+    with pytest.raises(NotFinite, match=r"model.layers.1.mlp.up_proj.weight: holds a NaN or an infinity"):
+        convert(base, None, tmp_path / "out", Recipe(quant_type=name))

@@ -20,7 +20,7 @@ from converter.plan.config import output_config, refuse_unconvertible
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.quantize.format import Output
-from converter.quantize.formats import fit, format_of
+from converter.quantize.formats import fit, format_of, notes_for_servers
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
@@ -100,7 +100,7 @@ def make_plan(
         shards=in_shards(packed(tensors, recipe, limits.header_bytes)),
         config=config,
         side_files=side_files,
-        notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors)),
+        notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors, recipe)),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
         device=str(processor),
@@ -221,13 +221,14 @@ def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
     return [f"the adapter says that it was trained on {trained_on[:100]}: this base has another name"]
 
 
-def _notes_for_servers(tensors: list[TensorPlan]) -> list[str]:
-    """VLLM fuses some weights. Either all parts of such a group are quantized, or none."""
+def _notes_for_servers(tensors: list[TensorPlan], recipe: Recipe) -> list[str]:
+    """What servers make of the shapes. VLLM fuses some weights: all parts of such a group are quantized, or none."""
+    notes = notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.action == "quantize"})
     actions = {tensor.name: tensor.action for tensor in tensors}
     for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name, action in actions.items():
             head, dot, tail = name.partition(f".{parts[0]}.")
             if dot and any(actions.get(f"{head}.{part}.{tail}", action) != action for part in parts):
                 listed = ", ".join(parts)
-                return [f"{head}: {listed} are quantized in part; vLLM fuses them and needs all or none"]
-    return []
+                return [*notes, f"{head}: {listed} are quantized in part; vLLM fuses them and needs all or none"]
+    return notes

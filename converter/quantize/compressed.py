@@ -56,6 +56,22 @@ def fitted(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
     )
 
 
+def server_notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
+    """What servers make of weights of these shapes, (out_features, in_features), by name."""
+    scheme, notes = SCHEMES[recipe.quant_type], []
+    if scheme.kind == "int":
+        unfit = [name for name, shape in shapes.items() if shape[0] % 64 or shape[1] % 128]
+        what = "outputs are not divided by 64, or its inputs not by 128: vLLM has only slower kernels for it, or none"
+    else:
+        unfit = [name for name, shape in shapes.items() if scheme.block is not None and shape[1] % scheme.block[1]]
+        what = "inputs are not divided by 128, which vLLM needs"
+    if unfit:
+        notes.append(f"{unfit[0]}: its {what} ({len(unfit)} of {len(shapes)} weights)")
+    if any(".experts." in name for name in shapes):
+        notes.append("experts are quantized one by one, as vLLM serves them; transformers restores them as it loads")
+    return notes
+
+
 @dataclass(frozen=True)
 class Compressed:
     """A scheme of compressed-tensors, with a recipe's settings."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from converter.quantize.compressed import Compressed, fitted
+from converter.quantize.compressed import Compressed, fitted, server_notes
 from converter.quantize.eight_bit import EightBit
 from converter.quantize.four_bit import FourBit
 from converter.quantize.sixteen_bit import SixteenBit
@@ -38,6 +38,11 @@ def fit(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
     Raises `BadRecipe` where its format can't hold one of them.
     """
     return fitted(recipe, shapes) if FORMATS[recipe.quant_type] is Compressed else recipe
+
+
+def notes_for_servers(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
+    """What servers make of weights to quantize; `shapes` are (out_features, in_features)."""
+    return server_notes(recipe, shapes) if FORMATS[recipe.quant_type] is Compressed else []
 
 
 def all_formats() -> list[Format]:

@@ -84,6 +84,11 @@ def load(scheme: Scheme, dtypes: Iterable[str]) -> None:
         )
 
 
+def compiled() -> int:
+    """How many forms of the kernels there are."""
+    return len(_quantize_groups.signatures) + len(_quantize_runs.signatures)
+
+
 @jitted(inline="always")
 def _to_e4m3(value):  # type: ignore[no-untyped-def]
     """The code of a float32 in E4M3 without its sign, and its size; at most 448."""

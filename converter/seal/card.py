@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan
     from converter.seal.receipt import Origin
 
+_SERVING = (
+    "transformers needs `pip install compressed-tensors` to load it; vLLM needs nothing else:",
+    "",
+    "```sh",
+    "vllm serve PATH",
+    "```",
+    "",
+)
+
 
 def model_card(plan: Plan, origin: Origin) -> bytes:
     """README.md, with the metadata that the Hub reads."""
@@ -47,6 +56,7 @@ def model_card(plan: Plan, origin: Origin) -> bytes:
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         "```",
         "",
+        *(_SERVING if kind.library == "compressed-tensors" else ()),
         "`conversion.json` says what went in, by digests, and how far each tensor is from the exact sum.",
     ]
     return ("\n".join(lines) + "\n").encode()

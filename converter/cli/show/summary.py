@@ -8,6 +8,7 @@ from typing import Any
 from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
 from converter.pipeline import Report
 from converter.plan.plan import Plan
+from converter.quantize.formats import format_of
 
 
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
@@ -69,6 +70,8 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
 
 
 def _computed_by(plan: Plan) -> str:
-    if plan.device == "cpu" and plan.recipe.four_bit:
-        return "kernels" if plan.resources.kernels else "bitsandbytes, several times slower: numba is not installed"
+    library = format_of(plan.recipe).library
+    if plan.device == "cpu" and (plan.recipe.four_bit or library == "compressed-tensors"):
+        by = "bitsandbytes" if plan.recipe.four_bit else "torch"
+        return "kernels" if plan.resources.kernels else f"{by}, several times slower: numba is not installed"
     return f"torch and bitsandbytes on {plan.device}"
