@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from converter.batch.job_file import read_jobs
 from converter.errors import ConverterError
-from converter.merge import adapter as adapters
 from converter.merge.adapter import Adapter
+from converter.merge.files import CONFIG as ADAPTER_CONFIG
+from converter.merge.files import WEIGHTS
 from converter.merge.keys import PREFIX
 from converter.merge.patterns import Pattern, Patterns
 from converter.read.checkpoint import CONFIG, INDEX, SINGLE_FILE, Checkpoint
@@ -83,8 +84,8 @@ def parse_adapter_config(raw: bytes, scratch: Path) -> bool:
         names = (f"{PREFIX}{MODULES[0]}.lora_{half}.weight" for half in "AB")
         a, b = next(names), next(names)
         header = {a: _entry([8, 4], 0, 128, "F32"), b: _entry([4, 8], 128, 256, "F32")}
-        (place / adapters.WEIGHTS).write_bytes(shard(header, b"\0" * 256))
-    (place / adapters.CONFIG).write_bytes(raw)
+        (place / WEIGHTS).write_bytes(shard(header, b"\0" * 256))
+    (place / ADAPTER_CONFIG).write_bytes(raw)
 
     def use() -> None:
         adapter = Adapter(folder, seconds=SECONDS_OF_PATTERNS)

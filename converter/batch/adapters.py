@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from converter.errors import BadRecipe
-from converter.merge.adapter import CONFIG
+from converter.merge.files import CONFIG
 from converter.read.folder import is_folder
 
 _WILDCARD = re.compile(r"[*?\[]")

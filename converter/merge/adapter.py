@@ -9,6 +9,14 @@ import hashlib
 import json
 
 from converter.errors import BadAdapter, BadCheckpoint
+from converter.merge.files import (
+    CONFIG,
+    WEIGHTS,
+    inner_folders,
+    refuse_other_formats,
+    refuse_weights_beside,
+    whole_model_beside,
+)
 from converter.merge.keys import Keys, Parts, read_keys
 from converter.merge.options import Options
 from converter.merge.patterns import SECONDS
@@ -16,9 +24,6 @@ from converter.read.folder import Folder
 from converter.read.header import TensorHeader, read_header
 from converter.read.strict_json import read_json
 from converter.tensors import all_finite
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -32,12 +37,9 @@ class Adapter:
 
     def __init__(self, folder: Folder, *, seconds: float = SECONDS) -> None:
         self.folder = folder
-        names = folder.names()
-        for name in (CONFIG, WEIGHTS):
-            if name not in names:
-                pickled = name == WEIGHTS and "adapter_model.bin" in names
-                hint = "only pickled weights (.bin), which this tool does not unpickle" if pickled else f"no {name}"
-                raise BadAdapter(f"{folder.label}: {hint}")
+        self.notes: list[str] = []
+        """What a user should know of the folder."""
+        self._look_around()
         try:
             self.config = read_json(folder, CONFIG)
             self.tensors = read_header(folder, WEIGHTS)
@@ -97,6 +99,13 @@ class Adapter:
             return False
         both = zip(one.pieces(self.folder), other.pieces(self.folder), strict=True)
         return all(mine.tobytes() == yours.tobytes() for mine, yours in both)
+
+    def _look_around(self) -> None:
+        label, names = self.folder.label, self.folder.names()
+        refuse_other_formats(names, inner_folders(self.folder.path), label)
+        refuse_weights_beside(names, label)
+        if (model := whole_model_beside(names)) is not None:
+            self.notes.append(f"{label}: {model}, of a whole model, lies beside the adapter and is left out")
 
     def _replacements(self, keys: Keys) -> dict[str, TensorHeader]:
         """One tensor for each name: PEFT writes some twice, and beside them what they took the place of."""

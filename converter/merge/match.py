@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from converter.errors import AdapterMismatch, BadAdapter
+from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.bias import LoraBias
 from converter.merge.change import Change, read_stored
@@ -49,7 +49,7 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
     names = Names(architecture, adapter.modules, adapter.replacements, ask)
     _refuse_left(adapter, architecture, names)
     adapter.options.learn(module for name in _changeable(architecture) for module in names.spellings(name))
-    found = Match()
+    found = Match(notes=list(adapter.notes))
     for name, tensor in adapter.replacements.items():
         target = names.tensor(name)
         assert target is not None  # noqa: S101  (it has a place)
@@ -58,9 +58,8 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
         _check_replacement(adapter, architecture, target, name)
         found.replacements[target] = tensor
     now = {**shapes, **{name: tensor.shape for name, tensor in found.replacements.items()}}
-    sites = [
-        Site(module, parts, adapter.options, names, architecture, now) for module, parts in adapter.modules.items()
-    ]
+    used = [module for module in adapter.modules if not _is_unused(adapter, architecture, names, module, found.notes)]
+    sites = [Site(module, adapter.modules[module], adapter.options, names, architecture, now) for module in used]
     read = Tuner.of(adapter.config, adapter.shared, sites).changes if adapter.options.is_bridged else changes_of
     for site in sites:
         for target, change in read(site).items():
@@ -93,6 +92,23 @@ def _refuse_left(adapter: Adapter, architecture: Architecture, names: Names) -> 
     count = "" if len(left) == 1 else f" ({len(left):,} of the adapter's {total:,} names have no place)"
     kind = "tensor" if name in adapter.replacements else "module"
     raise AdapterMismatch(f"{name}: in the adapter, but the base has no such {kind}{count}; {advice}")
+
+
+def _is_unused(adapter: Adapter, architecture: Architecture, names: Names, module: str, notes: list[str]) -> bool:
+    """Whether a module is in the base's files alone, and not in the model: its adapter never got a gradient.
+
+    Adds a note if so. Raises `Unsupported` if the adapter changes it all the same.
+    """
+    role = architecture.roles.get(names.tensor(f"{module}.weight") or "")
+    if role is None or role.parameter is not None:
+        return False
+    factors = [tensor for part, tensor in adapter.modules[module].items() if part.endswith("_B")]
+    if not factors or not all(adapter.is_zero(factor) for factor in factors):
+        raise Unsupported(
+            f"{module}: the adapter changes it, but {architecture.class_name} does not use it: nothing would change"
+        )
+    notes.append(f"{module}: {architecture.class_name} does not use it, and the adapter left it as it was")
+    return True
 
 
 def _changeable(architecture: Architecture) -> list[str]:

@@ -11,9 +11,10 @@ from typing import NamedTuple, Self
 
 from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
 from converter.job import Job, Reference, RunOptions
-from converter.merge.adapter import CONFIG as ADAPTER_CONFIG
-from converter.merge.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from converter.merge.adapter import Adapter
+from converter.merge.files import CONFIG as ADAPTER_CONFIG
+from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
+from converter.merge.files import refuse_weights_beside
 from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
@@ -96,11 +97,11 @@ class Inputs:
         if adapter is not None:
             self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
         self._owns_base = opened is None
-        if opened is None:
-            if base is None:
-                assert self.adapter is not None  # noqa: S101  (checked above)
-                base, base_revision = base_of_adapter(self.adapter, base_revision)
+        if opened is None and base is not None:
             opened = Base(base, base_revision, offline=offline)
+        elif opened is None:
+            assert self.adapter is not None  # noqa: S101  (checked above)
+            opened = open_base_of_adapter(self.adapter, base_revision, offline=offline)
         self.opened = opened
 
     @classmethod
@@ -214,6 +215,7 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
     That costs little, for planning reads its values, too.
     """
     opened = _open(reference, revision, offline=offline)
+    refuse_weights_beside(opened.names(), opened.label)
     wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in opened.names()]
     digest = opened.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
     folder = opened.fetch([*wanted, *wanted_from_base(opened.names())])
@@ -234,6 +236,17 @@ def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Refe
     if name is None:
         raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
     return name, revision or adapter.base_revision
+
+
+def open_base_of_adapter(adapter: Adapter, revision: str | None = None, *, offline: bool = False) -> Base:
+    """Open the base that an adapter names. `ConversionRefused` says that it was the adapter who named it."""
+    name, revision = base_of_adapter(adapter, revision)
+    try:
+        return Base(name, revision, offline=offline)
+    except ConversionRefused as exc:
+        raise type(exc)(
+            f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give the base with --base"
+        ) from exc
 
 
 def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:

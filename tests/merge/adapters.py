@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from converter.errors import ConversionRefused
-from converter.merge.adapter import CONFIG, WEIGHTS, Adapter
+from converter.merge.adapter import Adapter
+from converter.merge.files import CONFIG, WEIGHTS
 from converter.merge.keys import PREFIX
 from converter.merge.match import Match, match
 from converter.merge.patterns import SECONDS

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from converter.errors import BadAdapter, Unsupported
-from converter.merge.adapter import CONFIG, WEIGHTS
+from converter.merge.files import CONFIG, WEIGHTS
 from converter.merge.keys import PREFIX
 from tests.merge.adapters import MODULE, A, B, factors, misplaced, opened, placed, refusal, save
 
@@ -129,21 +129,6 @@ def test_a_config_that_is_not_json_is_refused_as_the_adapters_fault(tmp_path: Pa
     (folder / CONFIG).write_text('{"r": ')
 
     assert CONFIG in refusal(folder, BadAdapter)
-
-
-@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
-def test_a_missing_file_is_named(missing: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "adapter")
-    (folder / missing).unlink()
-
-    assert refusal(folder, BadAdapter) == f"no {missing}"
-
-
-def test_pickled_weights_are_refused_unopened(tmp_path: Path) -> None:
-    folder = save(tmp_path / "adapter")
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-
-    assert refusal(folder, BadAdapter) == "only pickled weights (.bin), which this tool does not unpickle"
 
 
 def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import converter
 from converter.errors import AdapterMismatch, BadAdapter, ConversionRefused, Unsupported
-from converter.merge.adapter import CONFIG, WEIGHTS, Adapter
+from converter.merge.adapter import Adapter
+from converter.merge.files import CONFIG, WEIGHTS
 from converter.merge.keys import PREFIX
 from converter.merge.match import Match, match
 from converter.model.answers import describe

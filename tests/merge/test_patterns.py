@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import BadAdapter
-from converter.merge.adapter import CONFIG
+from converter.merge.files import CONFIG
 from converter.merge.keys import PREFIX
 from converter.merge.patterns import SECONDS, Pattern, Patterns
 from tests.limits import cpu_below
