@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, ViTConfig, ViTForImageClassification
 
 from converter import Recipe, convert
 from converter.merge.adapter import Adapter
@@ -53,8 +53,21 @@ def save_gpt_oss(folder: Path, dtype: torch.dtype) -> Path:
         vocab_size=256, head_dim=16, num_local_experts=3, num_experts_per_tok=1, layer_types=layers,
     )  # fmt: skip
     config.architectures = ["GptOssForCausalLM"]
+    return _save(folder, GptOssForCausalLM, config, dtype)
+
+
+def save_vit(folder: Path, dtype: torch.dtype) -> Path:
+    """A random base that begins with a convolution."""
+    config = ViTConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14
+    )
+    config.architectures = ["ViTForImageClassification"]
+    return _save(folder, ViTForImageClassification, config, dtype)
+
+
+def _save(folder: Path, kind: Any, config: Any, dtype: torch.dtype) -> Path:
     torch.manual_seed(5)
-    model = GptOssForCausalLM(config)
+    model = kind(config)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             parameter.normal_(0, 0.05)

@@ -21,6 +21,7 @@ from tests.merge.merges import (
     save_exact,
     save_gpt_oss,
     save_tuned,
+    save_vit,
     says,
 )
 from tests.models import load, save_base
@@ -53,15 +54,20 @@ KINDS: dict[str, tuple[str, LoraConfig]] = {
     "fused experts": ("gpt_oss", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts one by one": ("qwen2_moe", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts in part": ("mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS[:1])),
+    "convolution": ("vit", lora(task_type=None, target_modules=["projection"])),
+    "DoRA on a convolution": ("vit", lora(task_type=None, target_modules=["projection"], use_dora=True)),
     "MiCA": ("llama", lora(init_lora_weights="mica")),
 }
+
+
+MAKERS = {"gpt_oss": save_gpt_oss, "vit": save_vit}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_merged_to_pefts_bits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     name, config = KINDS[kind]
-    base = save_gpt_oss(tmp_path / "base", dtype) if name == "gpt_oss" else save_base(tmp_path / "base", name, dtype)
+    base = MAKERS[name](tmp_path / "base", dtype) if name in MAKERS else save_base(tmp_path / "base", name, dtype)
     save_tuned(tmp_path / "adapter", base, config)
 
     ours = merged_by_us(base, tmp_path / "adapter", dtype, tmp_path / "ours")
