@@ -25,6 +25,8 @@ class Job:
     recipe: Recipe = Recipe()
     base_revision: str | None = None
     adapter_revision: str | None = None
+    card: str = ""
+    """Text for the model card."""
 
     @property
     def label(self) -> str:

@@ -29,10 +29,11 @@ from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
 from converter.recipe import Recipe
 from converter.resources import Resources
+from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination
 from converter.seal.origin import already_made, origin_of
 from converter.seal.production import Made, Production, Target
-from converter.seal.receipt import fingerprint
+from converter.seal.receipt import CARD, fingerprint
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
@@ -70,6 +71,7 @@ def convert(
     offline: bool = False,
     trust_remote_code: bool = False,
     resume: bool = True,
+    card: str = "",
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Report:
@@ -83,7 +85,7 @@ def convert(
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
-    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision)
+    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume)
     return convert_job(job, options, Observer(progress, stop))
 
@@ -116,16 +118,19 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
             observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
             remember_digests(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
-            return seal(output, inputs, digests, job.out)
+            return seal(output, inputs, digests, job)
 
 
-def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], out: Path) -> Report:
+def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Job) -> Report:
     """Seal an output whose tensors are all made. `digests`: xxh3-128 of the base's tensors."""
     plan = output.plan
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
-    output.staging.seal(plan, origin, read_side_files(plan.side_files, inputs.folder_of), fidelity)
-    return Report(out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
+    adapter = inputs.adapter.folder if inputs.adapter else None
+    cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
+    side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}
+    output.staging.seal(plan, origin, side_files, fidelity)
+    return Report(job.out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
 
 
 def plan_conversion(

@@ -47,7 +47,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device that `--device` names; auto is an accelerator if there is one."""
+    """The device of this name; auto is an accelerator if there is one. `ConversionRefused` if it can't be used."""
     import torch
 
     if name == "auto":
@@ -56,7 +56,12 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as exc:
-        raise ConversionRefused(f"--device {name}: {str(exc).splitlines()[0]}") from exc
+        why = str(exc).splitlines()[0]
+        if name.startswith("cuda") and not torch.backends.cuda.is_built():
+            why = "this PyTorch is built without CUDA: install a build for CUDA (pytorch.org/get-started), or use cpu"
+        elif name.startswith("cuda") and not torch.cuda.is_available():
+            why = "there is no CUDA device, or no driver for it (nvidia-smi lists them): use cpu"
+        raise ConversionRefused(f"`device` {name}: {why}") from exc
     return device
 
 

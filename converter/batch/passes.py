@@ -202,7 +202,7 @@ class Pass:
             for shard in layout.shared_shards():
                 production.staging.take(self._shared.finished(shard), shard.file, self._run.options.link)
             production.made |= {made.name: made for made in self._made_elsewhere()}
-            report = seal(production, job.inputs, digests, job.job.out)
+            report = seal(production, job.inputs, digests, job.job)
         except ConverterError as exc:
             self._drop(output, exc)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
 @click.option("--out", metavar="PATH", help="Folder to write. It appears only when it is complete.")
+@click.option("--card", metavar="FILE", help="Your own text for the model card: Markdown, without metadata.")
 @with_recipe
 @with_run_options
 @with_printing
@@ -63,6 +65,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     if context.invoked_subcommand is not None:
         return
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
+    options["card"] = card_text(options["card"])
     if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not dry_run:
@@ -101,7 +104,7 @@ def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
     from converter.cli.show.words import json_text
     from converter.pipeline import plan_conversion
 
-    del asked["resume"]
+    del asked["resume"], asked["card"]
     dry_run = plan_conversion(**asked)
     if printing.as_json:
         print_text(json_text(dry_run.as_json()))
@@ -124,10 +127,26 @@ def jobs_from(adapters: Sequence[str], options: dict[str, Any]) -> list[Job]:
     from converter.job import Job
 
     recipe = recipe_from(options)
-    base, out, *revisions = take(options, "base", "out", "base_revision", "adapter_revision").values()
-    if revisions[-1] is not None and len(adapters) > 1:
+    base, out, of_base, of_adapter, card = take(
+        options, "base", "out", "base_revision", "adapter_revision", "card"
+    ).values()
+    if of_adapter is not None and len(adapters) > 1:
         raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
     folder = Path(out or "OUT")
     if is_named(adapters):
-        return named_jobs(adapters, folder, base, recipe, *revisions)
-    return [Job(folder, adapters[0] if adapters else None, base, recipe, *revisions)]
+        jobs = named_jobs(adapters, folder, base, recipe, of_base, of_adapter)
+        return [replace(job, card=card) for job in jobs]
+    return [Job(folder, adapters[0] if adapters else None, base, recipe, of_base, of_adapter, card)]
+
+
+def card_text(file: str | None) -> str:
+    """The text of `--card`."""
+    if file is None:
+        return ""
+    try:
+        text = Path(file).expanduser().read_text()
+    except (OSError, UnicodeDecodeError, RuntimeError) as exc:
+        raise click.UsageError(f"--card {file}: {getattr(exc, 'strerror', None) or exc}") from exc
+    if text.startswith("---"):
+        raise click.UsageError(f"--card {file}: begins with metadata; the card has its own, so give text only")
+    return text

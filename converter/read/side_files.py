@@ -59,7 +59,7 @@ class SideFile:
 
 def wanted_from_base(names: Iterable[str]) -> list[str]:
     """Of the base's file names, those that are copied or read besides the weights."""
-    return sorted(name for name in names if _is_one_of(name, (*_TOKENIZER, *_OTHERS)))
+    return sorted(name for name in names if _is_one_of(name, (*_TOKENIZER, *_OTHERS, "README.md")))
 
 
 def is_loaded(name: str) -> bool:

@@ -29,7 +29,6 @@ from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
 from converter.read.folder import LocalFolder
-from converter.seal.card import model_card
 from converter.seal.destination import OURS, Destination, clear, remove
 from converter.seal.link import How, ReusableShard, identity_of, link
 from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
@@ -147,7 +146,6 @@ class Staging:
             self.put(name, raw)
         if len(plan.shards) > 1:
             self.put(INDEX, _index(self.folder))
-        self.put(CARD, model_card(plan, origin))
         self.put(CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         check_written(self.folder, plan)
         with writing(self.folder):

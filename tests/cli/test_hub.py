@@ -155,3 +155,31 @@ def test_the_revision_of_an_adapter_is_kept_on_the_way_to_a_batch(
     assert (ran.code, ran.err) == (0, "")
     receipt = (out / "x" if named else out) / "conversion.json"
     assert json.loads(receipt.read_text())["origin"]["adapter_commit"] == commit
+
+
+def test_the_card_names_base_and_adapter_of_the_hub_and_their_licences(
+    run: Run, hub: StandInHub, tiny_base: Path, out: Path, tmp_path: Path
+) -> None:
+    base = copy(tiny_base, tmp_path / "with card")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.push("maker/base", base)
+    text = tmp_path / "own.md"
+    text.write_text("Trained on my notes.")
+
+    assert run("--adapter", "maker/lora", "--out", out, "--card", text).code == 0
+    assert run("--base", "maker/base", "--out", tmp_path / "alone").code == 0
+
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nbase_model:\n- maker/base\n- maker/lora\nbase_model_relation: merge\n")
+    assert "Trained on my notes." in card
+    alone = (tmp_path / "alone" / "README.md").read_text()
+    assert "base_model: maker/base\nbase_model_relation: quantized\n" in alone
+
+
+def test_text_for_the_card_that_cannot_be_read_is_refused(run: Run, base: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "front.md").write_text("---\nlicense: mit\n---\n")
+    for file, said in (("none.md", "No such file or directory"), ("front.md", "begins with metadata")):
+        ran = run("--base", base, "--out", out, "--card", tmp_path / file)
+
+        assert ran.code == 2
+        assert f"--card {tmp_path / file}: {said}" in ran.err

@@ -459,7 +459,7 @@ def test_the_predicted_memory_is_within_the_budget(
 
 
 def test_a_device_that_is_not_there_is_refused_by_name(base: Path) -> None:
-    with pytest.raises(ConversionRefused, match=r"^--device abacus: "):
+    with pytest.raises(ConversionRefused, match=r"^`device` abacus: "):
         plan_of(base, None, device="abacus")
 
 

@@ -1271,7 +1271,7 @@ def test_the_card_names_base_and_recipe(inputs: tuple[Path, Path], out: Path, tm
     convert(inputs[0], adapter, out, Recipe(keep=("o_proj",)))
 
     card = (out / "README.md").read_text()
-    assert card.startswith("---\nbase_model: maker/base-7b\nbase_model_relation: quantized\n")
+    assert card.startswith("---\nbase_model: maker/base-7b\nbase_model_relation: finetune\n")
     assert "- bitsandbytes\n- 4-bit\n- lora-merged\n" in card
     for row in ("quant type | nf4", "double quant | true", "block size | 64", "kept in 16 bits | o_proj"):
         assert f"| {row} |" in card
