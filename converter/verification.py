@@ -99,6 +99,7 @@ def verify(
     try:
         _check_files(folder.path, receipt, found)
         with Checkpoint(folder) as written:
+            found.problems += written.notes
             quantized = _check_structure(written, found)
             _check_values(written, quantized, found, progress)
             if base is not None or adapter is not None or compare:

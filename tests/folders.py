@@ -6,12 +6,69 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from converter.errors import BadCheckpoint, InputChanged
+from converter.read.folder import LocalFolder, Progress
+
+
+class MemoryFolder:
+    """Files that are nowhere but in memory: a `Folder` for tests of what reads one."""
+
+    path = None
+    repo_id = None
+    commit = None
+
+    def __init__(self, files: Mapping[str, bytes], label: str = "memory") -> None:
+        self.files = dict(files)
+        self.label = label
+        self.read: list[tuple[str, int, int]] = []
+        """What was read: file, offset, bytes."""
+
+    def names(self) -> frozenset[str]:
+        return frozenset(name for name in self.files if "/" not in name)
+
+    def size(self, name: str) -> int:
+        if name not in self.files:
+            raise BadCheckpoint(f"{self.label}: no {name}")
+        return len(self.files[name])
+
+    def digest(self, name: str) -> str | None:
+        return f"sha256:{hashlib.sha256(self.files[name]).hexdigest()}"
+
+    def identity(self, name: str) -> list[int]:
+        return []
+
+    def state(self, name: str) -> list[int]:
+        return []
+
+    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
+        raise AssertionError("files in memory have no folder")
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        part = self.files[name][offset : offset + len(buffer)]
+        self.read.append((name, offset, len(buffer)))
+        if len(part) < len(buffer):
+            raise InputChanged(f"{self.label}: {name}: ends at byte {offset + len(part)}")
+        buffer[:] = part
+
+    def expect(self, name: str, offset: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def shard_bytes(header: object, body: bytes = b"", *, length: int | None = None) -> bytes:
+    """A safetensors file, right or wrong: `header` as JSON, or as it is where it is bytes."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + body
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,7 +18,15 @@ from typing import Any
 from converter.errors import BadRecipe, ConversionRefused
 from converter.model.architecture import Architecture, Role, Shape
 from converter.model.linear_layers import modules_to_ignore, quantizable, tensors_expected
-from converter.model.meta_model import Names, meta_model, modules_that_loading_quantizes, quantized_modules
+from converter.model.meta_model import (
+    Names,
+    meta_model,
+    modules_that_loading_quantizes,
+    quantized_modules,
+    reads_alike,
+    swapped_by_loading,
+)
+from converter.model.read_directly import modules_read_directly
 from converter.model.skip_list import skip_modules
 
 
@@ -60,10 +68,10 @@ def describe(
         return architecture
     compressed = library == "compressed-tensors"
     if compressed:
-        wanted = quantizable(model, names, shapes)
+        could = quantizable(model, names, shapes)
     else:
         by_default = quantized_modules(model, None)
-        wanted = {
+        could = {
             name: role.parameter.removesuffix(".weight")
             for name, role in roles.items()
             if role.parameter is not None
@@ -71,12 +79,14 @@ def describe(
             and role.parameter.endswith(".weight")
             and role.parameter.removesuffix(".weight") in by_default
         }
-    for name in _kept(wanted, architecture, keep):
-        del wanted[name]
+    direct = modules_read_directly(model)
+    read_directly = frozenset(name for name, module in could.items() if module in direct)
+    kept = _kept(could, architecture, keep) | read_directly
+    wanted = {name: module for name, module in could.items() if name not in kept}
     roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
     modules = set(wanted.values())
     skip = modules_to_ignore(model, names, modules) if compressed else skip_modules(model, names, roles, modules)
-    return replace(architecture, roles=roles, skip_modules=skip)
+    return replace(architecture, roles=roles, skip_modules=skip, read_directly=read_directly)
 
 
 def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:
@@ -86,8 +96,15 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
     dtype = str(config.get("dtype", "bfloat16"))
     model = meta_model({k: v for k, v in config.items() if k != "quantization_config"}, tensors, dtype)
     assert model is not None  # noqa: S101  (without remote_code a missing class raises)
-    names = Names(model, tensors)
     found = set(quantized)
+    swapped = swapped_by_loading(model, quantization) if quantization is not None else {}
+    if swapped:
+        module, (old, new) = min(swapped.items())
+        return [
+            f"{module}: loading a quantized checkpoint puts {new} in the place of {old}, and finds no tensors for it; "
+            "use --quant-type none"
+        ]
+    names = Names(model, tensors)
     wrong_shapes = list(names.mismatched(tensors, transposed=found))
     built: set[str] = set()
     if quantization is not None and quantization.get("quant_method") == "compressed-tensors":
@@ -122,6 +139,8 @@ def answer(request: dict[str, Any]) -> Any:
         return describe(request.pop("config"), shapes, **request).as_json()
     if question == "parameters":
         return parameters(**request)
+    if question == "reads_alike":
+        return reads_alike(request["config"], request["other"])
     tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
     return check_output(request["config"], tensors, request["quantized"])
 

@@ -63,6 +63,8 @@ class Architecture:
     """In the order in which the model has them."""
     embeddings: frozenset[str] = frozenset()
     """Checkpoint names of the input embedding and of the output head, one that shares the input's tensor included."""
+    read_directly: frozenset[str] = frozenset()
+    """Weights of linear layers that stay in 16 bits because the model computes with them itself."""
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, from which `from_json` makes an equal one."""
@@ -76,6 +78,7 @@ class Architecture:
             "known": self.known,
             "embeddings": sorted(self.embeddings),
             "stacks": [[one.parameter, one.shape, one.turned, list(one.pieces.items())] for one in self.stacks],
+            "read_directly": sorted(self.read_directly),
         }
 
     @classmethod
@@ -86,13 +89,14 @@ class Architecture:
             roles={name: Role(*role) for name, role in value["roles"].items()},
             skip_modules=None if skip is None else tuple(skip),
             tied=value["tied"],
-            doubled=value.get("doubled", {}),
+            doubled=value["doubled"],
             known=value["known"],
             embeddings=frozenset(value["embeddings"]),
             stacks=tuple(
                 Stack(parameter, tuple(shape), turned, {name: (one[0], one[1], one[2]) for name, one in pieces})
                 for parameter, shape, turned, pieces in value["stacks"]
             ),
+            read_directly=frozenset(value["read_directly"]),
         )
 
     def tensor_of(self, parameter: str) -> str | None:

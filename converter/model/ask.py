@@ -33,9 +33,10 @@ checkpoint may have take about one billion."""
 _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 """Signals that no config is at fault for, but a user, or a system without memory."""
 _KIND, _MOST_ANSWERS = "architectures", 64
-_ANSWERS = "3"
+_ANSWERS = "4"
 """Changes with what an answer says: answers of another kind are not remembered."""
-_PROGRAM = "from converter.model.answers import serve; serve({memory})"
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from converter.model.answers import serve; serve({memory})"
+"""With this process's own path: a folder named converter may lie where the command is run."""
 
 
 class TransformersProcess:
@@ -93,7 +94,7 @@ class TransformersProcess:
     def _start(self) -> subprocess.Popen[str]:
         atexit.register(self.end)
         return subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(memory=self._memory)],
+            [sys.executable, "-c", _PROGRAM.format(path=sys.path, memory=self._memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -171,6 +172,10 @@ class Questions:
         problems: list[str] = self._ask({"question": "check_output", **request})
         return problems
 
+    def reads_alike(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+        """`meta_model.reads_alike`."""
+        return bool(self._ask({"question": "reads_alike", "config": config, "other": other}))
+
     def _ask(self, request: dict[str, Any]) -> Any:
         question = json.dumps(request, sort_keys=True)
         made_by = [self._versions(name) for name in ("nf4-converter", "transformers", "bitsandbytes")]
@@ -188,3 +193,4 @@ _questions = Questions()
 describe = _questions.describe
 check_output = _questions.check_output
 parameters = _questions.parameters
+reads_alike = _questions.reads_alike

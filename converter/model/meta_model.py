@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME_CODE = ("auto_map", "attn_implementation", "experts_implementation", "kernel_config", "use_kernels")
+_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf")}
+_PURPOSE = re.compile(r"For[A-Z]\w*$|LMHeadModel$")
+"""What a class's name says of the head that its models have."""
 _COUNTS = (
     (re.compile(r"(?:num|n)_(?:[a-z]+_)*layers?|[a-z]+_layers|depth"), 128),
     (re.compile(r"(?:[a-z]+_)*experts"), 4_096),
@@ -31,28 +34,30 @@ _COUNTS = (
 def meta_model(
     config: Mapping[str, Any], tensors: Mapping[str, Shape], dtype: str, *, remote_code: bool = False
 ) -> PreTrainedModel | None:
+    """The model that a config describes, without weights; None, with `remote_code`, where transformers has no such
+    class. Raises `Unsupported` for that otherwise, and `BadCheckpoint` for a config that no model can be made of."""
     import torch
 
     with quietly():
         import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_LM
+        from transformers.initialization import no_tie_weights
 
-    model_type = config.get("model_type")
-    listed = config.get("architectures")
-    class_name = listed[0] if isinstance(listed, list) and listed else CAUSAL_LM.get(str(model_type))
-    model_class = getattr(transformers, class_name, None) if isinstance(class_name, str) else None
-    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING or not is_model:
+    model_type, class_name = config.get("model_type"), class_of(config)
+    if class_name is None:
         if remote_code:
             return None
+        listed = config.get("architectures")
+        stated = listed[0] if isinstance(listed, list) and listed else None
         raise Unsupported(
-            f"config.json: transformers {transformers.__version__} has no {class_name!r} of model type {model_type!r}"
+            f"config.json: transformers {transformers.__version__} has no {stated!r} of model type {model_type!r}"
         )
     _refuse_absurd_counts(config, len(tensors))
     try:
-        with quietly(), torch.device("meta"):
-            parsed = transformers.CONFIG_MAPPING[model_type].from_dict(_without_code(config))
-            model: PreTrainedModel = model_class._from_config(parsed, dtype=getattr(torch, dtype))  # type: ignore[union-attr]
+        # As when it is loaded: which parameter is the last one, which transformers keeps, depends on it.
+        with quietly(), no_tie_weights(), torch.device("meta"):
+            parsed = _parsed(config)
+            model_class = getattr(transformers, class_name)
+            model: PreTrainedModel = model_class._from_config(parsed, dtype=getattr(torch, dtype))
     except Exception as exc:  # whatever a strange config raises in foreign code is the config's fault
         reason = " ".join(str(exc).split()) or type(exc).__name__
         raise BadCheckpoint(f"config.json: transformers can't build {class_name} from it: {reason[:200]}") from exc
@@ -61,9 +66,65 @@ def meta_model(
     return model
 
 
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that a config names, or that its model type explains; None if there is none.
+
+    A name that transformers doesn't have (LLaMAForCausalLM, MyOwnForCausalLM) is a matter of spelling, or of whoever
+    wrote it: what the auto classes load is the class of the model type for the same purpose (…ForCausalLM).
+    """
+    with quietly():
+        import transformers
+        from transformers.models.auto import modeling_auto
+
+    model_type, listed = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        return None
+    stated = listed[0] if isinstance(listed, list) and listed else "ForCausalLM"
+    if not isinstance(stated, str):
+        return None
+    named = getattr(transformers, stated, None)
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return stated
+    purpose = _PURPOSE.search(stated)
+    if purpose is None or config.get("auto_map"):
+        return None  # with code of its own, it is another model whatever its type is called
+    if purpose[0] in ("ForCausalLM", "LMHeadModel"):
+        causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+        return causal if isinstance(causal, str) else None
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    names = [table[model_type] for table in tables if isinstance(table.get(model_type), str)]
+    return next((name for name in names if name.endswith(purpose[0])), None)
+
+
+def reads_alike(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether transformers reads all that it reads of a config in another one, too."""
+    with quietly():
+        read, also = (_parsed(one).to_dict() for one in (config, other))
+    return _holds(also, read)
+
+
+def _holds(value: Any, part: Any) -> bool:
+    """Whether a mapping has all that another one has; of other values, whether they are equal."""
+    if isinstance(value, Mapping) and isinstance(part, Mapping):
+        return all(key in value and _holds(value[key], inner) for key, inner in part.items())
+    return bool(value == part)
+
+
+def _parsed(config: Mapping[str, Any]) -> Any:
+    """The config as transformers' class for its model type."""
+    import transformers
+
+    return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_without_code(config))
+
+
 def _without_code(value: Any) -> Any:
-    """A config without the keys that name kernels to fetch and code to import; none of them shapes the model."""
+    """A config without the keys that name kernels to fetch and code to import; none of them shapes the model.
+
+    Floats that JSON has no form for become what they stand for: transformers 5 writes {"__float__": "Infinity"}.
+    """
     if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and str(value["__float__"]) in _FLOATS:
+            return _FLOATS[str(value["__float__"])]
         return {
             key: _without_code(part) for key, part in value.items() if not key.startswith("_") and key not in _NAME_CODE
         }
@@ -236,6 +297,21 @@ def quantized_modules(model: PreTrainedModel, skip: Iterable[str] | None) -> set
         name
         for name, module in model.named_modules()
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, patterns)
+    }
+
+
+def swapped_by_loading(model: PreTrainedModel, quantization: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Modules that loading a quantized checkpoint replaces by others, whose tensors have other names: module → its
+    class and the other one; the rule of `HfQuantizer._convert_model_for_quantization`."""
+    with quietly():
+        from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION as PATCHES
+
+    method = quantization.get("quant_method")
+    found = {name: type(module).__name__ for name, module in model.named_modules() if type(module).__name__ in PATCHES}
+    return {
+        name: (kind, PATCHES[kind]["module_name"].__name__)
+        for name, kind in found.items()
+        if method in PATCHES[kind]["quantization_methods"]
     }
 
 

@@ -1,41 +1,62 @@
 """The output's config.json: the base's own JSON, with only what must change.
 
-It is never written by transformers: version 5 renames keys that version 4 then misses, silently. What version 5 has
-renamed is given in both spellings, so that 4.46, 4.57 and 5 read the same model.
+It is never written by transformers: version 5 renames keys that version 4 then misses, silently.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from converter.errors import BadCheckpoint, Unsupported
 from converter.model.architecture import Architecture
 from converter.quantize.formats import format_of
-from converter.read.checkpoint import MAX_CONFIG_BYTES
+from converter.read.checkpoint import MAX_CONFIG_BYTES, Checkpoint
+from converter.read.header import TensorHeader
 from converter.recipe import Recipe
 
+_CODES = ("F8_E5M2", "F8_E4M3", "F8_E8M0", "U8", "I8", "I16", "U16", "I32", "U32")
+_BESIDE_CODES = re.compile(
+    r"weight_scale|scale_inv$|\.scales$|\.q?zeros$|\.qweight$|\.absmax$|\.SCB$|quant_state|weight_packed$|codebooks?$"
+)
 
-def refuse_unconvertible(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
-    """Refuse a base whose config says that its weights are quantized, or that it needs code of its own."""
+
+def config_of(base: Checkpoint, *, trust_remote_code: bool) -> tuple[dict[str, Any], list[str]]:
+    """The base's config as that of weights in 16 or 32 bits, and what a user should know of it.
+
+    Raises `Unsupported` if the weights are quantized, or if the config needs code of its own.
+    """
+    where, config = base.folder.label, copy.deepcopy(base.config)
     if len(json.dumps(config, indent=2)) > MAX_CONFIG_BYTES // 2:  # as it will be written, with what is added
         raise BadCheckpoint(f"{where}: config.json has more than {MAX_CONFIG_BYTES // 2:,} bytes when it is indented")
-    for part in (config, config.get("text_config")):
-        if not isinstance(part, Mapping):
-            continue
-        quantization = part.get("quantization_config") or part.get("compression_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
-            raise Unsupported(
-                f"{where}: the base is quantized already ({method}); give the 16-bit model that it was made from"
-            )
     if config.get("auto_map") and not trust_remote_code:
         raise Unsupported(
             f"{where}: config.json names Python code of the base (auto_map); with --trust-remote-code its files are "
             "copied, and still never run"
         )
+    notes = []
+    for part in _parts(config):
+        for key in ("quantization_config", "compression_config"):
+            quantization = part.pop(key, None)
+            if not quantization:
+                continue
+            method = str(quantization.get("quant_method") if isinstance(quantization, Mapping) else None)[:60]
+            quantized = next((tensor.name for tensor in base if _is_of_quantized(tensor)), None)
+            if quantized is not None:
+                raise Unsupported(
+                    f"{where}: the base is quantized already ({method}; see {quantized[:60]}); give the 16-bit model "
+                    "that it was made from"
+                )
+            notes.append(f"config.json says that the base is quantized ({method}), but no tensor is: left out")
+    return config, notes
+
+
+def _is_of_quantized(tensor: TensorHeader) -> bool:
+    """Whether a tensor is what schemes of quantization make of a weight: packed or short codes, scales, tables."""
+    return tensor.dtype in _CODES or _BESIDE_CODES.search(tensor.name) is not None
 
 
 def output_config(
@@ -48,10 +69,8 @@ def output_config(
 ) -> dict[str, Any]:
     """The base's config with dtype, quantization, vocabulary and tying as the output has them."""
     config = copy.deepcopy(dict(base))
-    text = config.get("text_config")
-    parts = [config, text] if isinstance(text, dict) else [config]
+    parts = _parts(config)
     for part in parts:
-        _spell_rope_both_ways(part)
         if part is config or "dtype" in part or "torch_dtype" in part:
             # transformers 4.46 knows only torch_dtype, 5 prefers dtype; all take both.
             part["dtype"] = part["torch_dtype"] = recipe.dtype
@@ -65,28 +84,7 @@ def output_config(
     return config
 
 
-def _spell_rope_both_ways(part: dict[str, Any]) -> None:
-    """Add transformers 4's rope_theta and rope_scaling beside version 5's rope_parameters.
-
-    The other direction isn't needed: version 5 reads the old keys. Parameters by layer type (Gemma 3) become version
-    4's pair of keys for full and for sliding attention.
-    """
-    rope = part.get("rope_parameters")
-    if not isinstance(rope, Mapping) or not rope:
-        return
-    full = rope
-    if all(isinstance(value, Mapping) for value in rope.values()):
-        full = rope.get("full_attention") or next(iter(rope.values()))
-        sliding = rope.get("sliding_attention") or {}
-        if "rope_theta" in sliding:
-            part.setdefault("rope_local_base_freq", sliding["rope_theta"])
-    if "rope_theta" in full:
-        part.setdefault("rope_theta", full["rope_theta"])
-    if "partial_rotary_factor" in full:
-        part.setdefault("partial_rotary_factor", full["partial_rotary_factor"])
-    if part.get("model_type") == "gpt_neox":
-        part.setdefault("rotary_emb_base", full.get("rope_theta", 10_000))
-        part.setdefault("rotary_pct", full.get("partial_rotary_factor", 0.25))
-    if full.get("rope_type", "default") != "default":
-        rest = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        part.setdefault("rope_scaling", rest)
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config, and that of its language model if it has one."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]

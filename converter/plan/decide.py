@@ -16,9 +16,10 @@ from converter.merge.match import Match, match
 from converter.model.architecture import Architecture, Role
 from converter.model.ask import check_output, describe, dismiss, parameters
 from converter.plan.budget import cut_into_tiles
-from converter.plan.config import output_config, refuse_unconvertible
+from converter.plan.config import config_of, output_config
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
+from converter.plan.rope import in_words_of_all_versions
 from converter.quantize.format import Output
 from converter.quantize.formats import fit, format_of, notes_for_servers
 from converter.read.checkpoint import Checkpoint
@@ -47,11 +48,11 @@ def make_plan(
 
     Reads the adapter's values once, to check them; of the base, headers only. Raises a `ConversionRefused`.
     """
-    refuse_unconvertible(base.config, base.folder.label, trust_remote_code=trust_remote_code)
+    base_config, config_notes = config_of(base, trust_remote_code=trust_remote_code)
     recipe = recipe.resolved(_weights_dtype(base))
     shapes = {tensor.name: tensor.shape for tensor in base}
     architecture = describe(
-        base.config,
+        base_config,
         shapes,
         quantize=recipe.quant_type != "none",
         dtype=recipe.dtype,
@@ -83,7 +84,8 @@ def make_plan(
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
     untied = bool(found.untied) or found.parted
-    config = output_config(base.config, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
+    spelled, spelling_notes = in_words_of_all_versions(base_config, known=architecture.known)
+    config = output_config(spelled, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     if architecture.known:
@@ -100,7 +102,16 @@ def make_plan(
         shards=in_shards(packed(tensors, recipe, limits.header_bytes)),
         config=config,
         side_files=side_files,
-        notes=tuple(found.notes + notes + _notes_on_the_base(base, adapter) + _notes_for_servers(tensors, recipe)),
+        notes=(
+            *base.notes,
+            *config_notes,
+            *_notes_on_the_class(base_config, architecture),
+            *found.notes,
+            *notes,
+            *spelling_notes,
+            *_notes_on_the_base(base, adapter),
+            *_notes_for_servers(tensors, recipe),
+        ),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
         device=str(processor),
@@ -208,6 +219,24 @@ def _check_tokenizer(
             f"{adapter.folder.label}: its tokenizer has a token {largest:,}, the embedding {min(rows):,} rows: "
             "the adapter's file lacks the resized embedding"
         )
+
+
+def _notes_on_the_class(config: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    notes = []
+    listed = config.get("architectures")
+    stated = listed[0] if isinstance(listed, list) and listed else architecture.class_name
+    if architecture.known and stated != architecture.class_name:
+        notes.append(
+            f"transformers has no {str(stated)[:60]}: the base is taken for {architecture.class_name}, which has its "
+            "model type"
+        )
+    if architecture.read_directly:
+        modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in architecture.read_directly})
+        notes.append(
+            f"{', '.join(modules)}: kept in 16 bits in {len(architecture.read_directly)} places, for "
+            f"{architecture.class_name} computes with these weights itself"
+        )
+    return notes
 
 
 def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:

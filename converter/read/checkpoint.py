@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -21,8 +21,8 @@ MAX_CONFIG_BYTES = 10_000_000  # of a model; one with 20,000 labels has three mi
 class Checkpoint:
     """A base: its config, its weight map, the headers of its shards; and their bytes on request.
 
-    Opening it reads the config, the index and the headers, and checks them against each other; `BadCheckpoint` if they
-    contradict each other, or have more than `most` tensors.
+    Opening it reads the config, the index and the headers. `BadCheckpoint` if one of them is damaged, a shard is
+    missing, a tensor is in two shards, or there are more than `most` tensors.
     """
 
     def __init__(self, folder: Folder, *, most: int = MAX_TENSORS) -> None:
@@ -33,6 +33,8 @@ class Checkpoint:
             raise BadCheckpoint(f"{folder.label}: no {CONFIG}, so this is not a transformers checkpoint")
         self.config = read_json(folder, CONFIG, limit=MAX_CONFIG_BYTES)
         self.tensors: dict[str, TensorHeader] = {}
+        self.notes: tuple[str, ...] = ()
+        """What the index says otherwise than the headers, which are believed."""
         # transformers, too, takes the single file where both are there.
         if SINGLE_FILE in names:
             self.shards: tuple[str, ...] = (SINGLE_FILE,)
@@ -71,20 +73,10 @@ class Checkpoint:
                 if tensor.name in self.tensors:
                     other = self.tensors[tensor.name].file
                     raise BadCheckpoint(f"{self.folder.label}: {tensor.name!r} is in two shards, {other} and {shard}")
-                if weight_map.get(tensor.name) != shard:
-                    found = weight_map.get(tensor.name, "nowhere")
-                    raise BadCheckpoint(
-                        f"{self.folder.label}: {tensor.name!r} is in {shard}, but the index says {found}"
-                    )
                 self.tensors[tensor.name] = tensor
             if len(self.tensors) > self._most:
                 raise BadCheckpoint(f"{self.folder.label}: more than {self._most:,} tensors")
-        missing = sorted(weight_map.keys() - self.tensors.keys())
-        if missing:
-            raise BadCheckpoint(
-                f"{self.folder.label}: the index names {missing[0][:60]!r} in {weight_map[missing[0]]}, which lacks it"
-                + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-            )
+        self.notes = tuple(_differences(weight_map, self.tensors))
 
     @property
     def nbytes(self) -> int:
@@ -104,3 +96,16 @@ class Checkpoint:
 
     def __iter__(self) -> Iterator[TensorHeader]:
         return iter(self.tensors.values())
+
+
+def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
+    """What the index says otherwise than the headers of the shards, a line each."""
+    elsewhere = [name for name in tensors.keys() & weight_map.keys() if tensors[name].file != weight_map[name]]
+    for what, names, so in (
+        ("names", weight_map.keys() - tensors.keys(), "no shard has it"),
+        ("lacks", tensors.keys() - weight_map.keys(), "a shard has it, so it is converted"),
+        ("puts into another shard", elsewhere, "it is read where it is"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"{INDEX} {what} {min(names)[:60]!r}{more}: {so}"

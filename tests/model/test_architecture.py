@@ -13,12 +13,13 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, BitsAndBytesConfig
 
 from converter.errors import BadCheckpoint, BadRecipe, ConversionRefused, Unsupported
 from converter.model.answers import check_output, describe
 from converter.model.architecture import Architecture
-from converter.plan.config import output_config, quantization_config, refuse_unconvertible
+from converter.model.meta_model import class_of, meta_model
+from converter.plan.config import output_config
 from converter.recipe import Recipe
 from tests.models import ARCHITECTURES, make_model
 
@@ -310,6 +311,120 @@ def test_a_pattern_that_keeps_nothing_is_refused(pattern: str, remote_code: bool
     assert str(caught.value) == f"--keep {pattern}: matches no module that would be quantized"
 
 
+# Layers whose weights the model reads itself
+
+
+MAMBA: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("MambaForCausalLM", {**SMALL, "state_size": 16, "time_step_rank": 64}),
+    "falcon_mamba": ("FalconMambaForCausalLM", {**SMALL, "state_size": 16, "time_step_rank": 64}),
+    "jamba": (
+        "JambaForCausalLM",
+        {
+            **SMALL,
+            "num_key_value_heads": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 64,
+            "use_mamba_kernels": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAMBA)
+def test_layers_whose_weights_a_model_reads_itself_stay_in_16_bits(name: str, tmp_path: Path) -> None:
+    class_name, settings = MAMBA[name]
+    config = CONFIG_MAPPING[name](**settings)
+    config.architectures = [class_name]
+    getattr(transformers, class_name)(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    base = Base(tmp_path, json.loads((tmp_path / "config.json").read_text()), shapes_of(tmp_path))
+
+    architecture = base.describe()
+
+    kept = {tensor for tensor in base.shapes if tensor.endswith(".dt_proj.weight")}
+    assert kept
+    assert architecture.read_directly == kept
+    assert not kept & quantized(architecture)
+    assert any(tensor.endswith(".x_proj.weight") for tensor in quantized(architecture))
+    assert architecture.skip_modules is not None
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(architecture.skip_modules))
+    model = loaded(base, quantization_config=quantization)
+    with torch.no_grad():
+        assert model(torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_most_models_call_all_their_layers(name: str, bases: Any) -> None:
+    assert bases(name).describe().read_directly == frozenset()
+
+
+def test_what_is_kept_anyway_may_be_named_to_be_kept(tmp_path: Path) -> None:
+    class_name, settings = MAMBA["mamba"]
+    model = getattr(transformers, class_name)(CONFIG_MAPPING["mamba"](**settings))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [class_name]}
+
+    by_itself = describe(config, shapes, quantize=True, dtype="bfloat16")
+    named = describe(config, shapes, quantize=True, dtype="bfloat16", keep=["dt_proj"])
+
+    assert named == by_itself
+
+
+# Classes and configs as they are found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architectures", "expected"),
+    [
+        ("llama", ["LlamaForCausalLM"], "LlamaForCausalLM"),
+        ("llama", ["LLaMAForCausalLM"], "LlamaForCausalLM"),
+        ("falcon", ["RWForCausalLM"], "FalconForCausalLM"),
+        ("gpt2", ["MyLMHeadModel"], "GPT2LMHeadModel"),
+        ("gpt2", None, "GPT2LMHeadModel"),
+        ("gpt2", [], "GPT2LMHeadModel"),
+        ("bert", ["OwnForSequenceClassification"], "BertForSequenceClassification"),
+        ("qwen2_vl", ["Qwen2VLOwnForConditionalGeneration"], "Qwen2VLForConditionalGeneration"),
+        ("llama", ["NoSuchModel"], None),
+        ("llama", ["OwnForTelepathy"], None),
+        ("bert", ["OwnForConditionalGeneration"], None),
+        ("no_such_type", ["LlamaForCausalLM"], None),
+        ("llama", [5], None),
+    ],
+)
+def test_a_class_is_the_one_that_is_named_or_that_of_the_model_type_for_the_same_purpose(
+    model_type: str, architectures: list[Any] | None, expected: str | None
+) -> None:
+    assert class_of({"model_type": model_type, "architectures": architectures}) == expected
+
+
+def test_a_model_with_code_of_its_own_is_not_taken_for_the_one_of_its_type() -> None:
+    config = {"model_type": "llama", "architectures": ["OwnForCausalLM"], "auto_map": {"AutoModel": "own.Own"}}
+
+    assert class_of(config) is None
+
+
+@pytest.mark.parametrize("infinity", [float("inf"), {"__float__": "Infinity"}])
+def test_infinity_is_read_in_both_spellings(infinity: object) -> None:
+    settings = {**SMALL, "state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16}
+    config = {**settings, "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
+
+    model = meta_model({**config, "time_step_limit": [0.0, infinity]}, {}, "bfloat16")
+
+    assert model is not None
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]
+
+
+def test_a_number_that_is_none_is_refused() -> None:
+    config = {**SMALL, "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
+
+    with pytest.raises(BadCheckpoint, match="can't build Mamba2ForCausalLM"):
+        meta_model({**config, "time_step_limit": [0.0, {"__float__": "NaN"}]}, {}, "bfloat16")
+
+
 # What is refused
 
 
@@ -392,7 +507,7 @@ def test_an_absurd_count_is_refused_before_a_model_is_built(changes: dict[str, A
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["NobodyForCausalLM"]}, "no 'NobodyForCausalLM' of model type 'llama'"),
+        ({"architectures": ["NobodyForTelepathy"]}, "no 'NobodyForTelepathy' of model type 'llama'"),
         ({"architectures": ["AutoModel"]}, "no 'AutoModel' of model type 'llama'"),
         ({"architectures": ["LlamaConfig"]}, "no 'LlamaConfig' of model type 'llama'"),
         ({"architectures": ["torch"]}, "no 'torch' of model type 'llama'"),
@@ -567,6 +682,26 @@ def test_a_known_class_is_asked_of_transformers_whatever_was_allowed(bases: Any)
 # The static check of an output
 
 
+def test_modules_that_loading_replaces_are_refused_by_name() -> None:
+    settings = {**SMALL, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 128}
+    config = CONFIG_MAPPING["llama4_text"](**settings, num_local_experts=2, moe_layers=[1])
+    with torch.device("meta"):
+        model = transformers.Llama4ForCausalLM(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stated = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["Llama4ForCausalLM"]}
+    architecture = describe(stated, shapes, quantize=True, dtype="bfloat16")
+    output = output_config(stated, Recipe(dtype="bfloat16"), architecture, vocabulary=None, untied=False)
+
+    problems = check_output(output, shapes, quantized(architecture))
+
+    assert problems == [
+        "model.layers.1.feed_forward.experts: loading a quantized checkpoint puts SequentialLlama4TextExperts in the "
+        "place of Llama4TextExperts, and finds no tensors for it; use --quant-type none"
+    ]
+    in_16_bits = {key: value for key, value in output.items() if key != "quantization_config"}
+    assert check_output(in_16_bits, shapes, []) == []
+
+
 @pytest.fixture
 def output(bases: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]:
     base = bases("llama")
@@ -625,251 +760,6 @@ def test_a_list_of_kept_modules_that_was_lost_is_found(bases: Any) -> None:
     config["quantization_config"]["llm_int8_skip_modules"] = None
 
     assert len(check_output(config, shapes, names)) == 2
-
-
-# The output's config.json
-
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-ROPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 12_345.0}}),
-    "llama3": ("llama", {"rope_parameters": LLAMA3}),
-    "gemma3": ("gemma3_text", {"head_dim": 16}),
-    "gemma3 scaled": (
-        "gemma3_text",
-        {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            }
-        },
-    ),
-    "gpt_neox": (
-        "gpt_neox",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 9_999.0, "partial_rotary_factor": 0.5}},
-    ),
-    "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.75}}),
-    "phi3 long": (
-        "phi3",
-        {
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10_000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-                "original_max_position_embeddings": 64,
-            },
-        },
-    ),
-}
-
-
-def edited(config: dict[str, Any], skip: tuple[str, ...] | None = None, **changes: Any) -> dict[str, Any]:
-    """An output's config."""
-    settings: dict[str, Any] = {"vocabulary": None, "untied": False, **changes}
-    recipe = settings.pop("recipe", Recipe(dtype="bfloat16"))
-    return output_config(config, recipe, Architecture("X", {}, skip), **settings)
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_transformers_reads_the_same_positions_from_the_output_as_from_the_base(name: str, tmp_path: Path) -> None:
-    model_type, settings = ROPES[name]
-    CONFIG_MAPPING[model_type](**{**SMALL, **settings}).save_pretrained(tmp_path / "base")
-    base = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "out").mkdir()
-
-    (tmp_path / "out" / "config.json").write_text(json.dumps(edited(base)))
-
-    read = [AutoConfig.from_pretrained(tmp_path / folder) for folder in ("base", "out")]
-    assert read[0].rope_parameters == read[1].rope_parameters
-    assert read[0].rope_parameters
-
-
-@pytest.mark.parametrize(
-    ("rope", "model_type", "old"),
-    [
-        ({"rope_type": "default", "rope_theta": 5.0}, "llama", {"rope_theta": 5.0}),
-        (
-            LLAMA3,
-            "llama",
-            {"rope_theta": 500_000.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
-        ),
-        (
-            {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-            "gemma3_text",
-            {
-                "rope_theta": 1e6,
-                "rope_local_base_freq": 1e4,
-                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-            },
-        ),
-        (
-            {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5},
-            "gpt_neox",
-            {"rope_theta": 9.0, "partial_rotary_factor": 0.5, "rotary_emb_base": 9.0, "rotary_pct": 0.5},
-        ),
-    ],
-    ids=["default", "llama3", "gemma3", "gpt_neox"],
-)
-def test_positions_are_given_in_version_4s_spelling_too(rope: Any, model_type: str, old: dict[str, Any]) -> None:
-    base = {"model_type": model_type, "rope_parameters": rope}
-
-    config = edited(base)
-
-    assert {key: config[key] for key in old} == old
-    assert config["rope_parameters"] == rope
-    assert set(config) == {*base, *old, "dtype", "torch_dtype", "quantization_config"}
-
-
-@pytest.mark.parametrize("old", [{"rope_theta": 5.0, "rope_scaling": None}, {"rope_theta": 5.0}])
-def test_a_config_in_version_4s_spelling_stays_in_it(old: dict[str, Any]) -> None:
-    config = edited({"model_type": "llama", **old})
-
-    assert set(config) == {"model_type", *old, "dtype", "torch_dtype", "quantization_config"}
-
-
-def test_everything_else_stays_as_it_is() -> None:
-    base = {
-        "model_type": "own",
-        "b": [1, {"c": None}],
-        "a": 1e-05,
-        "transformers_version": "4.1",
-        "auto_map": {"x": "y"},
-    }
-
-    config = edited(base)
-
-    assert {key: config[key] for key in base} == base
-    assert list(config)[: len(base)] == list(base)
-
-
-def test_the_bases_config_is_not_changed() -> None:
-    base = {"model_type": "gemma3", "text_config": {"dtype": "float32", "vocab_size": 3, "rope_parameters": LLAMA3}}
-    before = copy.deepcopy(base)
-
-    edited(base, vocabulary=7, untied=True)
-
-    assert base == before
-
-
-@pytest.mark.parametrize("spelled", [{"dtype": "float32"}, {"torch_dtype": "float32"}, {}])
-def test_the_dtype_is_given_in_both_spellings(spelled: dict[str, str]) -> None:
-    config = edited({"model_type": "llama", **spelled}, recipe=Recipe(dtype="float16"))
-
-    assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
-
-
-def test_the_text_part_of_a_config_gets_what_it_has_already() -> None:
-    text = {"torch_dtype": "float32", "vocab_size": 256, "tie_word_embeddings": True}
-
-    config = edited({"model_type": "x", "text_config": text}, vocabulary=260, untied=True)
-
-    assert config["text_config"] == {
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-        "vocab_size": 260,
-        "tie_word_embeddings": False,
-    }
-    assert config["tie_word_embeddings"] is False
-    assert "vocab_size" not in config
-
-
-def test_a_text_part_without_dtype_or_vocabulary_gets_none() -> None:
-    config = edited({"model_type": "x", "text_config": {"a": 1}, "vocab_size": 3}, vocabulary=4, untied=True)
-
-    assert config["text_config"] == {"a": 1}
-    assert config["vocab_size"] == 4
-
-
-def test_tying_and_vocabulary_stay_where_the_adapter_leaves_them() -> None:
-    config = edited({"model_type": "llama", "vocab_size": 3, "tie_word_embeddings": True})
-
-    assert (config["vocab_size"], config["tie_word_embeddings"]) == (3, True)
-
-
-def test_a_model_in_sixteen_bits_has_no_quantization_config() -> None:
-    assert "quantization_config" not in edited({"model_type": "llama"}, recipe=Recipe("none", dtype="bfloat16"))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "expected"),
-    [
-        (Recipe(), {"load_in_4bit": True}),
-        (Recipe("fp4", double_quant=False), {"load_in_4bit": True}),
-        (Recipe("int8"), {"load_in_8bit": True}),
-    ],
-    ids=["nf4", "fp4", "int8"],
-)
-@pytest.mark.parametrize("skip", [None, ("lm_head", "a.b")])
-def test_the_quantization_config_says_what_transformers_own_would_say(
-    skip: tuple[str, ...] | None, recipe: Recipe, expected: dict[str, bool]
-) -> None:
-    names = None if skip is None else list(skip)
-    options: dict[str, Any] = {**expected, "llm_int8_skip_modules": names}
-    if recipe.four_bit:
-        options["bnb_4bit_quant_type"] = recipe.quant_type
-        options["bnb_4bit_use_double_quant"] = recipe.double_quant
-        options["bnb_4bit_compute_dtype"] = torch.bfloat16
-    theirs = BitsAndBytesConfig(**options).to_dict()
-
-    ours = quantization_config(recipe.resolved("BF16"), skip)
-
-    assert ours == {key: theirs[key] for key in ours}
-    assert BitsAndBytesConfig.from_dict(dict(ours)).to_dict() == theirs
-
-
-@pytest.mark.parametrize(
-    ("config", "method"),
-    [
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
-        ({"quantization_config": {"load_in_4bit": True}}, "unknown"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
-        ({"quantization_config": "strange"}, "unknown"),
-    ],
-    ids=str,
-)
-def test_a_base_that_is_quantized_already_is_refused(config: dict[str, Any], method: str) -> None:
-    with pytest.raises(Unsupported) as caught:
-        refuse_unconvertible(config, "BASE", trust_remote_code=True)
-
-    assert str(caught.value) == (
-        f"BASE: the base is quantized already ({method}); give the 16-bit model that it was made from"
-    )
-
-
-@pytest.mark.parametrize("value", [None, {}, False])
-def test_an_empty_quantization_config_says_nothing(value: object) -> None:
-    refuse_unconvertible({"quantization_config": value, "text_config": None}, "BASE", trust_remote_code=False)
-
-
-def test_a_base_that_names_code_of_its_own_is_refused_unless_allowed() -> None:
-    config = {"auto_map": {"AutoConfig": "configuration.Config"}}
-
-    refuse_unconvertible(config, "BASE", trust_remote_code=True)
-    with pytest.raises(Unsupported) as caught:
-        refuse_unconvertible(config, "BASE", trust_remote_code=False)
-
-    assert str(caught.value) == (
-        "BASE: config.json names Python code of the base (auto_map); with --trust-remote-code its files are copied, "
-        "and still never run"
-    )
-
-
-@pytest.mark.parametrize("text", ["strange", 7, ["x"]])
-def test_a_text_config_that_is_no_mapping_is_not_looked_into(text: object) -> None:
-    refuse_unconvertible({"text_config": text}, "BASE", trust_remote_code=False)
 
 
 @pytest.mark.parametrize(
