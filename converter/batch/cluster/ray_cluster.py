@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +22,9 @@ from converter.errors import ConversionFailed, ConversionRefused, Interrupted, p
 from converter.job import Job
 from converter.observer import Progress
 from converter.recipe import versions
+
+Work = Callable[[list[Job], BatchOptions, dict[str, str], Callable[[Outcome | Progress], None]], list[Outcome]]
+"""As `convert_part`; workers import it."""
 
 _REACH_SECONDS = 10.0
 _CANCEL_SECONDS = 15.0
@@ -40,10 +43,10 @@ class Lost:
 class RayCluster:
     """Parts of a batch under way on the nodes of a cluster."""
 
-    def __init__(self, ray: Any) -> None:
+    def __init__(self, ray: Any, work: Work = convert_part) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._ray = ray
+        self._ray, self._work = ray, work
         self._under_way: dict[Any, int] = {}
         # Beside this process, so that the loss of another node takes nothing of what has been told.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -57,7 +60,7 @@ class RayCluster:
     def start(self, number: int, ask: Ask, jobs: Sequence[Job], options: BatchOptions) -> None:
         """Give a part to whichever node has, or will have, what it asks for."""
         task = self._ray.remote(_convert_part).options(**task_options(ask))
-        self._under_way[task.remote(list(jobs), options, versions(), number, self._ears)] = number
+        self._under_way[task.remote(self._work, list(jobs), options, versions(), number, self._ears)] = number
 
     def finished(self, seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
         """Parts that have ended by now, by their numbers; waits so many seconds for the first."""
@@ -114,20 +117,20 @@ class _Ears:
 
 
 def _convert_part(
-    jobs: list[Job], options: BatchOptions, expected: dict[str, str], number: int, ears: Any
+    work: Work, jobs: list[Job], options: BatchOptions, expected: dict[str, str], number: int, ears: Any
 ) -> list[Outcome]:
     """A task of Ray's. Its only way to be cancelled is to end early."""
     try:
-        return convert_part(jobs, options, expected, lambda item: ears.hear.remote(number, item))
+        return work(jobs, options, expected, lambda item: ears.hear.remote(number, item))
     except Interrupted:
         return []
 
 
 @contextmanager
-def connected(address: str) -> Iterator[RayCluster]:
+def connected(address: str, work: Work = convert_part) -> Iterator[RayCluster]:
     """The cluster at `HOST:PORT`, of which this machine is a node; `local` starts one here, and ends it.
 
-    Raises `ConversionRefused` where Ray can't begin.
+    `work` is what a worker does with a part. Raises `ConversionRefused` where Ray can't begin.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray will do, and warns of until it does
@@ -143,7 +146,7 @@ def connected(address: str) -> Iterator[RayCluster]:
             try:
                 with _own_signals():
                     _begin(ray, address, settings)
-                yield RayCluster(ray)
+                yield RayCluster(ray, work)
             finally:
                 ray.shutdown()
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import converter.batch.cluster.cluster
 from converter import BatchOptions, Job, Outcome, convert_batch
-from converter.batch.cluster.cluster import MOST_STARTS, convert_on_cluster
+from converter.batch.batch import convert_jobs
+from converter.batch.cluster.cluster import MOST_STARTS, convert_jobs_on_cluster, convert_on_cluster
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.ray_cluster import Lost
 from converter.batch.cluster.worker import convert_part
+from converter.batch.jobs import slice_of
+from converter.batch.observer import BatchObserver
 from converter.cli.main import main
 from converter.errors import ConversionRefused, Interrupted
 from converter.observer import Progress
 from converter.recipe import versions
+from tests.batch.scenes import linked, statuses
 from tests.models import four_jobs, save_four
 from tests.reference import differences
 
@@ -35,11 +40,17 @@ class Nodes:
         self._nodes, self._lose = list(nodes), lose
         self._waiting: list[tuple[int, Sequence[Job], BatchOptions]] = []
         self._told: list[tuple[int, Outcome | Progress]] = []
+        self.connected = 0
         self.asked: list[Ask] = []
         self.begun: list[list[str]] = []
         self.given: list[Job] = []
         self.options: list[BatchOptions] = []
         self.cancelled: list[int] = []
+
+    @contextmanager
+    def connect(self, _: str) -> Iterator[Nodes]:
+        self.connected += 1
+        yield self
 
     def nodes(self) -> list[Node]:
         return self._nodes
@@ -71,28 +82,9 @@ class Nodes:
         self._waiting = [waiting for waiting in self._waiting if waiting[0] not in numbers]
 
 
-Use = Callable[[Nodes], Nodes]
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Use:
-    """Puts a cluster in the place of Ray's."""
-
-    def use(nodes: Nodes) -> Nodes:
-        @contextmanager
-        def connected(_: str) -> Iterator[Nodes]:
-            yield nodes
-
-        monkeypatch.setattr(converter.batch.cluster.cluster, "connected", connected)
-        return nodes
-
-    return use
-
-
-@pytest.fixture
-def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cluster may be asked for anything."""
-    monkeypatch.setattr(converter.batch.cluster.cluster, "connected", lambda _: pytest.fail("a cluster was asked"))
+def convert_on(nodes: Nodes, jobs: Sequence[Job], options: BatchOptions = BatchOptions(), **told: Any) -> list[Outcome]:
+    """`told` are parts of an observer."""
+    return convert_jobs_on_cluster(jobs, options, "here", BatchObserver(**told), connect=nodes.connect)
 
 
 @pytest.fixture(scope="module")
@@ -106,37 +98,12 @@ def jobs(inputs: Path, tmp_path: Path) -> list[Job]:
     return four_jobs(inputs, tmp_path / "out")
 
 
-@pytest.fixture
-def listed(jobs: list[Job], tmp_path: Path) -> Path:
-    """The jobs in a file."""
-    rows = [
-        {"base": str(j.base), "adapter": str(j.adapter), "out": str(j.out), "block_size": j.recipe.block_size}
-        for j in jobs
-    ]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return tmp_path / "jobs.jsonl"
-
-
-pytestmark = pytest.mark.usefixtures("signal_handlers")
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
-def statuses(outcomes: Sequence[Outcome]) -> list[str]:
-    return [outcome.status for outcome in outcomes]
-
-
-def test_each_output_equals_that_of_a_batch_tensor_by_tensor(jobs: list[Job], tmp_path: Path, use: Use) -> None:
-    nodes = use(Nodes(NODE, NODE))
+def test_each_output_equals_that_of_a_batch_tensor_by_tensor(jobs: list[Job], tmp_path: Path) -> None:
+    nodes = Nodes(NODE, NODE)
     told: list[Outcome] = []
     seen: list[Progress] = []
 
-    outcomes = convert_on_cluster(jobs, tell=told.append, progress=seen.append)
+    outcomes = convert_on(nodes, jobs, ended=told.append, progress=seen.append)
 
     assert [outcome.job for outcome in outcomes] == jobs
     assert statuses(outcomes) == ["made"] * 4
@@ -152,33 +119,44 @@ def test_each_output_equals_that_of_a_batch_tensor_by_tensor(jobs: list[Job], tm
     ] == []
 
 
-def test_all_parts_are_made_on_one_kind_of_device_and_as_many_threads_as_cpus(jobs: list[Job], use: Use) -> None:
-    nodes = use(Nodes(Node(cpus=64, gpus=0, memory=64_000_000_000), NODE))
+def test_a_rerun_on_a_cluster_reports_the_sizes_and_figures_of_the_first(jobs: list[Job]) -> None:
+    first = convert_on(Nodes(NODE, NODE), jobs)
+    again = convert_on(Nodes(NODE, NODE), jobs)
 
-    convert_on_cluster(jobs, BatchOptions(replace(BatchOptions().resources, threads=2)))
+    assert statuses(again) == ["nothing to do"] * 4
+    assert [replace(outcome, status="made", notes=(), checked={}) for outcome in again] == [
+        replace(outcome, notes=(), checked={}) for outcome in first
+    ]
+
+
+def test_all_parts_are_made_on_one_kind_of_device_and_as_many_threads_as_cpus(jobs: list[Job]) -> None:
+    nodes = Nodes(Node(cpus=64, gpus=0, memory=64_000_000_000), NODE)
+
+    convert_on(nodes, jobs, BatchOptions(replace(BatchOptions().resources, threads=2)))
 
     assert {options.device for options in nodes.options} == {"cpu"}
     assert {options.resources.threads for options in nodes.options} == {ask.cpus for ask in nodes.asked} == {2}
 
 
-def test_where_nodes_have_gpus_each_part_asks_for_one(
-    jobs: list[Job], use: Use, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = use(Nodes(NODE, Node(cpus=8, gpus=2, memory=64_000_000_000)))
-    monkeypatch.setattr(nodes, "finished", lambda _: [(number, Lost("untried")) for number in range(2)])
+def test_where_nodes_have_gpus_each_part_asks_for_one(jobs: list[Job]) -> None:
+    class Untried(Nodes):
+        def finished(self, _: float) -> list[tuple[int, list[Outcome] | Lost]]:
+            return [(number, Lost("untried")) for number in range(2)]
 
-    convert_on_cluster(jobs)
+    nodes = Untried(NODE, Node(cpus=8, gpus=2, memory=64_000_000_000))
+
+    convert_on(nodes, jobs)
 
     assert {ask.gpus for ask in nodes.asked} == {1}
     assert {options.device for options in nodes.options} == {"cuda"}
 
 
-def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_kept(jobs: list[Job], use: Use) -> None:
+def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_kept(jobs: list[Job]) -> None:
     losses = iter([True])
-    nodes = use(Nodes(NODE, NODE, lose=lambda number: number == 0 and next(losses, False)))
+    nodes = Nodes(NODE, NODE, lose=lambda number: number == 0 and next(losses, False))
     told: list[Outcome] = []
 
-    outcomes = convert_on_cluster(jobs, tell=told.append)
+    outcomes = convert_on(nodes, jobs, ended=told.append)
 
     assert nodes.begun == [["a0", "a1"], ["a2", "a3"], ["a0", "a1"]]
     assert statuses(outcomes) == ["made"] * 4
@@ -187,40 +165,38 @@ def test_a_part_whose_node_is_lost_is_begun_again_and_what_it_had_finished_is_ke
     assert outcomes[1].notes == ("started again, as its worker was lost: NodeDiedError: it burns",)
 
 
-def test_a_part_that_somebody_else_interrupts_is_begun_again(
-    jobs: list[Job], use: Use, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = use(Nodes(NODE, NODE))
-    interrupted = iter([True])
-    make = nodes.finished
+def test_a_part_that_somebody_else_interrupts_is_begun_again(jobs: list[Job]) -> None:
+    class OnceInterrupted(Nodes):
+        interrupted = False
 
-    def finished(seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
-        (number, result), *_ = make(seconds)
-        return [(number, [] if next(interrupted, False) else result)]
+        def finished(self, seconds: float) -> list[tuple[int, list[Outcome] | Lost]]:
+            (number, result), *_ = super().finished(seconds)
+            result = result if self.interrupted else []
+            self.interrupted = True
+            return [(number, result)]
 
-    monkeypatch.setattr(nodes, "finished", finished)
+    nodes = OnceInterrupted(NODE, NODE)
 
-    outcomes = convert_on_cluster(jobs)
+    outcomes = convert_on(nodes, jobs)
 
     assert all(outcome.is_good for outcome in outcomes)
     assert len(nodes.begun) == 3
 
 
-def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[Job], use: Use) -> None:
-    nodes = use(Nodes(NODE, NODE, lose=lambda number: number == 0))
+def test_a_part_that_is_lost_each_time_fails_and_the_others_are_made(jobs: list[Job]) -> None:
+    nodes = Nodes(NODE, NODE, lose=lambda number: number == 0)
 
-    outcomes = convert_on_cluster(jobs)
+    outcomes = convert_on(nodes, jobs)
 
     assert statuses(outcomes) == ["made", "failed", "made", "made"]
     assert outcomes[1].message == "started 4 times, and its worker was lost each time: NodeDiedError: it burns"
     assert nodes.begun.count(["a0", "a1"]) == MOST_STARTS
 
 
-def test_where_no_node_is_left_that_could_make_a_part_it_fails(jobs: list[Job], use: Use) -> None:
+def test_where_no_node_is_left_that_could_make_a_part_it_fails(jobs: list[Job]) -> None:
     nodes = Nodes(NODE, lose=lambda _: bool(nodes.nodes().clear() or True))
-    use(nodes)
 
-    outcomes = convert_on_cluster(jobs)
+    outcomes = convert_on(nodes, jobs)
 
     assert statuses(outcomes) == ["made", "failed", "failed", "failed"]
     assert "no node is left that has a CPU and" in outcomes[3].message
@@ -228,107 +204,113 @@ def test_where_no_node_is_left_that_could_make_a_part_it_fails(jobs: list[Job], 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_cancels_what_is_under_way_and_the_same_batch_goes_on(
-    signum: signal.Signals, jobs: list[Job], use: Use
-) -> None:
-    nodes = use(Nodes(NODE, NODE))
+def test_a_signal_cancels_what_is_under_way_and_the_same_batch_goes_on(signum: signal.Signals, jobs: list[Job]) -> None:
+    nodes = Nodes(NODE, NODE)
     turns = itertools.count()
 
     with pytest.raises(Interrupted, match=f"{signum.name} while 1 parts were under way; what is done is kept") as ended:
-        convert_on_cluster(jobs, stop=lambda: signum if next(turns) == 1 else None)
+        convert_on(nodes, jobs, stop=lambda: signum if next(turns) == 1 else None)
 
     assert ended.value.exit_code == 128 + signum
     assert nodes.cancelled == [1]
-    use(Nodes(NODE, NODE))
-    assert statuses(convert_on_cluster(jobs)) == ["nothing to do", "nothing to do", "made", "made"]
+    assert statuses(convert_on(Nodes(NODE, NODE), jobs)) == ["nothing to do", "nothing to do", "made", "made"]
 
 
-def test_jobs_that_clash_or_cannot_be_planned_are_refused_and_stop_no_other(
-    jobs: list[Job], tmp_path: Path, use: Use
-) -> None:
-    nodes = use(Nodes(NODE, NODE))
+def test_jobs_that_clash_or_cannot_be_planned_are_refused_and_stop_no_other(jobs: list[Job], tmp_path: Path) -> None:
+    nodes = Nodes(NODE, NODE)
     (tmp_path / "empty").mkdir()
     bad = replace(jobs[0], adapter=tmp_path / "empty", out=tmp_path / "out" / "bad")
 
-    outcomes = convert_on_cluster([bad, jobs[0], jobs[0], replace(bad, base=None, out=tmp_path / "out" / "worse")])
+    outcomes = convert_on(nodes, [bad, jobs[0], jobs[0], replace(bad, base=None, out=tmp_path / "out" / "worse")])
 
     assert statuses(outcomes) == ["refused", "made", "refused", "refused"]
     assert "clashes with" in outcomes[2].message
     assert nodes.begun == [["a0"]]
 
 
-@pytest.mark.usefixtures("unasked")
-def test_a_name_too_long_for_a_folder_stops_no_other(jobs: list[Job], use: Use) -> None:
-    use(Nodes(NODE))
+def test_a_name_too_long_for_a_folder_stops_no_other(jobs: list[Job]) -> None:
     jobs[1:] = [replace(jobs[1], base="x" * 300), replace(jobs[2], adapter="x" * 300)]
-    assert statuses(convert_on_cluster(jobs)) == ["made", "refused", "refused"]
+    assert statuses(convert_on(Nodes(NODE), jobs)) == ["made", "refused", "refused"]
 
 
 def test_where_all_are_refused_no_cluster_is_asked(jobs: list[Job], tmp_path: Path) -> None:
+    nodes = Nodes(NODE)
     (tmp_path / "empty").mkdir()
-    assert statuses(convert_on_cluster([replace(job, adapter=tmp_path / "empty") for job in jobs])) == ["refused"] * 4
+    jobs = [replace(job, adapter=tmp_path / "empty") for job in jobs]
+    assert statuses(convert_on(nodes, jobs)) == ["refused"] * 4
+    assert nodes.connected == 0
 
 
-def test_relative_paths_are_those_of_this_process(inputs: Path, use: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_those_of_this_process(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
     job = Job(Path("here"), "a0", "base")
-    nodes = use(Nodes(NODE))
+    nodes = Nodes(NODE)
 
-    (outcome,) = convert_on_cluster([job])
+    (outcome,) = convert_on(nodes, [job])
 
     assert (outcome.job, outcome.status) == (job, "made")
     assert (inputs / "here" / "config.json").exists()
     assert nodes.given[0] == Job(inputs / "here", str(inputs / "a0"), str(inputs / "base"))
 
 
-@pytest.mark.usefixtures("unasked")
-def test_a_dry_run_asks_no_cluster(listed: Path, jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("batch", listed, "--ray", "local", "--dry-run") == 0
-    assert "4 planned" in capsys.readouterr().out
-    assert not jobs[0].out.parent.exists()
+def test_a_dry_run_asks_no_cluster(jobs: list[Job]) -> None:
+    nodes = Nodes(NODE)
+    outcomes = convert_jobs_on_cluster(jobs, connect=nodes.connect, dry_run=True)
+    assert outcomes == convert_jobs(jobs, dry_run=True)
+    assert statuses(outcomes) == ["planned"] * 4
+    assert nodes.connected == 0
 
 
-@pytest.mark.usefixtures("unasked")
-def test_a_strict_batch_with_one_bad_job_asks_no_cluster(
-    listed: Path, inputs: Path, jobs: list[Job], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_strict_batch_with_one_bad_job_asks_no_cluster(jobs: list[Job], tmp_path: Path) -> None:
+    nodes = Nodes(NODE)
+    told: list[Outcome] = []
     (tmp_path / "empty").mkdir()
-    with listed.open("a") as file:
-        file.write("\n" + json.dumps({"base": str(inputs / "base"), "adapter": "empty", "out": "z"}))
+    bad = replace(jobs[0], adapter=tmp_path / "empty", out=tmp_path / "z")
 
-    assert run("batch", listed, "--ray", "local", "--strict") == 2
-    assert f"error: {tmp_path / 'z'}: " in capsys.readouterr().err
+    outcomes = convert_on(nodes, [*jobs, bad], BatchOptions(strict=True), ended=told.append)
+
+    assert statuses(outcomes) == ["planned"] * 4 + ["refused"]
+    assert told == outcomes
+    assert nodes.connected == 0
     assert not jobs[0].out.parent.exists()
 
 
-def test_a_slice_is_made_against_an_earlier_output(
-    listed: Path, jobs: list[Job], use: Use, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slice_is_made_against_an_earlier_output(jobs: list[Job]) -> None:
     convert_batch(jobs[2:3])
-    nodes = use(Nodes(NODE, NODE))
+    nodes = Nodes(NODE, NODE)
 
-    code = run("batch", listed, "--ray", "local", "--slice", "1/2", "--strict", "--against", jobs[2].out, "--json")
+    outcomes = convert_on(nodes, slice_of(jobs, 1, 2), BatchOptions(strict=True, against=jobs[2].out))
 
-    assert code == 0
-    assert nodes.begun == [["a2", "a3"]]
-    assert json.loads(capsys.readouterr().out)["counts"] == {"nothing to do": 1, "made": 1}
-    assert any(shard.stat().st_nlink > 1 for shard in jobs[3].out.glob("*.safetensors"))
-
-
-def test_some_that_fail_end_it_with_1(listed: Path, use: Use, capsys: pytest.CaptureFixture[str]) -> None:
-    use(Nodes(NODE, NODE, lose=lambda number: number == 0))
-    assert run("batch", listed, "--ray", "local") == 1
-    assert "3 made, 1 failed" in capsys.readouterr().out
+    assert [(outcome.job.out.name, outcome.status) for outcome in outcomes] == [("a2", "nothing to do"), ("a3", "made")]
+    assert sorted(name for names in nodes.begun for name in names) == ["a2", "a3"]
+    assert linked(jobs[3].out)
 
 
-def test_where_no_node_has_the_memory_it_ends_with_2_and_one_line(
-    listed: Path, jobs: list[Job], use: Use, capsys: pytest.CaptureFixture[str]
-) -> None:
-    use(Nodes(replace(NODE, memory=100_000_000)))
-    assert run("batch", listed, "--ray", "local") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --ray: no node has a CPU and ")
+def test_where_no_node_has_the_memory_it_is_refused(jobs: list[Job]) -> None:
+    with pytest.raises(ConversionRefused, match="--ray: no node has a CPU and "):
+        convert_on(Nodes(replace(NODE, memory=100_000_000)), jobs)
     assert not jobs[0].out.parent.exists()
+
+
+# From the command line
+
+
+@pytest.fixture
+def listed(jobs: list[Job], tmp_path: Path) -> Path:
+    """The jobs in a file."""
+    rows = [
+        {"base": str(j.base), "adapter": str(j.adapter), "out": str(j.out), "block_size": j.recipe.block_size}
+        for j in jobs
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "jobs.jsonl"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -343,7 +325,7 @@ def test_where_no_node_has_the_memory_it_ends_with_2_and_one_line(
         ("ray://127.0.0.1:10001", "neither local nor HOST:PORT"),
     ],
 )
-@pytest.mark.usefixtures("unasked")
+@pytest.mark.usefixtures("signal_handlers")
 def test_an_address_where_no_cluster_is_ends_with_2_and_one_line(
     address: str, why: str, listed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,11 +334,20 @@ def test_an_address_where_no_cluster_is_ends_with_2_and_one_line(
     assert f"--ray {address}: {why}" in line
 
 
-@pytest.mark.usefixtures("unasked")
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_dry_run_does_not_ask_whether_a_cluster_is_there(
+    listed: Path, jobs: list[Job], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("batch", listed, "--ray", "127.0.0.1:1", "--dry-run") == 0
+    assert "4 planned" in capsys.readouterr().out
+    assert not jobs[0].out.parent.exists()
+
+
+@pytest.mark.usefixtures("signal_handlers")
 def test_without_ray_one_line_says_how_to_install_it(
     listed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("converter.batch.cluster.ray_cluster.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert run("batch", listed, "--ray", "local") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: --ray: Ray is not installed: pip install nf4-converter[ray]"

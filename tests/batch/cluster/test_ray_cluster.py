@@ -32,71 +32,6 @@ PATIENCE = 240
 AT_THIS_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where it is 0, Ray's ports are at 127.0.0.1, with or without a network."""
 
-HOOK = '''
-"""Imported by every Python of the cluster: lets a test see and hold what workers do."""
-import importlib.abc
-import importlib.util
-import os
-import pathlib
-import sys
-import time
-
-MARKS = pathlib.Path(os.environ["MARKS"])
-
-
-def here():
-    import ray
-
-    return ray.get_runtime_context().get_node_id()
-
-
-def hold_passes(module):
-    seal = module.seal
-
-    def held(production, inputs, digests, out):
-        (MARKS / f"sealing {out.name} on {here()}").touch()
-        while (MARKS / f"hold {out.name}").exists():
-            time.sleep(0.05)
-        return seal(production, inputs, digests, out)
-
-    module.seal = held
-
-
-def slow_tiles(module):
-    read = module.read_tile
-
-    def slow(*arguments):
-        (MARKS / f"reading on {here()}").touch()
-        while (MARKS / "slow").exists():
-            time.sleep(0.2)
-            break
-        return read(*arguments)
-
-    module.read_tile = slow
-
-
-HOOKS = {"converter.batch.passes": hold_passes, "converter.pipeline": slow_tiles}
-
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        hook = HOOKS.pop(name, None)
-        if hook is None:
-            return None
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            hook(module)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Finder())
-'''
-
 
 def test_ray_is_asked_for_cpus_memory_and_a_gpu_and_repeats_nothing_by_itself() -> None:
     asked = task_options(Ask(cpus=4, gpus=1, memory=900_000_000))
@@ -115,11 +50,17 @@ class Scene:
     def marks(self) -> Path:
         return self.folder / "marks"
 
-    def start(self, *options: str) -> subprocess.Popen[str]:
-        """The command, of which only the workers know the marks."""
-        command = [sys.executable, "-m", "converter", "batch", str(self.folder / "jobs.jsonl"), "--threads", "1"]
+    def start(self, address: str) -> subprocess.Popen[str]:
+        """The batch, of which only the workers know the marks."""
+        return self._start(Path(__file__).with_name("held_batch.py"), self.folder / "jobs.jsonl", address)
+
+    def start_command(self, *options: str) -> subprocess.Popen[str]:
+        """The command line, whose workers know no marks."""
+        return self._start("-m", "converter", "batch", self.folder / "jobs.jsonl", "--threads", "1", *options)
+
+    def _start(self, *words: str | Path) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, *options],
+            [sys.executable, *words],
             cwd=REPOSITORY,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -152,11 +93,9 @@ def scene(inputs: Path, tmp_path: Path) -> Iterator[Scene]:
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "marks").mkdir()
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
     short = Path(tempfile.mkdtemp(prefix="ray-"))  # names of sockets have 107 bytes at most
     environment = os.environ | {
-        "PYTHONPATH": f"{tmp_path / 'hook'}:{REPOSITORY}",
+        "PYTHONPATH": str(REPOSITORY),
         "MARKS": str(tmp_path / "marks"),
         "RAY_USAGE_STATS_ENABLED": "0",
         AT_THIS_MACHINE: "0",
@@ -221,7 +160,7 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
 ) -> None:
     # Interrupted while both nodes have a part.
     (scene.marks / "slow").touch()
-    command = scene.start("--ray", two_nodes.address)
+    command = scene.start(two_nodes.address)
     scene.until_marked(command, lambda marks: sum(mark.startswith("reading") for mark in marks) == 2)
     command.send_signal(signal.SIGINT)
     _, err = command.communicate(timeout=PATIENCE)
@@ -235,7 +174,7 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
     seconds = ["a1", "a3"]
     for name in seconds:
         (scene.marks / f"hold {name}").touch()
-    command = scene.start("--ray", two_nodes.address, "--json")
+    command = scene.start(two_nodes.address)
     lost = scene.until_marked(
         command, lambda marks: [name for name in seconds if f"sealing {name} on {two_nodes.second}" in marks]
     )[0]
@@ -251,10 +190,10 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
 
     assert (command.returncode, err) == (0, ""), err
     told = json.loads(out)
-    assert [row["out"] for row in told["outputs"]] == [str(job.out) for job in scene.jobs]
-    assert {row["status"] for row in told["outputs"]} == {"made"}
+    assert [row["out"] for row in told] == [str(job.out) for job in scene.jobs]
+    assert {row["status"] for row in told} == {"made"}
     assert (finished / "conversion.json").stat() == before
-    notes = {Path(row["out"]).name: row["notes"] for row in told["outputs"]}
+    notes = {Path(row["out"]).name: row["notes"] for row in told}
     assert [name for name, some in notes.items() if some] == [lost]
     assert notes[lost][0].startswith("started again, as its worker was lost: ")
 
@@ -268,7 +207,7 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
 def test_a_local_cluster_ends_in_order_at_a_signal_and_leaves_nothing_behind(scene: Scene) -> None:
     del scene.environment[AT_THIS_MACHINE]  # of itself
     (scene.marks / "slow").touch()
-    command = scene.start("--ray", "local")
+    command = scene.start("local")
     scene.until_marked(command, lambda marks: any(mark.startswith("reading") for mark in marks))
     addresses = listening(scene, command)
     command.send_signal(signal.SIGTERM)
@@ -280,3 +219,15 @@ def test_a_local_cluster_ends_in_order_at_a_signal_and_leaves_nothing_behind(sce
     assert "the same command goes on with it" in err
     assert of_ray(scene) == []
     assert os.listdir(scene.environment["TMPDIR"]) == []
+
+
+def test_the_command_makes_a_batch_on_a_cluster_of_its_own(scene: Scene) -> None:
+    command = scene.start_command("--ray", "local", "--json")
+    out, err = command.communicate(timeout=PATIENCE)
+
+    assert (command.returncode, err) == (0, ""), err
+    told = json.loads(out)
+    assert [(row["out"], row["status"]) for row in told["outputs"]] == [(str(job.out), "made") for job in scene.jobs]
+    for job in scene.jobs:
+        assert verify(job.out, job.base, job.adapter).problems == []
+    assert of_ray(scene) == []

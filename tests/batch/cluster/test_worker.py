@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import converter.batch.cluster.worker
 from converter import BatchOptions, Job, Outcome
 from converter.batch.cluster.worker import convert_part
+from converter.batch.run import Access
 from converter.errors import Interrupted
 from converter.observer import Progress
 from converter.recipe import versions
@@ -44,29 +44,26 @@ def test_it_tells_what_it_does_and_gives_back_what_came_of_it(job: Job) -> None:
     assert any(isinstance(item, Progress) for item in told)
 
 
-def test_an_output_that_another_process_writes_is_made_when_that_one_has_gone(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_that_another_process_writes_is_made_when_that_one_has_gone(job: Job) -> None:
     holder = Staging(Destination(job.out, inputs=(), overwrite=False), {}, (), resume=False)
     told: list[Outcome | Progress] = []
+    waited: list[float] = []
 
     def wait(seconds: float) -> None:
-        if seconds:
-            holder.spend()
-            holder.__exit__(None, None, None)
+        waited.append(seconds)
+        holder.spend()
+        holder.close()
 
-    monkeypatch.setattr("converter.batch.cluster.worker.time.sleep", wait)
-    outcomes = convert_part([job], BatchOptions(), versions(), told.append)
+    outcomes = convert_part([job], BatchOptions(), versions(), told.append, wait=wait)
 
+    assert len(waited) == 1
     assert [outcome.status for outcome in outcomes] == ["made"]
     assert [item for item in told if isinstance(item, Outcome)] == outcomes  # nothing of the lock
 
 
-def test_an_output_that_stays_locked_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converter.batch.cluster.worker, "LOCK_SECONDS", -1.0)
-
+def test_an_output_that_stays_locked_is_refused(job: Job) -> None:
     with Staging(Destination(job.out, inputs=(), overwrite=False), {}, (), resume=False):
-        (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None)
+        (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None, lock_seconds=-1.0)
 
     assert (outcome.status, outcome.is_locked) == ("refused", True)
     assert "another conversion is writing it" in outcome.message
@@ -102,16 +99,14 @@ def test_a_node_with_another_version_refuses_its_part(job: Job) -> None:
     (outcome,) = convert_part([job], BatchOptions(), {**versions(), "torch": "1.0"}, lambda _: None)
 
     assert outcome.status == "refused"
-    assert "and not 1.0: the bytes of its outputs would be others" in outcome.message
+    assert " instead of 1.0, and would write other bytes" in outcome.message
     assert not job.out.exists()
 
 
-def test_an_error_that_nobody_foresaw_is_told_of_the_jobs(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
+def test_an_error_that_nobody_foresaw_is_told_of_the_jobs(job: Job) -> None:
+    def unforeseen(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr(converter.batch.cluster.worker, "convert_batch", fail)
-
-    (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None)
+    (outcome,) = convert_part([job], BatchOptions(), versions(), lambda _: None, access=Access(base=unforeseen))
 
     assert (outcome.status, outcome.message) == ("failed", "ZeroDivisionError: of all things")
