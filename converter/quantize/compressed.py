@@ -116,7 +116,7 @@ class Compressed:
     def tile_bytes(self, dtype: str, *, kernels: bool) -> float:
         scheme = self.scheme
         if not kernels:
-            return BY_TORCH
+            return BY_TORCH if scheme.layout in ("pack-quantized", "float-quantized") else 1.5 * BY_TORCH
         scales = 8 / scheme.group if scheme.group is not None else 0  # in float32, as stored, and on the way
         return _STORED[dtype] + scheme.bits / 8 + scales
 
