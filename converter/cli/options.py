@@ -59,6 +59,26 @@ class Part(click.ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2])
 
 
+FORMATS = ("nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16")
+_MEANT = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8", "llm.int8": "int8", "16bit": "none"}
+
+
+class Format(click.ParamType[str]):
+    """nf4, NF4, 4bit: an output format."""
+
+    name = "FORMAT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value).lower()
+        text = _MEANT.get(text, text)
+        if text in ("bf16", "bfloat16", "fp16", "float16"):
+            dtype = "bfloat16" if text.startswith("b") else "float16"
+            self.fail(f"{value!r} is a dtype: for a merged model in it, give --format none --dtype {dtype}", param, ctx)
+        if text not in FORMATS:
+            self.fail(f"{value!r} is not one of {', '.join(FORMATS)}", param, ctx)
+        return text
+
+
 Decorator = Callable[[Any], Any]
 
 
@@ -128,14 +148,22 @@ with_batch_options = together(
 )
 with_recipe = together(
     click.option(
+        "--format",
         "--quant-type",
-        type=click.Choice(["nf4", "fp4", "int8", "none"]),
+        "quant_type",
+        type=Format(),
+        metavar="FORMAT",
         default="nf4",
         show_default=True,
-        help="Format of the linear layers; none: the merged model in 16 bits.",
+        help=f"Format of the linear layers: {', '.join(FORMATS)}. none: the merged model in 16 bits.",
     ),
     click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the absmax too."),
     click.option("--block-size", type=int, default=64, show_default=True, help="Values that share one absmax."),
+    click.option(
+        "--group-size",
+        type=int,
+        help="Values that share one scale in w4a16 and w8a16.  [default: 128, or what all weights allow]",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float16"]),
@@ -183,7 +211,7 @@ def recipe_from(options: dict[str, Any]) -> Recipe:
     """What `with_recipe` adds, taken out of the options."""
     from converter.recipe import Recipe
 
-    return Recipe(**take(options, *(field.name for field in fields(Recipe) if field.name in options)))
+    return Recipe(**take(options, *(field.name for field in fields(Recipe))))
 
 
 def run_options_from(options: dict[str, Any]) -> RunOptions:

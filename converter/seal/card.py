@@ -165,7 +165,7 @@ def _how_to_load(plan: Plan) -> list[str]:
     library = format_of(plan.recipe).library
     if library == "compressed-tensors":
         lines += ["transformers needs `pip install compressed-tensors` to load it; vLLM needs nothing else.", ""]
-    if library != "bitsandbytes":
+    if library != "bitsandbytes" or plan.recipe.quant_type == "none":
         return [*lines, "```", "vllm serve PATH", "python -m sglang.launch_server --model-path PATH", "```"]
     return [
         *lines,

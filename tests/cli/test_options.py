@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from converter.cli.options import FORMATS
+from converter.recipe import QuantType
 from tests.cli.conftest import Run, is_one_line
 
 
@@ -17,7 +20,8 @@ from tests.cli.conftest import Run, is_one_line
         (["--base", "x"], "Give --out, or --dry-run"),
         (["--bose", "x"], "No such option"),
         (["--base"], "requires an argument"),
-        (["--quant-type", "nf5"], "'nf5' is not one of"),
+        (["--quant-type", "nf5"], "'nf5' is not one of nf4, fp4, int8, none, w4a16"),
+        (["--format", "bf16"], "'bf16' is a dtype: for a merged model in it, give --format none --dtype bfloat16"),
         (["--block-size", "many"], "not a valid integer"),
         (["--threads", "0"], "not in the range"),
         (["--max-shard-size", "5 cows"], "'5 cows' is not a size such as 5GB or 512MiB"),
@@ -94,3 +98,25 @@ def test_every_choice_reaches_the_recipe(run: Run, base: Path, adapter: Path, ou
         "keep": ["*.0.mlp.*", "o_proj"],
         "max_shard_size": 3_000_000,
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "format_"),
+    [
+        (["--format", "NF4"], "nf4"),
+        (["--format=4bit"], "nf4"),
+        (["--quant-type", "8bit"], "int8"),
+        (["--quant_type", "fp4"], "fp4"),
+        (["--format", "w8a16", "--group-size", "32"], "w8a16"),
+    ],
+    ids=str,
+)
+def test_the_format_is_understood_as_people_write_it(given: list[str], format_: str, run: Run, base: Path) -> None:
+    ran = run("--base", base, "--dry-run", "--json", *given)
+
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out)["recipe"]["quant_type"] == format_
+
+
+def test_every_format_of_a_recipe_can_be_asked_for() -> None:
+    assert set(FORMATS) == set(get_args(QuantType))
