@@ -67,7 +67,7 @@ ONLY_IN = {
 }
 """Third parties that have one door."""
 
-KERNELS = {"quantize.jit", "quantize.kernels", "quantize.scheme_kernels"}
+KERNELS = {"quantize.jit", "quantize.kernels", "quantize.scheme_kernels", "quantize.rounding.feedback_kernels"}
 """Modules of compiled code."""
 
 AT_THE_TOP = {(importer, "click") for importer in ONLY_IN["click"]}

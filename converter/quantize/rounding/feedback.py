@@ -1,0 +1,94 @@
+"""Error feedback: rounding that keeps a weight's product with the adapter's own input directions. No data is needed.
+
+A weight of a quantized base lies on code points. A delta that is small beside their distance is rounded away as a whole
+if each sum goes to the nearest one. GPTQ (https://arxiv.org/abs/2210.17323) lets later columns of a row make up for the
+errors of earlier ones, so that the product with what H = XᵀX stands for is kept. Here X is the adapter's A, (rank,
+in_features): H = AᵀA + λI. Because H is low rank plus diagonal, no in × in matrix is made. With a_i the column i of A,
+P the sum of (w_j − q_j) · a_j over the columns j that are done, and G that of a_j · a_jᵀ over those that are not, i
+among them, the value to round is
+
+    w_i + P · (λI + G)⁻¹ · a_i
+
+by the push-through identity. The second factor doesn't depend on the row: it is made once, as `gains`.
+
+Columns are taken in the order of the length of a_i, the longest last: those make up for most with the fewest steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+DAMPING = 1.0
+"""λ, in means of the squares of A's columns' lengths. Measured; see docs/performance.md."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What is kept of a weight of `columns` input features. All are in the order in which columns are taken."""
+
+    order: np.ndarray[Any, Any]
+    """The numbers of the columns, int64."""
+    inputs: np.ndarray[Any, Any]
+    """a_i: float32, (columns, rank)."""
+    gains: np.ndarray[Any, Any]
+    """(λI + G_i)⁻¹ · a_i: float32, (columns, rank)."""
+
+
+def directions_of(a: Tensor, damping: float = DAMPING) -> Directions:
+    """The directions of an adapter's A, (rank, columns). Computed in float64."""
+    import numpy
+
+    inputs = a.double().cpu().numpy().T
+    lengths = (inputs * inputs).sum(axis=1)
+    order = numpy.argsort(lengths, kind="stable")
+    inputs = inputs[order] / (lengths.mean() ** 0.5 or 1.0)
+    gains = numpy.empty_like(inputs)
+    # From the last column on, so that G only grows: (λI + G)⁻¹ by the formula of Sherman and Morrison.
+    inverse = numpy.eye(inputs.shape[1]) / damping
+    for column in range(len(inputs) - 1, -1, -1):
+        moved = inverse @ inputs[column]
+        length = 1.0 + inputs[column] @ moved
+        gains[column] = moved / length
+        inverse -= numpy.outer(moved, gains[column])
+    return Directions(order, inputs.astype(numpy.float32), gains.astype(numpy.float32))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a code may stand for, in units of its scale."""
+
+    values: np.ndarray[Any, Any]
+    """float32, ascending."""
+    bounds: np.ndarray[Any, Any]
+    """float32, between neighbouring values; one on a bound goes to the lower side."""
+
+
+def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Directions) -> Tensor:
+    """Indices of grid values, uint8 of the shape of `target`, (rows, columns) in float32, on any device.
+
+    `scales` are those of each weight, of the same shape. The kernel of `feedback_kernels` has the same bits.
+    """
+    import torch
+
+    device = target.device
+    values, bounds = torch.from_numpy(grid.values).to(device), torch.from_numpy(grid.bounds).to(device)
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=device)
+    rank = directions.inputs.shape[1]
+    carried = torch.zeros(rank, target.shape[0], device=device)
+    for number, column in enumerate(directions.order.tolist()):
+        wanted, scale = target[:, column], scales[:, column]
+        aimed = wanted.clone()
+        for k in range(rank):  # in this order, as the kernel adds them
+            aimed += carried[k] * float(directions.gains[number, k])
+        scaled = torch.where(scale > 0, aimed * (1 / scale.clamp(min=1e-38)), 0.0)
+        code = torch.bucketize(scaled, bounds)
+        codes[:, column] = code
+        missed = wanted - values[code] * scale
+        for k in range(rank):
+            carried[k] += missed * float(directions.inputs[number, k])
+    return codes

@@ -1,0 +1,105 @@
+"""The CPU kernel of `feedback`: the same bits, sixty-four rows at a time.
+
+Rows lie side by side in a vector, columns are taken one after the other. So each row's sums are taken in one order,
+whatever the processor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from converter.quantize.jit import Array, jitted, select
+
+_LANES = 64
+"""Rows that are rounded side by side."""
+_STEP = 64
+"""Columns that are turned at a time, so that rows lie side by side."""
+_ONE, _ZERO, _SMALLEST = np.float32(1.0), np.float32(0.0), np.float32(1e-38)
+
+
+def round_rows(target: Array, scales: Array, block: int, grid: Any, directions: Any) -> Array:
+    """Indices of grid values, uint8 of the shape of `target`, (rows, columns) in float32.
+
+    `scales`: float32, one for `block` consecutive weights, across rows. `grid` has 16 values: a `feedback.Grid`.
+    `directions`: a `feedback.Directions`.
+    """
+    codes = np.empty(target.shape, np.uint8)
+    how = (directions.order, directions.inputs, directions.gains)
+    _round(target, scales, block, grid.values, grid.bounds, *how, codes)
+    return codes
+
+
+def load() -> None:
+    """Compile the kernel, or load it from where it is kept."""
+    one, order = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
+    grid = (np.zeros(16, np.float32), np.zeros(15, np.float32))
+    _round(one, one[0], 1, *grid, order, one, one, np.empty((1, 1), np.uint8))
+
+
+@jitted()
+def _round(target, scales, block, values, bounds, order, inputs, gains, codes):  # type: ignore[no-untyped-def]
+    rows, columns = target.shape
+    carried = np.empty((inputs.shape[1], _LANES), np.float32)
+    wanted = np.empty((_STEP, _LANES), np.float32)
+    sizes = np.empty((_STEP, _LANES), np.float32)
+    chosen = np.empty((_STEP, _LANES), np.int32)
+    aimed = np.empty(_LANES, np.float32)
+    for first in range(0, rows, _LANES):
+        count = min(_LANES, rows - first)
+        carried[:] = _ZERO
+        wanted[:] = _ZERO
+        sizes[:] = _ZERO
+        for begin in range(0, columns, _STEP):
+            width = min(_STEP, columns - begin)
+            for j in range(width):
+                column = order[begin + j]
+                for lane in range(count):
+                    wanted[j, lane] = target[first + lane, column]
+                    sizes[j, lane] = scales[((first + lane) * columns + column) // block]
+            for j in range(width):
+                _aim(wanted, j, carried, gains, begin + j, aimed)
+                _choose(aimed, sizes, j, bounds, chosen)
+                for lane in range(_LANES):
+                    aimed[lane] = wanted[j, lane] - values[chosen[j, lane]] * sizes[j, lane]
+                _carry(aimed, inputs, begin + j, carried)
+            for j in range(width):
+                column = order[begin + j]
+                for lane in range(count):
+                    codes[first + lane, column] = chosen[j, lane]
+
+
+# Inlined, so that no array is passed, and counted, for each column.
+@jitted(inline="always")
+def _aim(wanted, j, carried, gains, column, aimed):  # type: ignore[no-untyped-def]
+    """What is rounded: what is wanted, and what earlier columns missed."""
+    for lane in range(_LANES):
+        aimed[lane] = wanted[j, lane]
+    for k in range(gains.shape[1]):
+        gain = gains[column, k]
+        for lane in range(_LANES):
+            aimed[lane] += carried[k, lane] * gain
+
+
+@jitted(inline="always")
+def _choose(aimed, sizes, j, bounds, chosen):  # type: ignore[no-untyped-def]
+    """The number of bounds below each scaled value, by binary search in all lanes at a time."""
+    for lane in range(_LANES):
+        scale = sizes[j, lane]
+        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
+        eight = v > bounds[7]
+        four = v > select(eight, bounds[11], bounds[3])
+        two = v > select(four, select(eight, bounds[13], bounds[5]), select(eight, bounds[9], bounds[1]))
+        low = select(four, select(eight, bounds[12], bounds[4]), select(eight, bounds[8], bounds[0]))
+        high = select(four, select(eight, bounds[14], bounds[6]), select(eight, bounds[10], bounds[2]))
+        one = v > select(two, high, low)
+        chosen[j, lane] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
+
+
+@jitted(inline="always")
+def _carry(missed, inputs, column, carried):  # type: ignore[no-untyped-def]
+    for k in range(inputs.shape[1]):
+        direction = inputs[column, k]
+        for lane in range(_LANES):
+            carried[k, lane] += missed[lane] * direction
