@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -19,9 +20,6 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-import converter.seal.destination
-import converter.seal.staging
-import converter.write.renaming
 from converter import ConversionRefused, Recipe, Report, Resources, convert, plan_conversion
 from converter.errors import AdapterMismatch, BadOutput, ConverterError, InputChanged, VerificationFailed, WriteFailed
 from converter.observer import Progress
@@ -81,6 +79,7 @@ class Trouble:
         self.place, self.number, self.killed = place, number, killed
         self.count = 0
         self.locks: list[int] = []
+        self.library: Any = ctypes.CDLL(None, use_errno=True)
 
     @property
     def happened(self) -> bool:
@@ -104,6 +103,18 @@ class Trouble:
             return function(target, *arguments, **settings)
 
         return wrapped
+
+    def libc(self, *_: object, **__: object) -> Any:
+        """The C library, of which `renameat2` swaps two folders' names."""
+        trouble = self
+
+        class Libc:
+            def renameat2(self, at: int, one: bytes, *rest: Any) -> int:
+                if Path(os.fsdecode(one)).is_relative_to(trouble.place):
+                    trouble.strike()
+                return int(trouble.library.renameat2(at, one, *rest))
+
+        return Libc()
 
     def open(self, path: Any, flags: int, *arguments: Any, **settings: Any) -> int:
         descriptor = _open(path, flags, *arguments, **settings)
@@ -134,7 +145,7 @@ def trouble(place: Path, number: int, *, killed: bool) -> Iterator[Trouble]:
         for name in ("mkdir", "rename", "link", "unlink", "rmdir", "fsync"):
             monkeypatch.setattr(os, name, trouble.around(getattr(os, name)))
         monkeypatch.setattr(os, "open", trouble.open)
-        monkeypatch.setattr(converter.seal.destination, "exchange", trouble.around(converter.seal.destination.exchange))
+        monkeypatch.setattr(ctypes, "CDLL", trouble.libc)
         with contextlib.suppress(Killed, WriteFailed):
             yield trouble
     trouble.bury()
@@ -250,15 +261,23 @@ def test_a_volume_with_an_earlier_conversion_is_never_a_mixture_whatever_fails(
         assert visible(out) == whole | found
 
 
+def no_swap(code: int) -> Any:
+    """A C library whose `renameat2` fails."""
+
+    class Libc:
+        def renameat2(self, *_: object) -> int:
+            ctypes.set_errno(code)
+            return -1
+
+    return Libc()
+
+
 @both
 def test_a_folder_that_turns_out_to_keep_its_name_is_never_a_mixture_whatever_fails(
     inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_swap(*_: Path) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
     earlier = convert(*inputs, tmp_path / "earlier", OTHER, ONE_THREAD).out
-    monkeypatch.setattr(converter.seal.destination, "exchange", no_swap)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: no_swap(errno.EXDEV))
 
     def an_earlier_conversion(place: Path) -> Path:
         place.mkdir()
@@ -273,19 +292,63 @@ def test_a_folder_that_turns_out_to_keep_its_name_is_never_a_mixture_whatever_fa
         assert not out.with_name("out.partial").exists()
 
 
-@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt, VerificationFailed("it would not load")])
-def test_whatever_goes_wrong_at_the_last_look_leaves_no_out(
-    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, reason: Any
+def when_config_arrives(monkeypatch: pytest.MonkeyPatch, act: Callable[[Path], object]) -> None:
+    """Do something in staging when everything but the receipt is there, before the last look at it."""
+    rename = os.rename
+
+    def watched(source: Any, target: Any) -> None:
+        rename(source, target)
+        if Path(target).name == "config.json":
+            act(Path(target).parent)
+
+    monkeypatch.setattr(os, "rename", watched)
+
+
+@pytest.mark.parametrize("reason", [RuntimeError, KeyboardInterrupt])
+def test_what_goes_wrong_at_the_last_look_leaves_no_out(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, reason: type[BaseException]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(_: Path) -> None:
         raise reason
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("converter.seal.staging.check_written", fail)
-        with pytest.raises((RuntimeError, KeyboardInterrupt, VerificationFailed)):
+        when_config_arrives(monkeypatch, fail)
+        with pytest.raises(reason):
             convert(base, adapter, out)
 
     assert not out.exists()
+
+    convert(base, adapter, out)
+
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"model.norm.weight"', b'"model.morm.weight"', "not (written|planned)"),
+        (b'"U8"', b'"I8"', "I8 .*, planned"),
+        (b'"shape": [', b'"shape": [9', "the output would not load: "),
+    ],
+    ids=["another name", "another dtype", "another shape in a quant state"],
+)
+def test_a_shard_that_is_not_as_planned_at_the_last_look_is_thrown_away(
+    base: Path, adapter: Path, whole: dict[str, bytes], out: Path, old: bytes, new: bytes, message: str
+) -> None:
+    def damage(staging: Path) -> None:
+        shard = staging / "model.safetensors"
+        raw = shard.read_bytes()
+        assert old in raw
+        # Of the same length: spaces end a header, and digits a shape.
+        at = raw.index(old)
+        shard.write_bytes(raw[:at] + (new + raw[at + len(old) :])[: len(raw) - at])
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        when_config_arrives(monkeypatch, damage)
+        with pytest.raises(VerificationFailed, match=message):
+            convert(base, adapter, out)
+
+    assert list(out.parent.iterdir()) == []
 
     convert(base, adapter, out)
 
@@ -395,6 +458,21 @@ def test_a_folder_of_a_lower_layer_of_an_overlay_is_filled_in_place(
     assert contents(lower / "out") == earlier
 
 
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EBUSY], ids=errno.errorcode.get)
+def test_a_folder_that_turns_out_to_keep_its_name_is_filled_in_place(
+    code: int, base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a lower layer of an overlay, or with something mounted on it that no list of mounts shows."""
+    convert(base, adapter, out, OTHER)
+    inode = out.stat().st_ino
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: no_swap(code))
+
+    convert(base, adapter, out, overwrite=True)
+
+    assert contents(out) == whole
+    assert out.stat().st_ino == inode
+
+
 def test_somebody_elses_folder_in_a_sticky_one_is_filled_in_place(
     base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +491,7 @@ def test_where_names_cannot_be_swapped_the_earlier_conversion_is_put_aside_first
     base: Path, adapter: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(base, adapter, out, OTHER)
-    monkeypatch.setattr("converter.write.renaming.ctypes.CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
 
     convert(base, adapter, out, overwrite=True)
 
@@ -771,12 +849,25 @@ def test_with_digests_remembered_an_unchanged_base_is_not_read_again(
     base: Path, adapter: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(base, adapter, out)
-    read: list[str] = []
-    monkeypatch.setattr("converter.read.digests.tensor_digest", lambda _, tensor: read.append(tensor.name))
+    read: list[int] = []
+    preadv = os.preadv
+
+    def watched(descriptor: int, buffers: Any, offset: int) -> int:
+        count = preadv(descriptor, buffers, offset)
+        if path_of(descriptor) == base / "model.safetensors":
+            read.append(count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", watched)
+    size = (base / "model.safetensors").stat().st_size
 
     assert is_done(base, adapter, out)
+    assert sum(read) < size / 10  # the header, and a few bytes that tell one base from another
 
-    assert read == []
+    read.clear()
+    forget(tmp_path)
+    assert is_done(base, adapter, out)
+    assert sum(read) > size * 0.9
 
 
 def test_inputs_that_moved_are_still_the_same(base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
