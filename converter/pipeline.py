@@ -31,9 +31,8 @@ from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination
-from converter.seal.origin import already_made, origin_of
 from converter.seal.production import Made, Production, Target
-from converter.seal.receipt import CARD, fingerprint
+from converter.seal.receipt import CARD, already_made, fingerprint, origin_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
