@@ -30,9 +30,9 @@ from converter.read.side_files import read_side_files
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.card import CardOf, metadata_of, model_card
-from converter.seal.destination import Destination
+from converter.seal.destination import Destination, already_made
 from converter.seal.production import Made, Production, Target
-from converter.seal.receipt import CARD, already_made, fingerprint, origin_of
+from converter.seal.receipt import CARD, fingerprint, origin_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew

@@ -16,8 +16,7 @@ from converter.job import Job
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Base, Inputs
 from converter.plan.plan import Plan, TensorPlan
-from converter.seal.destination import Destination
-from converter.seal.receipt import already_made
+from converter.seal.destination import Destination, already_made
 from converter.tensors import torch_device
 
 

@@ -7,17 +7,23 @@ import errno
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadOutput
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
-from converter.seal.receipt import CARD, RECEIPT, read_receipt
+from converter.read.digests import digests_of
+from converter.seal.receipt import CARD, RECEIPT, fingerprint_of, origin_of, read_receipt
 from converter.write.durable import LOCAL_DISK, writing
 from converter.write.journal import JOURNAL
 from converter.write.lock import LOCK, Lock
 from converter.write.renaming import can_be_renamed, exchange
+
+if TYPE_CHECKING:
+    from converter.plan.inputs import Inputs
+    from converter.plan.plan import Plan
 
 OURS = frozenset({LOCK, JOURNAL})
 """Files of a staging folder that don't belong to the checkpoint."""
@@ -181,6 +187,30 @@ class Destination:
         except OSError:
             return False
         return all(sizes.get(name) == file.get("bytes") for name, file in self.receipt["files"].items())
+
+
+def already_made(
+    destination: Destination, plan: Plan, inputs: Inputs, device: str, *, any_layout: bool = False
+) -> str | None:
+    """The fingerprint of OUT, if OUT is a finished conversion of these inputs by this plan; else None.
+
+    If all else agrees and nothing is remembered of the base, the base is read to be sure. `any_layout`: OUT's tensors
+    may lie in other shards than planned.
+    """
+    receipt = destination.receipt
+    if receipt is None or receipt.get("content") != plan.content:
+        return None
+    if receipt.get("plan") != plan.digest and not any_layout:
+        return None
+    digests = dict.fromkeys((tensor.name for tensor in plan.tensors()), "")
+    sketch = asdict(origin_of(plan, inputs, device, digests))
+    made_of = receipt.get("origin")
+    if not isinstance(made_of, dict) or any(made_of.get(k) != v for k, v in sketch.items() if k != "base"):
+        return None
+    if not inputs.hub_digests():
+        digests = digests_of(inputs.base, (tensor.source for tensor in plan.tensors() if tensor.origin == "base"))
+    known = fingerprint_of(str(receipt.get("plan")), origin_of(plan, inputs, device, digests))
+    return known if destination.holds(known) else None
 
 
 def room(folders: Sequence[Path]) -> int:

@@ -1,4 +1,4 @@
-"""The receipt: what an output was made of, by contents; and whether OUT was made of just that already."""
+"""The receipt: what an output was made of, by contents, and what identifies it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConverterError
-from converter.read.digests import digests_of
 from converter.read.folder import LocalFolder
 from converter.read.hub.folder import is_repo_id
 from converter.read.side_files import read_side_files
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan
     from converter.quantize.measure import Fidelity
     from converter.recipe import Recipe
-    from converter.seal.destination import Destination
 
 RECEIPT = "conversion.json"
 CARD = "README.md"
@@ -166,27 +164,3 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     files.pop(CARD, None)  # receipts of earlier versions cover it
     understood = receipt.get("format") == FORMAT and isinstance(receipt.get("fingerprint"), str)
     return receipt if understood else None
-
-
-def already_made(
-    destination: Destination, plan: Plan, inputs: Inputs, device: str, *, any_layout: bool = False
-) -> str | None:
-    """The fingerprint of OUT, if OUT is a finished conversion of these inputs by this plan; else None.
-
-    If all else agrees and nothing is remembered of the base, the base is read to be sure. `any_layout`: OUT's tensors
-    may lie in other shards than planned.
-    """
-    receipt = destination.receipt
-    if receipt is None or receipt.get("content") != plan.content:
-        return None
-    if receipt.get("plan") != plan.digest and not any_layout:
-        return None
-    digests = dict.fromkeys((tensor.name for tensor in plan.tensors()), "")
-    sketch = asdict(origin_of(plan, inputs, device, digests))
-    made_of = receipt.get("origin")
-    if not isinstance(made_of, dict) or any(made_of.get(k) != v for k, v in sketch.items() if k != "base"):
-        return None
-    if not inputs.hub_digests():
-        digests = digests_of(inputs.base, (tensor.source for tensor in plan.tensors() if tensor.origin == "base"))
-    known = fingerprint_of(str(receipt.get("plan")), origin_of(plan, inputs, device, digests))
-    return known if destination.holds(known) else None

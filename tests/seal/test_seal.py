@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -30,6 +29,7 @@ from tests.folders import change_json, change_tensor, contents, copy
 from tests.limits import no_hang
 from tests.models import load, save_adapter, save_base
 from tests.reference import tensors_of
+from tests.seal.trouble import path_of, trouble
 
 ONE_THREAD = Resources(threads=1)
 OTHER = Recipe(double_quant=False)
@@ -66,89 +66,6 @@ def out(tmp_path: Path) -> Path:
 
 
 # Only whole
-
-
-class Killed(BaseException):
-    """The process is gone."""
-
-
-class Trouble:
-    """Has the n-th change to the folder around OUT fail, and if the process is `killed`, every one after it."""
-
-    def __init__(self, place: Path, number: int, *, killed: bool) -> None:
-        self.place, self.number, self.killed = place, number, killed
-        self.count = 0
-        self.locks: list[int] = []
-        self.library: Any = ctypes.CDLL(None, use_errno=True)
-
-    @property
-    def happened(self) -> bool:
-        return self.count >= self.number
-
-    def strike(self) -> None:
-        self.count += 1
-        if self.killed and self.count >= self.number:
-            raise Killed
-        if self.count == self.number:
-            raise OSError(errno.EIO, "Input/output error")
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(target: Any, *arguments: Any, **settings: Any) -> Any:
-            path = path_of(target) if isinstance(target, int) else Path(target)
-            folder = settings.get("dir_fd")
-            if folder is not None:
-                path = path_of(folder) / path
-            if path.is_relative_to(self.place):
-                self.strike()
-            return function(target, *arguments, **settings)
-
-        return wrapped
-
-    def libc(self, *_: object, **__: object) -> Any:
-        """The C library, of which `renameat2` swaps two folders' names."""
-        trouble = self
-
-        class Libc:
-            def renameat2(self, at: int, one: bytes, *rest: Any) -> int:
-                if Path(os.fsdecode(one)).is_relative_to(trouble.place):
-                    trouble.strike()
-                return int(trouble.library.renameat2(at, one, *rest))
-
-        return Libc()
-
-    def open(self, path: Any, flags: int, *arguments: Any, **settings: Any) -> int:
-        descriptor = _open(path, flags, *arguments, **settings)
-        if os.fspath(path).endswith(".lock"):
-            self.locks.append(descriptor)
-        return descriptor
-
-    def bury(self) -> None:
-        """What the system does for a dead process: its locks are free."""
-        for descriptor in self.locks if self.killed else []:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-
-
-_open = os.open
-
-
-def path_of(descriptor: int) -> Path:
-    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-        return Path(f"/proc/self/fd/{descriptor}").readlink()
-    return Path()
-
-
-@contextlib.contextmanager
-def trouble(place: Path, number: int, *, killed: bool) -> Iterator[Trouble]:
-    trouble = Trouble(place, number, killed=killed)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name in ("mkdir", "rename", "link", "unlink", "rmdir", "fsync"):
-            monkeypatch.setattr(os, name, trouble.around(getattr(os, name)))
-        monkeypatch.setattr(os, "open", trouble.open)
-        monkeypatch.setattr(ctypes, "CDLL", trouble.libc)
-        with contextlib.suppress(Killed, WriteFailed):
-            yield trouble
-    trouble.bury()
 
 
 def each_trouble(
@@ -689,7 +606,9 @@ def test_a_run_whose_staging_folder_is_taken_away_neither_gives_the_next_ones_it
             for name, raw in shards.items():
                 (staging / name).write_bytes(raw)
 
-    with pytest.raises(WriteFailed, match=r"out\.partial: was taken away while it was written") as failed:
+    with pytest.raises(
+        WriteFailed, match=r"out\.partial: was moved or deleted while this run was"
+    ) as failed:
         convert(base, adapter, out, progress=take_away)
 
     assert "is kept" not in message(failed)
