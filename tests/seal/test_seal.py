@@ -606,9 +606,7 @@ def test_a_run_whose_staging_folder_is_taken_away_neither_gives_the_next_ones_it
             for name, raw in shards.items():
                 (staging / name).write_bytes(raw)
 
-    with pytest.raises(
-        WriteFailed, match=r"out\.partial: was moved or deleted while this run was"
-    ) as failed:
+    with pytest.raises(WriteFailed, match=r"out\.partial: was moved or deleted while this run was") as failed:
         convert(base, adapter, out, progress=take_away)
 
     assert "is kept" not in message(failed)
