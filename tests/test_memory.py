@@ -123,10 +123,17 @@ def models(place: Path) -> dict[int, Model]:
     return made
 
 
-def measure(place: Path, model: Model, out: Path, resources: dict[str, object], recipe: dict[str, object]) -> Measured:
+def measure(
+    place: Path,
+    model: Model,
+    out: Path,
+    resources: dict[str, object],
+    recipe: dict[str, object],
+    program: str = PROGRAM,
+) -> Measured:
     arguments = [place / "small", model.base, model.adapter, out, json.dumps(resources), json.dumps(recipe)]
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         cwd=REPOSITORY,
         env=os.environ | {"XDG_CACHE_HOME": str(place / "cache")},
         capture_output=True,
@@ -169,10 +176,9 @@ BATCH = BATCH[: BATCH.index("sizes = ")] + "print(json.dumps([peak - before, res
 
 @pytest.mark.slow
 def test_eight_adapters_stay_within_the_memory_that_one_was_given(
-    place: Path, models: dict[int, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, models: dict[int, Model], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tests.test_memory.PROGRAM", BATCH)
     resources: dict[str, object] = {"threads": 2, "memory": 120_000_000}
     for count in (1, 8):
-        measured = measure(place, models[2], tmp_path / f"out-{count}", resources, {})
+        measured = measure(place, models[2], tmp_path / f"out-{count}", resources, {}, BATCH)
         assert measured.peak <= measured.predicted, count

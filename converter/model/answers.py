@@ -163,20 +163,25 @@ def serve(memory: int) -> None:
 
 
 def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[str]) -> set[str]:
-    """Tensors that the user's patterns leave in 16 bits; `BadRecipe` for a pattern that matches no tensor."""
+    """Which of the `wanted` tensors the user's patterns leave in 16 bits.
+
+    A pattern may match modules that stay in 16 bits anyway, such as the head. `BadRecipe` if it matches no module.
+    """
+    owners = {name: architecture.module_names(name) for name in architecture.roles}
+    owners |= {name: (name.rpartition(".")[0],) for name in architecture.tied}
     kept: set[str] = set()
     for pattern in keep:
         matching = {
             name
-            for name in wanted
+            for name, modules in owners.items()
             if any(
                 fnmatchcase(module, pattern) or module == pattern or module.endswith("." + pattern)
-                for module in architecture.module_names(name)
+                for module in modules
             )
         }
         if not matching:
-            raise BadRecipe(f"--keep {pattern}: matches no module that would be quantized")
-        kept |= matching
+            raise BadRecipe(f"--keep {pattern}: matches no module")
+        kept |= matching & wanted.keys()
     return kept
 
 
