@@ -64,8 +64,11 @@ class Adapter:
         self.replacements: dict[str, TensorHeader] = self._replacements(keys)
         """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
         self.options.learn(self.modules)
-        for module in self.modules if not self.options.is_bridged else ():
-            self.options.scaling(module)
+        scalings = [self.options.scaling(module)[1] for module in self.modules if not self.options.is_bridged]
+        if scalings and not any(scalings) and not self.replacements:
+            raise BadAdapter(
+                f"{where}: {CONFIG}: lora_alpha is 0, so that the adapter changes nothing; set it to what was trained"
+            )
 
     @property
     def base_name(self) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.patterns import SECONDS, Pattern, Patterns
+from converter.merge.reasons import METHODS, OPTIONS, other_trainer
 from converter.merge.variants import UNDERSTOOD as _OF_VARIANTS
 from converter.merge.variants import Variants
 
@@ -37,16 +38,6 @@ TUNERS = {
     "SUPERTUNING": "supertuning_", "VBLORA": "vblora_", "VERA": "vera_", "WAVEFT": "waveft_",
 }  # fmt: skip
 """Tuners that PEFT merges one module at a time → with what the names of their tensors begin."""
-_NO_MERGE = {
-    "TINYLORA": ", whose modules depend on each other's order",
-    "UNILORA": ", whose modules depend on each other's order",
-    "FROD": ", whose modules are decomposed together",
-    "PREFIX_TUNING": ", which changes no weight",
-    "PROMPT_TUNING": ", which changes no weight",
-    "P_TUNING": ", which changes no weight",
-    "XLORA": ", whose weights depend on the input",
-    "POLY": ", whose weights depend on the input",
-}
 _LARGEST = float(2**128 - 2**104)
 """What float32 holds, in which deltas are computed."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -166,11 +157,15 @@ class Options:
 
     def _check(self) -> None:
         config, where = self._config, self._where
+        if (trainer := other_trainer(config)) is not None:
+            raise Unsupported(f"{where}: {trainer}")
         kind = str(config.get("peft_type"))
+        if kind in METHODS:
+            raise Unsupported(f"{where}: {kind} {METHODS[kind]}")
         if kind != "LORA" and kind not in TUNERS:
             raise Unsupported(
-                f"{where}: peft_type {config.get('peft_type')!r}{_NO_MERGE.get(kind, '')}; this tool merges LORA and "
-                "what PEFT merges one module at a time"
+                f"{where}: peft_type {config.get('peft_type')!r}; this tool merges LORA and what PEFT merges one "
+                "module at a time"
             )
         self._check_names()
         if kind != "LORA":
@@ -182,8 +177,11 @@ class Options:
                 "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
         for key, value in config.items():
-            if key not in UNDERSTOOD and value not in (None, False, 0) and value not in ({}, [], ""):
-                raise Unsupported(f"{where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
+            if key in UNDERSTOOD or value in (None, False, 0) or value in ({}, [], ""):
+                continue
+            if key in OPTIONS:
+                raise Unsupported(f"{where}: {key}: {OPTIONS[key]}")
+            raise Unsupported(f"{where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
         bias = config.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")

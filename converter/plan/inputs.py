@@ -14,7 +14,7 @@ from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
-from converter.merge.files import refuse_weights_beside
+from converter.merge.files import inner_folders, refuse_other_formats, refuse_weights_beside
 from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
@@ -215,6 +215,7 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
     That costs little, for planning reads its values, too.
     """
     opened = _open(reference, revision, offline=offline)
+    refuse_other_formats(opened.names(), inner_folders(opened.path), opened.label)
     refuse_weights_beside(opened.names(), opened.label)
     wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in opened.names()]
     digest = opened.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
