@@ -194,6 +194,8 @@ class KernelEncoder(FourBitEncoder):
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
         import torch
 
+        from converter.quantize import kernels
+
         merge = rows.merge
         if merge is None or isinstance(merge, Additive):
             return self._fused(rows, rows.stored, merge, buffers)
@@ -202,7 +204,10 @@ class KernelEncoder(FourBitEncoder):
         encoded = self._fused(rows, values, None, buffers)
         assert encoded.scales is not None  # noqa: S101  (`_fused` gives them)
         restored = self.restore(encoded.pieces[0][2], encoded.scales, tuple(values.shape))
-        return Encoded(encoded.pieces, encoded.scales, row_sums(merged, restored))
+        assert merged.delta is not None  # noqa: S101  (a merge changes something)
+        four = (merged.exact, restored, merged.base, merged.delta)
+        sums = kernels.sums_of(*(part.contiguous().numpy() for part in four))
+        return Encoded(encoded.pieces, encoded.scales, sums)
 
     def _fused(self, rows: Rows, stored: Tensor, merge: Additive | None, buffers: Buffers) -> Encoded:
         import numpy

@@ -198,3 +198,19 @@ def tally_blocks(  # type: ignore[no-untyped-def]
         else:
             last = min((number + 1) * block, size)
             _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
+
+
+@jitted(fastmath={"reassoc"})
+def row_sums(exact, restored, base, delta, sums):  # type: ignore[no-untyped-def]
+    """The sums of rows whose merge is no sum, as `measure.row_sums` takes them: float32 (rows, columns) each; `sums` is
+    (rows, SUMS) in float64."""
+    for row in range(exact.shape[0]):
+        missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
+        for j in range(exact.shape[1]):
+            s, q = np.float64(exact[row, j]), np.float64(restored[row, j])
+            w, d = np.float64(base[row, j]), np.float64(delta[row, j])
+            missed += (q - s) * (q - s)
+            whole += s * s
+            along += (q - w) * d
+            shift += d * d
+        sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = missed, whole, along, shift

@@ -23,6 +23,7 @@ from converter.quantize.jit import (
     Array,
     jitted,
     merge_blocks,
+    row_sums,
     select,
     tally_blocks,
 )
@@ -90,8 +91,17 @@ def quantize_rows(
     )
 
 
+def sums_of(exact: Array, restored: Array, base: Array, delta: Array) -> Array:
+    """`measure.row_sums` of float32 arrays, (rows, columns) each, where delta is not zero: (rows, SUMS), float64."""
+    sums = np.empty((exact.shape[0], SUMS))
+    row_sums(exact, restored, base, delta, sums)
+    return sums
+
+
 def load(dtypes: Iterable[str]) -> None:
     """Compile what quantizes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
+    one = np.ones((1, 1), np.float32)
+    sums_of(one, one, one, one)
     for dtype in dtypes:
         size, small = np.ones(2, np.float32), np.empty(1, np.uint8)
         how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "rounding": EXACT, "packed": small}

@@ -16,7 +16,7 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter.merge.change import Rounding, add
+from converter.merge.change import MergedTile, Rounding, add
 from converter.quantize import jit, kernels
 from converter.quantize.bnb import dynamic_map
 from converter.quantize.four_bit import FourBitEncoder
@@ -272,3 +272,17 @@ def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) 
         assert compute(installed) == "1 0"
     finally:
         os.system(f"umount '{kept}'")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(0, 1000), st.sampled_from([1e-20, 1.0, 1e15]))
+def test_the_sums_of_merges_that_are_no_sums_are_those_that_torch_takes(
+    rows: int, columns: int, seed: int, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    exact, restored, base, delta = (torch.randn(rows, columns, generator=generator) * size for _ in range(4))
+
+    found = kernels.sums_of(exact.numpy(), restored.numpy(), base.numpy(), delta.numpy())
+
+    expected = row_sums(MergedTile(exact, exact, base, delta), restored)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * columns * size**2)
