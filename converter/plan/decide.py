@@ -104,6 +104,7 @@ def make_plan(
         side_files=side_files,
         notes=(
             *base.notes,
+            *_notes_on_an_adapter_beside(base, adapter),
             *config_notes,
             *_notes_on_the_class(base_config, architecture),
             *found.notes,
@@ -219,6 +220,15 @@ def _check_tokenizer(
             f"{adapter.folder.label}: its tokenizer has a token {largest:,}, the embedding {min(rows):,} rows: "
             "the adapter's file lacks the resized embedding"
         )
+
+
+def _notes_on_an_adapter_beside(base: Checkpoint, adapter: Adapter | None) -> list[str]:
+    """Whoever loads a base with an adapter in its folder gets both; here only what was named is merged."""
+    if "adapter_config.json" not in base.folder.names():
+        return []
+    if adapter is not None and adapter.folder.path == base.folder.path:
+        return []
+    return ["the base's folder has an adapter (adapter_config.json), which is not merged: give it with --adapter"]
 
 
 def _notes_on_the_class(config: Mapping[str, Any], architecture: Architecture) -> list[str]:

@@ -17,7 +17,17 @@ MAX_SIDE_FILE_BYTES = 200_000_000
 MAX_TOKENIZER_VALUES = 6_000_000
 """A vocabulary of a million pieces has three million."""
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "*.tiktoken",
+    "*.spm",
+    "spm.model",
+    "sentencepiece*.model",
+)
 _TOKENIZER = (
     *_VOCABULARIES,
     "*.bpe.model",
@@ -25,6 +35,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
+    "normalizer.json",
     "chat_template.jinja",
     "chat_template.json",
     "tekken.json",

@@ -414,6 +414,23 @@ def test_keeping_all_or_nothing_of_what_a_server_fuses_needs_no_note(base: Path,
     assert plan_of(base, None, Recipe(keep=patterns)).notes == ()
 
 
+def test_an_adapter_beside_the_base_is_not_merged_and_noted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copy(inputs[0], tmp_path / "base")
+    (base / "adapter_config.json").write_text("{}")
+
+    assert plan_of(base, None).notes == (
+        "the base's folder has an adapter (adapter_config.json), which is not merged: give it with --adapter",
+    )
+
+
+@pytest.mark.parametrize("name", ["spm.model", "source.spm", "sentencepiece.bpe.model", "normalizer.json"])
+def test_tokenizer_files_of_less_usual_names_are_copied(name: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copy(inputs[0], tmp_path / "base")
+    (base / name).write_bytes(b"{}")
+
+    assert name in {side.name for side in plan_of(base, None).side_files}
+
+
 def test_a_tensor_that_the_model_does_not_have_is_copied_and_noted(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base = copy(inputs[0], tmp_path / "base")
     index = json.loads((base / "model.safetensors.index.json").read_text())
