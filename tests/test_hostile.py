@@ -444,7 +444,7 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
     "an option that changes the mathematics": (
         "base",
         settings(f"adapter/{ADAPTER_CONFIG}", use_dora=True),
-        "use_dora = 'True' is not an option that this tool understands",
+        "use_dora is true, but the file lacks lora_magnitude_vector",
     ),
     "an option that nobody knows": (
         "base",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from converter.job import Job, RunOptions
 
 
-@click.command()
+@click.command(epilog='A job: {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}')
 @click.argument("jobs", type=click.Path(path_type=Path))
 @click.option("--slice", "part", type=Part(), metavar="I/N", help="Convert the I-th of N parts of the jobs, from 1.")
 @click.option("--ray", metavar="HOST:PORT|local", help="Run on the nodes of this Ray cluster; local: start one here.")
@@ -36,11 +36,7 @@ if TYPE_CHECKING:
 @with_batch_options
 @click.pass_obj
 def batch(stop: Callable[[], int | None], /, jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
-    r"""Make a checkpoint for each job of a file: TOML with [[jobs]], or one JSON object per line.
-
-    \b
-    {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}
-    """
+    """Make a checkpoint for each job of a file: TOML or YAML with jobs, or one JSON object per line."""
     from converter.batch.job_file import read_jobs
     from converter.batch.jobs import slice_of
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 @click.group(
     invoke_without_command=True,
+    epilog="Example: convert --base X --adapter Y --out Z",
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-"),  # both spellings
@@ -57,11 +58,7 @@ if TYPE_CHECKING:
 @click.version_option(package_name="nf4-converter")
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
-    r"""Merge a LoRA adapter into a base model and write a quantized checkpoint, in one streaming pass.
-
-    \b
-    convert --base X --adapter Y --out Z
-    """
+    """Merge an adapter into a base model and write a checkpoint that is ready to serve, in one streaming pass."""
     if context.invoked_subcommand is not None:
         return
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from converter.errors import BadAdapter, Unsupported
+from converter.read.folder import is_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -82,7 +83,7 @@ def inner_folders(path: Path | None) -> list[str]:
     if path is None:
         return []
     with os.scandir(path) as entries:
-        folders = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES) if entry.is_dir()]
+        folders = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES) if is_folder(Path(entry.path))]
     return [f"{name}/{CONFIG}" if (path / name / CONFIG).is_file() else name for name in folders]
 
 

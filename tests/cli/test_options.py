@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 
+from converter.cli.main import main
 from converter.cli.options import FORMATS
 from converter.recipe import QuantType
 from tests.cli.conftest import Run, is_one_line
@@ -120,3 +121,11 @@ def test_the_format_is_understood_as_people_write_it(given: list[str], format_: 
 
 def test_every_format_of_a_recipe_can_be_asked_for() -> None:
     assert set(FORMATS) == set(get_args(QuantType))
+
+
+@pytest.mark.parametrize("command", [[], ["batch"], ["verify"]])
+def test_the_help_has_no_marks_of_its_source(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+
+    assert "\\b" not in capsys.readouterr().out
