@@ -47,9 +47,11 @@ class Keys:
 
 
 def read_keys(tensors: Mapping[str, TensorHeader], where: str, prefix: str | None = None) -> Keys:
-    """Sort the tensors of an adapter's file. `prefix`: with what the names of the parts begin, if not with LoRA's;
-    `where` begins the message of the `BadAdapter` for names that contradict
-    each other."""
+    """Sort the tensors of an adapter's file by module.
+
+    `prefix` is how the names of the parts begin; None: as LoRA's do. `where` begins the message of the `BadAdapter`
+    that is raised if names contradict each other.
+    """
     shared = {key for key in tensors if prefix is not None and key.startswith(f"base_model.{prefix}")}
     paths = _paths([key for key in tensors if key not in shared], where)
     found = Keys()

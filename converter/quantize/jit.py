@@ -84,7 +84,7 @@ def bits_of(_typing, value):  # type: ignore[no-untyped-def]
 
 @_intrinsic
 def value_of(_typing, bits):  # type: ignore[no-untyped-def]
-    """The float32 of 32 bits, or of the 16 bits of a bfloat16, which are its upper half."""
+    """The float32 that has these 32 bits; of 16 bits, the value of the bfloat16 that has them."""
 
     def generate(context, builder, _signature, operands):  # type: ignore[no-untyped-def]
         (found,) = operands

@@ -322,7 +322,7 @@ class ShardWriter:
         return ends and self._read(len(header), 0) == header and self._read(len(states), end) == states
 
     def _read(self, count: int, offset: int) -> bytes:
-        """Bytes that an earlier run wrote. None where the disk fails: the tensor is made anew then."""
+        """Bytes that an earlier run wrote. Empty if the disk fails: then the tensor is made again."""
         try:
             return self._disk.read(self._descriptor, count, offset)
         except OSError:

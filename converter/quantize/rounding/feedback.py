@@ -11,7 +11,7 @@ among them, the value to round is
 
 by the push-through identity. The second factor doesn't depend on the row: it is made once, as `gains`.
 
-Columns are taken in the order of the length of a_i, the longest last: those make up for most with the fewest steps.
+Columns are rounded by the length of a_i, the longest last: a long a_i can correct the most error.
 """
 
 from __future__ import annotations
