@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
 import pytest
 from packaging.requirements import Requirement
@@ -13,6 +16,8 @@ from tests.conftest import REPOSITORY
 
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text().splitlines()
 LOCKED = (REPOSITORY / "locked.txt").read_text().replace("\\\n", "").splitlines()
+ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools")
+OPTIONAL = {"atheris"}  # `make fuzz` says how to get it
 ENTRIES = [line for line in LOCKED if line and not line.startswith(("#", "--"))]
 
 
@@ -52,3 +57,26 @@ def test_what_the_checkout_asks_for_is_pinned_in_the_range_that_it_asks_for() ->
 
     for requirement in map(Requirement, asked):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def imported() -> set[str]:
+    """The outermost names of what the repository's own files import, but Python's own and its own packages."""
+    files = sorted(path for root in ROOTS for path in (REPOSITORY / root).rglob("*.py"))
+    trees = [ast.parse(path.read_text()) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return (
+        {name.partition(".")[0] for name in names}
+        - sys.stdlib_module_names
+        - {path.stem for path in files}
+        - {*ROOTS, *OPTIONAL}
+    )
+
+
+@pytest.mark.parametrize("package", sorted(imported()))
+def test_whatever_is_imported_is_pinned(package: str) -> None:
+    """What somebody installed by hand isn't there in a fresh clone."""
+    distributions = packages_distributions().get(package, [package])
+
+    assert {canonicalize_name(name) for name in distributions} & {name_and_version(line)[0] for line in CONSTRAINTS}
