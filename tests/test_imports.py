@@ -56,7 +56,8 @@ ONLY_IN = {
     "huggingface_hub": {"read.hub.folder", "read.hub.errors"},
     "numba": {"quantize.jit"},
     "platformdirs": {"read.cache"},
-    "click": {f"cli.{name}" for name in ("main", "options", "convert", "verify", "batch")},
+    "click": {f"cli.{name}" for name in ("main", "options", "values", "convert", "verify", "batch", "completion")},
+    "cloup": {f"cli.{name}" for name in ("options", "convert", "verify", "batch", "completion")},
     "rich": {"cli.show.progress"},
     "psutil": {"cli.show.progress", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},
@@ -70,7 +71,7 @@ ONLY_IN = {
 KERNELS = {"quantize.jit", "quantize.kernels", "quantize.scheme_kernels", "quantize.rounding.feedback_kernels"}
 """Modules of compiled code."""
 
-AT_THE_TOP = {(importer, "click") for importer in ONLY_IN["click"]}
+AT_THE_TOP = {(importer, package) for package in ("click", "cloup") for importer in ONLY_IN[package]}
 AT_THE_TOP |= {("quantize.jit", "numba"), *((name, "numpy") for name in KERNELS)}
 """Who may import which third party when it is itself imported; xxhash anyone, for it is light."""
 

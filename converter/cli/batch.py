@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
 from converter.cli.options import (
-    Part,
+    LINKS,
+    PRINTING,
+    RESOURCES,
     Printing,
     flag,
     printing_from,
     run_options_from,
     take,
-    with_batch_options,
-    with_printing,
-    with_run_options,
+    with_foreign_files,
+    with_help,
+    with_offline,
+    with_overwrite,
+    with_resume,
+    with_strict,
 )
+from converter.cli.values import Part
 
 if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
@@ -26,14 +33,43 @@ if TYPE_CHECKING:
     from converter.job import Job, RunOptions
 
 
-@click.command(epilog='A job: {"base": "X", "adapter": "Y", "out": "Z", "quant_type": "nf4"}')
+EXAMPLES = """\b
+Examples:
+  convert batch jobs.toml
+  convert batch jobs.toml --dry-run
+  convert batch jobs.toml --slice 1/4
+A line of a job file:
+  {"base": "X", "adapter": "Y",
+   "out": "Z", "format": "nf4"}
+"""
+
+
+@cloup.command(short_help="Convert many adapters, in one pass over each base.", epilog=EXAMPLES)
 @click.argument("jobs", type=click.Path(path_type=Path))
-@click.option("--slice", "part", type=Part(), metavar="I/N", help="Convert the I-th of N parts of the jobs, from 1.")
-@click.option("--ray", metavar="HOST:PORT|local", help="Run on the nodes of this Ray cluster; local: start one here.")
-@flag("--dry-run", text="Plan every job; write nothing.")
-@with_run_options
-@with_printing
-@with_batch_options
+@cloup.option_group(
+    "Input",
+    cloup.option(
+        "--slice", "part", type=Part(), metavar="I/N", help="Convert the I-th of N parts of the jobs, from 1."
+    ),
+    with_offline,
+    with_foreign_files,
+)
+@cloup.option_group("Output", with_overwrite, *LINKS)
+@cloup.option_group(
+    "Resources",
+    *RESOURCES,
+    cloup.option(
+        "--ray", metavar="HOST:PORT|local", help="Run on the nodes of this Ray cluster; local: start one here."
+    ),
+)
+@cloup.option_group(
+    "Behaviour",
+    flag("--dry-run", text="Plan every job; write nothing."),
+    with_resume,
+    with_strict,
+    *PRINTING,
+    with_help,
+)
 @click.pass_obj
 def batch(stop: Callable[[], int | None], /, jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     """Make a checkpoint for each job of a file: TOML or YAML with jobs, or one JSON object per line."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from converter.cli.batch import batch
+from converter.cli.completion import completion
 from converter.cli.convert import cli
 from converter.cli.verify import verify
 
-for command in (verify, batch):
+for command in (verify, batch, completion):
     cli.add_command(command)
 
 __all__ = ["cli"]

@@ -8,59 +8,107 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
+from click.core import ParameterSource
 
 from converter.cli.batch import run_batch
 from converter.cli.options import (
+    LINKS,
+    MAX_SHARD_SIZE,
+    PRINTING,
+    QUALITY,
+    REFERENCE,
+    RESOURCES,
+    REVISIONS,
     Printing,
     flag,
     printing_from,
     recipe_from,
     run_options_from,
     take,
-    with_batch_options,
-    with_printing,
-    with_recipe,
-    with_run_options,
+    with_foreign_files,
+    with_help,
+    with_offline,
+    with_overwrite,
+    with_resume,
+    with_strict,
 )
+from converter.cli.values import Place
 
 if TYPE_CHECKING:
     from converter.job import Job
 
+EXAMPLES = """\b
+Examples:
+  convert --base X --adapter Y --out Z
+  convert --base X --format fp8 --out Z
+  convert --adapter Y --dry-run
+"""
 
-@click.group(
+
+@cloup.group(
     invoke_without_command=True,
-    epilog="Example: convert --base X --adapter Y --out Z",
+    subcommand_metavar="[COMMAND]",
+    epilog=EXAMPLES,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda token: token.replace("_", "-"),  # both spellings
         "max_content_width": 100,
     },
 )
-@click.option(
-    "--base", metavar="PATH|ID", help="Base model: folder or Hub id.  [default: the one that the adapter names]"
+@cloup.option_group(
+    "Input",
+    cloup.option(
+        *("--base", "--model", "base"), **REFERENCE, help="Base model.  [default: the one that the adapter names]"
+    ),
+    cloup.option(
+        *("--adapter", "adapters"),
+        type=Place(),
+        metavar="[NAME=]PATH|ID",
+        multiple=True,
+        help="PEFT adapter. Without one, only quantize. Give several, or a glob, to make OUT/NAME for each.",
+    ),
+    *REVISIONS.values(),
+    with_offline,
+    with_foreign_files,
 )
-@click.option("--base-revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
-@click.option(
-    "--adapter",
-    "adapters",
-    metavar="[NAME=]PATH|ID",
-    multiple=True,
-    help="PEFT adapter: folder or Hub id. Without one, only quantize. Give several to make OUT/NAME for each.",
+@cloup.option_group(
+    "Output",
+    cloup.option(
+        *("--out", "-o", "--output", "out"),
+        type=Place(),
+        metavar="PATH",
+        help="Folder to write. It appears only when it is complete.",
+    ),
+    with_overwrite,
+    MAX_SHARD_SIZE,
+    cloup.option(
+        "--card",
+        type=Place("file"),
+        metavar="FILE",
+        help="Your own text for the model card: Markdown, without metadata.",
+    ),
+    *LINKS,
 )
-@click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
-@click.option("--out", metavar="PATH", help="Folder to write. It appears only when it is complete.")
-@click.option("--card", metavar="FILE", help="Your own text for the model card: Markdown, without metadata.")
-@with_recipe
-@with_run_options
-@with_printing
-@flag("--dry-run", text="Print the plan; write nothing, download no shard.")
-@with_batch_options
-@click.version_option(package_name="nf4-converter")
+@cloup.option_group("Quality", *QUALITY)
+@cloup.option_group("Resources", *RESOURCES)
+@cloup.option_group(
+    "Behaviour",
+    flag("--dry-run", text="Print the plan; write nothing, download no shard."),
+    with_resume,
+    with_strict,
+    *PRINTING,
+    click.version_option(package_name="nf4-converter", help="Print the version."),
+    with_help,
+)
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
     """Merge an adapter into a base model and write a checkpoint that is ready to serve, in one streaming pass."""
     if context.invoked_subcommand is not None:
         return
+    if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
+        click.echo(short_help(context), err=True)
+        raise click.exceptions.Exit(2)
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
     options["card"] = card_text(options["card"])
     if not options["base"] and not adapters:
@@ -92,6 +140,17 @@ def cli(context: click.Context, /, **options: Any) -> None:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:
         print_text(summary(report, shown.seconds(), verbose=printing.verbose))
+
+
+def short_help(context: click.Context) -> str:
+    """What is printed where nothing is asked for."""
+    formatter, command = context.make_formatter(), context.command
+    command.format_usage(context, formatter)
+    command.format_help_text(context, formatter)
+    if isinstance(command, cloup.Group):
+        command.format_commands(context, formatter)
+    command.format_epilog(context, formatter)
+    return f"{formatter.getvalue()}\nconvert --help lists every option."
 
 
 def print_plan(printing: Printing, asked: dict[str, Any]) -> None:

@@ -6,27 +6,60 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
-from converter.cli.options import Share, flag, printing_from, with_device, with_offline, with_printing
+from converter.cli.options import (
+    PRINTING,
+    REFERENCE,
+    REVISIONS,
+    flag,
+    printing_from,
+    with_device,
+    with_help,
+    with_offline,
+)
+from converter.cli.values import Place, Share
+
+EXAMPLES = """\b
+Examples:
+  convert verify OUT
+  convert verify OUT --compare
+  convert verify OUT --base X
+Exit code:
+  0 verified
+  1 something differs
+  2 OUT is no checkpoint
+  3 base or adapter is missing
+"""
 
 
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--base", metavar="PATH|ID", help="Make OUT again from this base, and compare.")
-@click.option("--base-revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
-@click.option("--adapter", metavar="PATH|ID", help="The adapter that is merged in.")
-@click.option("--adapter-revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
-@flag("--compare", text="Make OUT again from the base and adapter that its receipt names, and compare.")
-@flag("--require-receipt", text="Fail if OUT has no receipt.")
-@click.option("--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again.")
-@with_device
-@with_offline
-@with_printing
-def verify(out: Path, **options: Any) -> None:
-    """Check a checkpoint: its digests, structure and values, and whether base and adapter give its bytes.
-
-    Exit code: 0 verified, 1 something differs, 2 OUT is no checkpoint, 3 base or adapter is needed and can't be had.
-    """
+@cloup.command(short_help="Check a checkpoint, and compare it with its base and adapter.", epilog=EXAMPLES)
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False), required=False)
+@cloup.option_group(
+    "Input",
+    cloup.option("--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."),
+    cloup.option("--base", "--model", "base", **REFERENCE, help="Make OUT again from this base, and compare."),
+    cloup.option("--adapter", **REFERENCE, help="The adapter that is merged in."),
+    *REVISIONS.values(),
+    with_offline,
+)
+@cloup.option_group(
+    "Behaviour",
+    flag("--compare", text="Make OUT again from the base and adapter that its receipt names, and compare."),
+    flag("--require-receipt", text="Fail if OUT has no receipt."),
+    cloup.option(
+        "--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again."
+    ),
+    with_device,
+    *PRINTING,
+    with_help,
+)
+def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
+    """Check a checkpoint: its digests, structure and values, and whether base and adapter give its bytes."""
+    given = [place for place in (out, also_out) if place is not None]
+    if len(given) != 1:
+        raise click.UsageError("Give one OUT: convert verify OUT")
+    out = Path(given[0])
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
     from converter.cli.show.verification import verification_json, verification_text

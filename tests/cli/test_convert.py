@@ -95,7 +95,7 @@ def test_json_of_a_conversion_that_was_made_before_says_so(run: Run, base: Path,
         (["--base", "./nope", "--out", "out", "--max-shard-size", "5 cows"], 2),
         (["--base", "./nope"], 2),
         (["--nonsense"], 2),
-        ([], 2),
+        (["--dry-run"], 2),
     ],
     ids=str,
 )

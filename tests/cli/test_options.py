@@ -8,8 +8,7 @@ from typing import get_args
 
 import pytest
 
-from converter.cli.main import main
-from converter.cli.options import FORMATS
+from converter.cli.values import FORMATS
 from converter.recipe import QuantType
 from tests.cli.conftest import Run, is_one_line
 
@@ -17,12 +16,17 @@ from tests.cli.conftest import Run, is_one_line
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ([], "Give --base, or an --adapter that names its base"),
+        (["--dry-run"], "Give --base, or an --adapter that names its base"),
+        (["verify"], "Give one OUT: convert verify OUT"),
+        (["verify", "one", "--out", "other"], "Give one OUT: convert verify OUT"),
+        (
+            ["--base", "x", "--out", "y", "--format", "bf16", "--dtype", "float16"],
+            "--format bf16 and --dtype float16 exclude",
+        ),
         (["--base", "x"], "Give --out, or --dry-run"),
         (["--bose", "x"], "No such option"),
         (["--base"], "requires an argument"),
-        (["--quant-type", "nf5"], "'nf5' is not one of nf4, fp4, int8, none, w4a16"),
-        (["--format", "bf16"], "'bf16' is a dtype: for a merged model in it, give --format none --dtype bfloat16"),
+        (["--quant-type", "nf5"], "'nf5' is not one of nf4, fp4, int8, bf16, fp16, w4a16"),
         (["--block-size", "many"], "not a valid integer"),
         (["--threads", "0"], "not in the range"),
         (["--max-shard-size", "5 cows"], "'5 cows' is not a size such as 5GB or 512MiB"),
@@ -119,13 +123,21 @@ def test_the_format_is_understood_as_people_write_it(given: list[str], format_: 
     assert json.loads(ran.out)["recipe"]["quant_type"] == format_
 
 
+@pytest.mark.parametrize(
+    ("given", "dtype"), [("bf16", "bfloat16"), ("FP16", "float16"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+)
+def test_a_dtype_for_a_format_is_the_merged_model_in_it(given: str, dtype: str, run: Run, base: Path) -> None:
+    ran = run("--base", base, "--dry-run", "--json", "--format", given)
+
+    recipe = json.loads(ran.out)["recipe"]
+    assert (ran.code, recipe["quant_type"], recipe["dtype"]) == (0, "none", dtype)
+
+
+@pytest.mark.parametrize("name", ["-o", "--output"])
+def test_names_that_people_try_are_taken(name: str, run: Run, base: Path, out: Path) -> None:
+    assert run("--model", base, name, out, "--quiet") == (0, "", "")
+    assert run("verify", name, out, "--model", base, "--quiet") == (0, "", "")
+
+
 def test_every_format_of_a_recipe_can_be_asked_for() -> None:
     assert set(FORMATS) == set(get_args(QuantType))
-
-
-@pytest.mark.parametrize("command", [[], ["batch"], ["verify"]])
-def test_the_help_has_no_marks_of_its_source(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*command, "--help"])
-
-    assert "\\b" not in capsys.readouterr().out
