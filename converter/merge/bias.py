@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add, read_float32
+from converter.merge.change import Change, MergedTile, Rounding, add
 
 if TYPE_CHECKING:
     import torch
@@ -16,16 +16,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoraBias:
+class LoraBias(Change):
     """b + scaling · lora_B.bias"""
 
-    module: str
     bias: TensorHeader
     """(out_features,)"""
     scaling: float
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -47,7 +43,8 @@ class LoraBias:
         return {"lora_bias": {"module": self.module, "scaling": self.scaling}}
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> LoraBiasMerge:
-        return LoraBiasMerge(read_float32(self.bias, folder).to(device) * self.scaling, rounding)
+        [bias] = self.read(folder, device)
+        return LoraBiasMerge(bias * self.scaling, rounding)
 
 
 @dataclass(frozen=True)

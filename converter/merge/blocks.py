@@ -5,49 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add_rounded, read_float32
-from converter.merge.lora import delta_rows
+from converter.merge.change import MergedTile, Rounding, add_rounded
+from converter.merge.lora import Factors, delta_rows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from converter.read.folder import Folder
-    from converter.read.header import TensorHeader
 
 
 @dataclass(frozen=True)
-class BlockLora:
-    """The two factors for one linear layer, one of which is stored as its blocks, one below the other."""
+class BlockLora(Factors):
+    """The two factors for one linear layer, one of which is stored as its blocks, one below the other.
 
-    module: str
-    a: TensorHeader
-    """(rank, in_features), or (rank, in_features / blocks)"""
-    b: TensorHeader
-    """(out_features, rank), or (out_features, rank / blocks)"""
-    scaling: float
+    A is (rank, in_features), or (rank, in_features / blocks); B is (out_features, rank), or (out_features, rank /
+    blocks).
+    """
+
     blocks_of: str
     """Which factor holds blocks: A, B or neither."""
     blocks: int
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def parts(self) -> tuple[TensorHeader, ...]:
-        return self.a, self.b
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.b.shape[0], self.a.shape[1] * (self.blocks if self.blocks_of == "A" else 1)
-
-    @property
-    def nbytes(self) -> int:
-        return 6 * self.rank * sum(self.shape)
 
     @property
     def label(self) -> str:
@@ -55,11 +37,10 @@ class BlockLora:
         return f"merge, rank {self.rank}, {blocks}scaling {self.scaling:g}"
 
     def as_json(self) -> dict[str, Any]:
-        settings = {"rank": self.rank, "scaling": self.scaling, "blocks_of": self.blocks_of, "blocks": self.blocks}
-        return {"block_lora": {"module": self.module, **settings}}
+        return {"block_lora": self.settings() | {"blocks_of": self.blocks_of, "blocks": self.blocks}}
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> BlockMerge:
-        a, b = (read_float32(part, folder).to(device) for part in self.parts)
+        a, b = self.read(folder, device)
         if self.blocks_of == "A":
             a = on_the_diagonal(a, self.blocks)
         elif self.blocks_of == "B":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.errors import ConversionFailed, Unsupported
-from converter.merge.change import MergedTile, Rounding, read_stored
+from converter.merge.change import Change, MergedTile, Rounding, read_stored
 from converter.silence import quietly
 from converter.tensors import torch_dtype
 
@@ -50,32 +50,26 @@ _one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Bridged:
+class Bridged(Change):
     """What PEFT makes of one parameter of one module."""
 
-    module: str
-    """Its path in PEFT's model; options with patterns see it."""
     parameter: Literal["weight", "bias"]
     layer: Layer
     weight: tuple[int, ...]
     """The shape of the layer's weight, as its class has it."""
-    parts: tuple[TensorHeader, ...]
-    keys: tuple[str, ...]
-    """PEFT's names for the parts."""
+    pairs: tuple[tuple[str, TensorHeader], ...]
+    """PEFT's name for each part, with the part."""
     config: str
     """The adapter's config, in JSON."""
     bias: bool = False
     """Whether the layer has a bias."""
     sizes: tuple[int, int] | None = None
     """The largest out_features and in_features of the adapter's modules."""
-    source: TensorHeader | None = None
-    whole: str | None = "PEFT merges a module as a whole"
-    is_additive: bool = False
+    whole = "PEFT merges a module as a whole"
 
     @property
-    def pairs(self) -> tuple[tuple[str, TensorHeader], ...]:
-        """PEFT's name for each part, with the part."""
-        return tuple(zip(self.keys, self.parts, strict=True))
+    def parts(self) -> tuple[TensorHeader, ...]:
+        return tuple(part for _, part in self.pairs)
 
     @property
     def tuner(self) -> str:

@@ -5,9 +5,10 @@ A `Change` is a value of the plan. Loaded, it is a `Merge`, which makes merged r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from converter.tensors import torch_dtype
 
@@ -73,62 +74,61 @@ class Surveying(Protocol):
         """See rows `start` to `end`; `weight` is (end - start, in_features), as the base stores it."""
 
 
-class Change(Protocol):
+@dataclass(frozen=True)
+class Change(ABC):
     """What an adapter does to one weight: a frozen value."""
 
-    @property
-    def module(self) -> str:
-        """The module as the adapter's file names it."""
+    module: str
+    """As the adapter's file names it."""
+    source: TensorHeader | None = field(default=None, kw_only=True)
+    """The adapter's tensor that is read in the place of the base's; None: the base's own is read."""
+    whole: ClassVar[str | None] = None
+    """Why the weight must be in memory as a whole; None where some of its rows will do."""
+    is_additive: ClassVar[bool] = False
+    """Whether `load` gives an `Additive`, or nothing to merge."""
 
     @property
-    def source(self) -> TensorHeader | None:
-        """The adapter's tensor that is read in the place of the base's; None: the base's own is read."""
-
-    @property
+    @abstractmethod
     def parts(self) -> tuple[TensorHeader, ...]:
         """The adapter's tensors that are merged; none where a tensor is only replaced."""
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that it fits; (out_features, in_features) of a matrix."""
 
     @property
-    def whole(self) -> str | None:
-        """Why the weight must be in memory as a whole; None where some of its rows will do."""
-
-    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of memory that loading and holding it takes."""
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """What it does, in a few words for people."""
 
-    @property
-    def is_additive(self) -> bool:
-        """Whether `load` gives an `Additive`, or nothing to merge."""
-
+    @abstractmethod
     def as_json(self) -> dict[str, Any]:
         """What shapes the merged bytes, for plan and receipt: {kind: {"module": …, …}}; empty: nothing is merged."""
 
+    @abstractmethod
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge | None:
         """Read its parts; None where there is nothing to merge. Raises what reading raises."""
 
+    def read(self, folder: Folder, device: torch.device) -> list[Tensor]:
+        """Its parts in float32, on the device."""
+        return [read_float32(part, folder).to(device) for part in self.parts]
+
 
 @dataclass(frozen=True)
-class Replacement:
+class Replacement(Change):
     """A whole tensor of the adapter that takes the place of the base's: modules_to_save, biases, resized embeddings."""
 
-    source: TensorHeader
-    parts: tuple[TensorHeader, ...] = ()
-    whole: str | None = None
-    nbytes: int = 0
-    label: str = ""
-    is_additive: bool = True
-
-    @property
-    def module(self) -> str:
-        return self.source.name.rpartition(".")[0]
+    source: TensorHeader = field(kw_only=True)
+    parts: ClassVar[tuple[TensorHeader, ...]] = ()
+    nbytes: ClassVar[int] = 0
+    label: ClassVar[str] = ""
+    is_additive = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add, read_float32, transform
+from converter.merge.change import MergedTile, Rounding, add, transform
+from converter.merge.lora import Factors
 
 if TYPE_CHECKING:
     import torch
@@ -16,24 +17,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ConvolutionLora:
-    """The two factors for one convolution without groups; with DoRA, the length of each output channel's weights."""
+class ConvolutionLora(Factors):
+    """The two factors for one convolution without groups; with DoRA, the length of each output channel's weights.
 
-    module: str
-    a: TensorHeader
-    """(rank, in_channels, *kernel)"""
-    b: TensorHeader
-    """(out_channels, rank, 1, …)"""
-    scaling: float
+    A is (rank, in_channels, *kernel), B is (out_channels, rank, 1, …).
+    """
+
     magnitude: TensorHeader | None = None
     """(1, out_channels, 1, …)"""
-    source: TensorHeader | None = None
-    whole: str | None = "the delta of a convolution is made as a whole"
-    is_additive: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
+    whole = "the delta of a convolution is made as a whole"
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -52,11 +44,10 @@ class ConvolutionLora:
         return f"{'merge' if self.magnitude is None else 'DoRA'}, rank {self.rank}, scaling {self.scaling:g}"
 
     def as_json(self) -> dict[str, Any]:
-        settings = {"rank": self.rank, "scaling": self.scaling, "dora": self.magnitude is not None}
-        return {"convolution_lora": {"module": self.module, **settings}}
+        return {"convolution_lora": self.settings() | {"dora": self.magnitude is not None}}
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> ConvolutionMerge:
-        a, b, *rest = (read_float32(part, folder).to(device) for part in self.parts)
+        a, b, *rest = self.read(folder, device)
         return ConvolutionMerge(convolution_delta(a, b).mul_(self.scaling), rest[0] if rest else None, rounding)
 
 

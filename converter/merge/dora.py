@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, read_float32, transform
+from converter.merge.change import Merge, MergedTile, Rounding, transform
 from converter.merge.lora import Lora, delta_rows
 
 if TYPE_CHECKING:
@@ -17,42 +17,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Dora:
+class Dora(Lora):
     """LoRA on a linear layer or a Conv1D, and the length of each row of the merged weight."""
 
-    lora: Lora
     magnitude: TensorHeader
     """(out_features,)"""
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def module(self) -> str:
-        return self.lora.module
+    is_additive = False
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
-        return *self.lora.parts, self.magnitude
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.lora.shape
+        return *super().parts, self.magnitude
 
     @property
     def nbytes(self) -> int:
-        return self.lora.nbytes + 6 * self.shape[0]
+        return super().nbytes + 6 * self.shape[0]
 
     @property
     def label(self) -> str:
-        return f"DoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}"
+        return f"DoRA, rank {self.rank}, scaling {self.scaling:g}"
 
     def as_json(self) -> dict[str, Any]:
-        return {"dora": self.lora.as_json()["lora"]}
+        return {"dora": self.settings()}
 
-    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> DoraMerge:
-        a, b, magnitude = (read_float32(part, folder).to(device) for part in self.parts)
-        return DoraMerge(a, b, magnitude.flatten(), self.lora.scaling, rounding)
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge:
+        a, b, magnitude = self.read(folder, device)
+        return DoraMerge(a, b, magnitude.flatten(), self.scaling, rounding)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add_rounded, read_float32, transform
+from converter.merge.change import Merge, MergedTile, Rounding, add_rounded, transform
+from converter.merge.lora import Factors
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -20,45 +21,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EmbeddingLora:
-    """The two factors for one embedding."""
-
-    module: str
-    a: TensorHeader
-    """(rank, vocabulary)"""
-    b: TensorHeader
-    """(dimension, rank)"""
-    scaling: float
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def parts(self) -> tuple[TensorHeader, ...]:
-        return self.a, self.b
+class EmbeddingLora(Factors):
+    """The two factors for one embedding: A is (rank, vocabulary), B is (dimension, rank)."""
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.a.shape[1], self.b.shape[0]
 
-    @property
-    def nbytes(self) -> int:
-        # Both in float32, beside what they are read from, which is often half as large.
-        return 6 * self.rank * sum(self.shape)
-
-    @property
-    def label(self) -> str:
-        return f"merge, rank {self.rank}, scaling {self.scaling:g}"
-
     def as_json(self) -> dict[str, Any]:
-        return {"embedding_lora": {"module": self.module, "rank": self.rank, "scaling": self.scaling}}
+        return {"embedding_lora": self.settings()}
 
-    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> EmbeddingMerge:
-        a, b = (read_float32(part, folder).to(device) for part in self.parts)
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge:
+        a, b = self.read(folder, device)
         return EmbeddingMerge(a, b, self.scaling, rounding)
 
 
@@ -84,45 +58,33 @@ def embedding_rows(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class EmbeddingDora:
+class EmbeddingDora(EmbeddingLora):
     """LoRA on an embedding, and the length of each column of the merged weight, over the whole vocabulary."""
 
-    lora: EmbeddingLora
     magnitude: TensorHeader
     """(dimension,)"""
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def module(self) -> str:
-        return self.lora.module
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
-        return *self.lora.parts, self.magnitude
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.lora.shape
+        return *super().parts, self.magnitude
 
     @property
     def nbytes(self) -> int:
-        return self.lora.nbytes + 20 * self.shape[1]
+        return super().nbytes + 20 * self.shape[1]
 
     @property
     def label(self) -> str:
-        return f"DoRA, rank {self.lora.rank}, scaling {self.lora.scaling:g}, read twice"
+        return f"DoRA, rank {self.rank}, scaling {self.scaling:g}, read twice"
 
     def as_json(self) -> dict[str, Any]:
-        return {"embedding_dora": self.lora.as_json()["embedding_lora"]}
+        return {"embedding_dora": self.settings()}
 
-    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> EmbeddingDoraMerge:
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge:
         import torch
 
-        a, b, magnitude = (read_float32(part, folder).to(device) for part in self.parts)
+        a, b, magnitude = self.read(folder, device)
         squares = torch.zeros(self.shape[1], dtype=torch.float64, device=device)
-        return EmbeddingDoraMerge(a, b, magnitude.flatten(), self.lora.scaling, rounding, squares)
+        return EmbeddingDoraMerge(a, b, magnitude.flatten(), self.scaling, rounding, squares)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add_rounded, read_float32, read_stored
+from converter.merge.change import Change, MergedTile, Rounding, add_rounded, read_stored
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ _ENOUGH_ROWS = 64
 class ExpertFactors:
     """The two factors for all experts of one parameter."""
 
-    module: str
     a: TensorHeader
     """(experts · rank, in)"""
     b: TensorHeader
@@ -52,7 +51,7 @@ class ExpertFactors:
         return f"merge, rank {self.rank}, scaling {self.scaling:g}"
 
     def as_json(self) -> dict[str, Any]:
-        names = {"module": self.module, "rank": self.rank, "scaling": self.scaling, "experts": self.experts}
+        names = {"rank": self.rank, "scaling": self.scaling, "experts": self.experts}
         return names | {"grouped": self.grouped, "turned": self.turned}
 
     def split(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,17 +66,10 @@ class ExpertFactors:
 
 
 @dataclass(frozen=True)
-class StackedExperts:
+class StackedExperts(Change):
     """A weight that holds the matrices of all experts, (experts, rows, columns)."""
 
     factors: ExpertFactors
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def module(self) -> str:
-        return self.factors.module
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -97,17 +89,17 @@ class StackedExperts:
         return self.factors.label
 
     def as_json(self) -> dict[str, Any]:
-        return {"experts_lora": self.factors.as_json()}
+        return {"experts_lora": {"module": self.module} | self.factors.as_json()}
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> StackedMerge:
-        a, b = (read_float32(part, folder).to(device) for part in self.parts)
+        a, b = self.read(folder, device)
         factors = self.factors
         experts = tuple(_Expert(*pair, factors.scaling, factors.turned) for pair in _each(*factors.split(a, b)))
         return StackedMerge(experts, factors.matrix[0], rounding)
 
 
 @dataclass(frozen=True)
-class OneExpert:
+class OneExpert(Change):
     """A weight of one expert alone, as most checkpoints have it: some rows of what its delta is in the model."""
 
     factors: ExpertFactors
@@ -115,13 +107,6 @@ class OneExpert:
     first: int
     """The row of the expert's delta with which the weight begins: where gate and up are one in the model."""
     rows: int
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
-
-    @property
-    def module(self) -> str:
-        return self.factors.module
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -141,7 +126,8 @@ class OneExpert:
         return self.factors.label
 
     def as_json(self) -> dict[str, Any]:
-        return {"experts_lora": self.factors.as_json() | {"expert": self.expert, "first": self.first}}
+        place = {"expert": self.expert, "first": self.first}
+        return {"experts_lora": {"module": self.module} | self.factors.as_json() | place}
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> OneMerge:
         factors, stored = self.factors, [read_stored(part, folder) for part in self.parts]

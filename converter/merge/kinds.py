@@ -99,9 +99,9 @@ def changes_of_experts(site: Site) -> dict[str, Change]:
         factors = _expert_factors(site, stack, pair[0], pair[1])
         for tensor, (expert, first, turned) in stack.pieces.items():
             if expert is None:
-                found[tensor] = StackedExperts(replace(factors, turned=factors.turned != turned))
+                found[tensor] = StackedExperts(site.module, replace(factors, turned=factors.turned != turned))
             else:
-                found[tensor] = OneExpert(factors, expert, first, site.shapes[tensor][0])
+                found[tensor] = OneExpert(site.module, factors, expert, first, site.shapes[tensor][0])
     if odd := sorted(site.parts.keys() - used):
         raise Unsupported(f"{site.module}: {odd[0]}: this kind of tensor is not merged")
     return found
@@ -123,7 +123,7 @@ def _expert_factors(site: Site, stack: Stack, a: TensorHeader, b: TensorHeader) 
             f"{[rows, columns]}: was the adapter trained on another base?"
         )
     turned = fits.pop() if len(fits) == 1 else _is_turned(site, stack)
-    return ExpertFactors(site.module, a, b, scaling, experts, bool(site.options.variants.grouped), turned)
+    return ExpertFactors(a, b, scaling, experts, bool(site.options.variants.grouped), turned)
 
 
 def _is_turned(site: Site, stack: Stack) -> bool:
@@ -191,9 +191,9 @@ def _on_matrix(site: Site, a: TensorHeader, b: TensorHeader, scaling: float) -> 
         return ConvolutionLora(site.module, a, b, scaling, magnitude)
     if diagonal is not None:
         return BlockLora(site.module, a, b, scaling, *diagonal)
-    lora = Lora(site.module, a, b, scaling)
-    _check_shape(site, magnitude, "lora_magnitude_vector", lora.shape[:1])
-    return lora if magnitude is None else Dora(lora, magnitude)
+    _check_shape(site, magnitude, "lora_magnitude_vector", b.shape[:1])
+    lora = (site.module, a, b, scaling)
+    return Lora(*lora) if magnitude is None else Dora(*lora, magnitude)
 
 
 def _embedding(site: Site) -> dict[str, Change]:
@@ -203,10 +203,10 @@ def _embedding(site: Site) -> dict[str, Change]:
     for factor in (a, b):
         if len(factor.shape) != 2:
             raise Unsupported(f"{factor.name}: {len(factor.shape)} dimensions; LoRA on an embedding has 2")
-    lora = EmbeddingLora(site.module, a, b, _scaling(site, a, b))
+    lora = (site.module, a, b, _scaling(site, a, b))
     magnitude = site.parts.get("lora_magnitude_vector")
-    _check_shape(site, magnitude, "lora_magnitude_vector", lora.shape[1:])
-    return {site.weight: lora if magnitude is None else EmbeddingDora(lora, magnitude)}
+    _check_shape(site, magnitude, "lora_magnitude_vector", b.shape[:1])
+    return {site.weight: EmbeddingLora(*lora) if magnitude is None else EmbeddingDora(*lora, magnitude)}
 
 
 def _token_rows(site: Site) -> dict[str, Change]:

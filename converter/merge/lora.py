@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, add, read_float32
+from converter.merge.change import Change, Merge, MergedTile, Rounding, add
 
 if TYPE_CHECKING:
     import torch
@@ -16,18 +16,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """The two factors for one module: delta = scaling · B · A, of shape (out_features, in_features)."""
+class Factors(Change):
+    """Two factors for one module; the first dimension of A is the rank."""
 
-    module: str
     a: TensorHeader
-    """(rank, in_features)"""
     b: TensorHeader
-    """(out_features, rank)"""
     scaling: float
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = True
 
     @property
     def rank(self) -> int:
@@ -38,10 +32,6 @@ class Lora:
         return self.a, self.b
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.b.shape[0], self.a.shape[1]
-
-    @property
     def nbytes(self) -> int:
         # Both in float32, beside what they are read from, which is often half as large.
         return 6 * self.rank * sum(self.shape)
@@ -50,11 +40,25 @@ class Lora:
     def label(self) -> str:
         return f"merge, rank {self.rank}, scaling {self.scaling:g}"
 
-    def as_json(self) -> dict[str, Any]:
-        return {"lora": {"module": self.module, "rank": self.rank, "scaling": self.scaling}}
+    def settings(self) -> dict[str, Any]:
+        return {"module": self.module, "rank": self.rank, "scaling": self.scaling}
 
-    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> LoraMerge:
-        a, b = (read_float32(part, folder).to(device) for part in self.parts)
+
+@dataclass(frozen=True)
+class Lora(Factors):
+    """Delta = scaling · B · A of a linear layer: A is (rank, in_features), B is (out_features, rank)."""
+
+    is_additive = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"lora": self.settings()}
+
+    def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge:
+        a, b = self.read(folder, device)
         return LoraMerge(a, b, self.scaling, rounding)
 
 

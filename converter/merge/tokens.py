@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import MergedTile, Rounding, read_float32, transform
+from converter.merge.change import Change, MergedTile, Rounding, transform
 
 if TYPE_CHECKING:
     import torch
@@ -16,18 +16,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class TokenRows(Change):
     """New rows for some tokens. PEFT calls them `trainable_tokens_delta`; they are no delta."""
 
-    module: str
     rows: TensorHeader
     """(tokens, dimension)"""
     tokens: tuple[int, ...]
     """Which rows they replace; only the adapter's config knows."""
     vocabulary: int
-    source: TensorHeader | None = None
-    whole: str | None = None
-    is_additive: bool = False
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -52,7 +48,8 @@ class TokenRows:
         import torch
 
         tokens = torch.tensor(self.tokens, device=device)
-        return TokenMerge(read_float32(self.rows, folder).to(device), tokens, rounding)
+        [rows] = self.read(folder, device)
+        return TokenMerge(rows, tokens, rounding)
 
 
 @dataclass(frozen=True)

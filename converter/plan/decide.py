@@ -164,9 +164,8 @@ def _change(delta: Change | None, replacement: TensorHeader | None) -> Change | 
     if replacement is None:
         return delta
     if delta is None:
-        return Replacement(replacement)
-    changed: Change = replace(delta, source=replacement)  # type: ignore[type-var]  # every change is a dataclass
-    return changed
+        return Replacement(replacement.name.rpartition(".")[0], source=replacement)
+    return replace(delta, source=replacement)
 
 
 def _weights_dtype(base: Checkpoint) -> str:

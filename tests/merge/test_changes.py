@@ -21,7 +21,6 @@ from converter.merge.convolution import ConvolutionLora
 from converter.merge.dora import Dora
 from converter.merge.embedding import EmbeddingDora, EmbeddingLora
 from converter.merge.experts import ExpertFactors, OneExpert, StackedExperts
-from converter.merge.lora import Lora
 from converter.merge.tokens import TokenRows
 from converter.read.folder import LocalFolder
 from converter.read.header import TensorHeader, read_header
@@ -79,9 +78,7 @@ def linear(outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False)
 
 def test_each_kind_says_what_it_is(tmp_path: Path) -> None:
     _, headers = saved(tmp_path, {"a": torch.ones(4, 96), "b": torch.ones(70, 4), "m": torch.ones(70)})
-    lora = Lora("layer", headers["a"], headers["b"], 2.0)
-
-    dora = Dora(lora, headers["m"])
+    dora = Dora("layer", headers["a"], headers["b"], 2.0, headers["m"])
 
     assert dora.as_json() == {"dora": {"module": "layer", "rank": 4, "scaling": 2.0}}
     assert dora.shape == (70, 96)
@@ -98,7 +95,7 @@ def test_dora_on_a_linear_layer_has_pefts_bits(tmp_path: Path, use_rslora: bool,
     wrapped, tensors = peft_layer(layer, config)
     folder, headers = saved(tmp_path, tensors)
     parts = [headers[f"{name}.weight"] for name in ("lora_A", "lora_B", "lora_magnitude_vector")]
-    change = Dora(Lora("0", parts[0], parts[1], wrapped.scaling["default"]), parts[2])
+    change = Dora("0", parts[0], parts[1], wrapped.scaling["default"], parts[2])
     weight = layer.weight.detach().clone()
 
     rounding = Rounding("reference", DTYPES[dtype]) if dtype in DTYPES else ROUNDINGS[0]
@@ -120,7 +117,7 @@ def test_dora_on_a_conv1d_has_pefts_bits(tmp_path: Path, dtype: torch.dtype) -> 
     weight = layer.weight.detach().clone()
 
     rounding = Rounding("reference", "bfloat16") if dtype in DTYPES else ROUNDINGS[0]
-    tile = merged(Dora(Lora("0", parts[0], parts[1], 1.0), parts[2]), folder, weight.T, rounding, 200)
+    tile = merged(Dora("0", parts[0], parts[1], 1.0, parts[2]), folder, weight.T, rounding, 200)
 
     wrapped.merge()
     assert torch.equal(tile.values, wrapped.get_base_layer().weight.T)
@@ -254,7 +251,7 @@ def trained_stack(stack: Stack, folder: Path) -> tuple[Any, LocalFolder, ExpertF
     wrapped, tensors = peft_layer(stack, config)
     opened, headers = saved(folder, tensors)
     a, b = headers["lora_A.weight"], headers["lora_B.weight"]
-    return wrapped, opened, ExpertFactors("0", a, b, 1.5, 3, turned=stack.is_transposed)
+    return wrapped, opened, ExpertFactors(a, b, 1.5, 3, turned=stack.is_transposed)
 
 
 def rounding_of(weight: Tensor) -> Rounding:
@@ -266,7 +263,7 @@ def rounding_of(weight: Tensor) -> Rounding:
 def test_lora_on_stacked_experts_has_pefts_bits(tmp_path: Path, stack: Stack, rows: int) -> None:
     weight = stack.weight.detach().clone()
     wrapped, folder, factors = trained_stack(stack, tmp_path)
-    change = StackedExperts(factors)
+    change = StackedExperts("0", factors)
 
     tile = merged(change, folder, weight.view(450, 96), rounding_of(weight), rows)
 
@@ -283,7 +280,7 @@ def test_the_weights_of_one_expert_have_the_bits_of_the_stack(
     weight = stack.weight.detach().clone()
     wrapped, folder, factors = trained_stack(stack, tmp_path)
 
-    parts = [OneExpert(factors, expert, first, rows) for expert in range(3)]
+    parts = [OneExpert("0", factors, expert, first, rows) for expert in range(3)]
     tiles = [
         merged(part, folder, weight[number, first : first + rows], rounding_of(weight), 64)
         for number, part in enumerate(parts)
@@ -298,14 +295,14 @@ def test_factors_that_are_grouped_by_expert_are_those_of_peft_in_another_order(t
     stack = Stack(weights(3, 150, 96))
     weight = stack.weight.detach().clone()
     _, folder, factors = trained_stack(stack, tmp_path)
-    expected = merged(StackedExperts(factors), folder, weight.view(450, 96), ROUNDINGS[0], 450)
+    expected = merged(StackedExperts("0", factors), folder, weight.view(450, 96), ROUNDINGS[0], 450)
     a, b = (read_stored(part, folder) for part in (factors.a, factors.b))
     (tmp_path / "grouped").mkdir()
     in_groups = b.view(150, 8, 3).transpose(1, 2).reshape(150, 24)
     folder, headers = saved(tmp_path / "grouped", {"a": a, "b": in_groups})
 
-    grouped = ExpertFactors("0", headers["a"], headers["b"], 1.5, 3, grouped=True)
-    tile = merged(StackedExperts(grouped), folder, weight.view(450, 96), ROUNDINGS[0], 450)
+    grouped = ExpertFactors(headers["a"], headers["b"], 1.5, 3, grouped=True)
+    tile = merged(StackedExperts("0", grouped), folder, weight.view(450, 96), ROUNDINGS[0], 450)
 
     assert not torch.equal(in_groups, b)
     assert torch.equal(tile.values, expected.values)
@@ -317,8 +314,8 @@ def test_dora_on_an_embedding_has_the_lengths_that_peft_means(tmp_path: Path, dt
     layer.weight.data = weights(3000, 96, dtype=dtype)
     wrapped, tensors = peft_layer(layer, LoraConfig(r=8, lora_alpha=20, use_dora=True, target_modules=["0"]))
     folder, headers = saved(tmp_path, tensors)
-    lora = EmbeddingLora("0", headers["lora_embedding_A"], headers["lora_embedding_B"], 2.5)
-    change = EmbeddingDora(lora, headers["lora_magnitude_vector.weight"])
+    factors = headers["lora_embedding_A"], headers["lora_embedding_B"]
+    change = EmbeddingDora("0", *factors, 2.5, headers["lora_magnitude_vector.weight"])
     weight, rounding = layer.weight.detach().clone(), rounding_of(layer.weight)
     made = []
 
