@@ -49,6 +49,17 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def base(inputs: tuple[Path, Path]) -> Path:
+    """Of a module's `inputs`, which are a base and an adapter."""
+    return inputs[0]
+
+
+@pytest.fixture
+def adapter(inputs: tuple[Path, Path]) -> Path:
+    return inputs[1]
+
+
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     return REPOSITORY / "fixtures" / "tiny-base"

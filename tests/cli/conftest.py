@@ -48,16 +48,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def base(inputs: tuple[Path, Path]) -> Path:
-    return inputs[0]
-
-
-@pytest.fixture
-def adapter(inputs: tuple[Path, Path]) -> Path:
-    return inputs[1]
-
-
-@pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "place" / "out"
 

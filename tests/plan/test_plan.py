@@ -39,16 +39,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, save_adapter(folder / "adapter", base, "llama")
 
 
-@pytest.fixture
-def base(inputs: tuple[Path, Path]) -> Path:
-    return inputs[0]
-
-
-@pytest.fixture
-def adapter(inputs: tuple[Path, Path]) -> Path:
-    return inputs[1]
-
-
 def plan_of(base: Path, adapter: Path | None, recipe: Recipe = Recipe(), **settings: Any) -> Plan:
     with Checkpoint(LocalFolder(base)) as checkpoint:
         return make_plan(checkpoint, Adapter(LocalFolder(adapter)) if adapter else None, recipe, **settings)

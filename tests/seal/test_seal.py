@@ -44,16 +44,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, save_adapter(folder / "adapter", base, "llama")
 
 
-@pytest.fixture
-def base(inputs: tuple[Path, Path]) -> Path:
-    return inputs[0]
-
-
-@pytest.fixture
-def adapter(inputs: tuple[Path, Path]) -> Path:
-    return inputs[1]
-
-
 @pytest.fixture(scope="module")
 def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed conversion leaves."""

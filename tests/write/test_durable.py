@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,19 +12,7 @@ import pytest
 from converter.errors import WriteFailed
 from converter.write.durable import LOCAL_DISK, Disk, writing
 from tests.disks import failing, raising
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The kernel refuses to make this process's files longer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+from tests.limits import files_of_at_most
 
 
 def names(folder: Path) -> set[str]:

@@ -7,14 +7,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
-import signal
 import stat
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from converter.read.header import DTYPE_BYTES, TensorHeader, read_header
 from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk
 from converter.write.shard import ShardWriter, Written
 from tests.disks import FailingOnce, failing, failing_with
-from tests.limits import no_hang
+from tests.limits import files_of_at_most, no_hang
 
 FILE = "model.safetensors"
 WEIGHT = Output("a.weight", "U8", (32, 1))
@@ -104,19 +102,6 @@ def assert_one_line(error: WriteFailed, path: Path) -> None:
     """That names the file."""
     assert str(error).isprintable()
     assert str(path) in str(error)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The kernel refuses to make this process's files longer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture(scope="module")
