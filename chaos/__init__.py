@@ -1,4 +1,4 @@
-"""Faults on purpose: kill, fill, break and cut the power of conversions, and look at what they leave.
+"""Faults on purpose: kill conversions, fill or break their disk, cut its power, and check what is left.
 
 `make chaos` runs all of them, `python -m chaos --short` some.
 """

@@ -1,4 +1,4 @@
-"""A batch under the faults of a process: each of its outputs is absent or whole, and the same command ends well."""
+"""A batch under the faults of a process: each output is absent or whole, and the same command then succeeds."""
 
 from __future__ import annotations
 

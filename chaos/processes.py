@@ -68,7 +68,7 @@ def _known(calls: str) -> str:
 
 
 def sample(calls: Counter[str], every: int) -> list[tuple[str, int]]:
-    """Of all calls, which one of its name; of so many one, from a random one on, but one at the least."""
+    """A sample of the calls, as (name, its number among those of that name): one of every `every`, at least one."""
     each = [(call, number) for call, count in calls.items() for number in range(1, count + 1)]
     return each[random.randrange(min(every, len(each))) :: every] if each else []
 

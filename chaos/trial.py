@@ -1,4 +1,4 @@
-"""One command in a process of its own, with a fault; what it leaves, and whether the same command goes on."""
+"""One command in a process of its own, with a fault: what it leaves, and whether the same command then resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUNG = 1000
 
 @dataclass
 class Row:
-    """What became of one kind of fault."""
+    """The results of one kind of fault."""
 
     fault: str
     command: str
@@ -218,7 +218,7 @@ def kill_after(pid: int, seconds: float, signum: int = signal.SIGKILL) -> int:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """What a run that ends well takes away."""
+    """What a run that succeeds removes."""
     endings = (".partial", ".unfinished", ".replaced", *HIDDEN)
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name.endswith(endings))
 

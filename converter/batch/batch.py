@@ -1,4 +1,4 @@
-"""Many adapters, one pass over the base: each tensor is read once for all, and what no adapter touches is made once.
+"""Many adapters, one pass over the base: each tensor is read once, and what no adapter changes is made once.
 
 Every job is planned before the first byte is written. A job that is refused, or fails on the way, is dropped, and the
 others go on. Shared tensors lie in shards of their own, made in a folder of the batch's and linked into each output
@@ -34,7 +34,7 @@ def convert_batch(
     tell: Callable[[Outcome], None] = lambda _: None,
     foretell: Callable[[Forecast], None] | None = None,
 ) -> list[Outcome]:
-    """Make a checkpoint for each job. Returns what came of each, in their order.
+    """Make a checkpoint for each job. Returns an outcome for each job, in the order of the jobs.
 
     Jobs of one base and recipe are made in one pass over the base; in several, if what each of them needs would not fit
     the memory together. `tell` hears of each outcome as soon as it is known, `foretell`, in a dry run, what the jobs of
@@ -105,7 +105,7 @@ def _convert_group(run: BatchRun, group: JobGroup) -> None:
         if not run.outcomes.unfinished & pending.keys():
             remove_leftovers(group.jobs.values())
     except Interrupted as exc:
-        exc.args = (f"{exc}; what is done is kept: the same command goes on with it",)
+        exc.args = (f"{exc}; what is done is kept; run the same command to resume",)
         raise
     except ConverterError as exc:
         for index in pending:

@@ -1,4 +1,4 @@
-"""Shards of earlier outputs that later ones can have as they are."""
+"""Shards of earlier outputs that later outputs can reuse unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from converter.tensors import torch_device
 
 
 def earlier_shards(run: BatchRun, group: JobGroup) -> list[EarlierShard]:
-    """Shared shards that an output has already: an output of this batch that is made, or that of `--against`."""
+    """Shared shards that a finished output has: one of this batch, or that of `--against`."""
     against = run.options.against
     folders = [job.destination.out for job in group.jobs.values() if job.known is not None]
     if against is not None:

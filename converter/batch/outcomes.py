@@ -1,4 +1,4 @@
-"""What comes of each job of a batch."""
+"""The outcomes of a batch's jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal["made", "nothing to do", "planned", "refused", "failed"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one job."""
+    """The outcome of one job."""
 
     job: Job
     status: Status
@@ -42,7 +42,7 @@ class Outcome:
 
 
 class Outcomes:
-    """The outcomes of a batch so far, one for each job. `tell` hears of each as soon as it is known.
+    """The outcomes of a batch so far, one for each job. `tell` is called with each as soon as it is known.
 
     The first outcome of a job counts; but a good one replaces a bad one, and is told, too.
     """
@@ -64,7 +64,7 @@ class Outcomes:
         return len(self._known)
 
     def record(self, index: int, outcome: Outcome) -> None:
-        """What came of the job of this index, whatever job the outcome names."""
+        """Note the outcome of the job of this index, whatever job the outcome names."""
         known = self._known.get(index)
         if known is None or (outcome.is_good and not known.is_good):
             self._known[index] = replace(outcome, job=self._jobs[index])

@@ -27,7 +27,7 @@ class PlannedJob:
         self.job, self.inputs, self._options = job, inputs, options
         self._plan: Plan | None = None
         self._before = inputs.identities()
-        """Of the weights files, when it was planned: its turn may come much later."""
+        """Of the weights files, when it was planned; it may be converted much later."""
         plan = self.plan
         self.destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
         device = torch_device(plan.device).type
@@ -66,7 +66,7 @@ class JobGroup:
     shared: dict[str, TensorPlan] | None = None
     """What becomes of the tensors that no adapter touches."""
     notes: list[str] = field(default_factory=list)
-    """What everybody should know whose output is made."""
+    """Notes for everyone whose output is made."""
 
     @property
     def shared_bytes(self) -> int:

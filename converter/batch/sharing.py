@@ -12,7 +12,7 @@ from converter.seal.production import Made
 
 @dataclass(frozen=True)
 class EarlierShard:
-    """A shard of an earlier output that later ones can have as it is, and the tensors in it."""
+    """A shard of an earlier output that later outputs can reuse unchanged, and the tensors in it."""
 
     shard: ReusableShard
     made: tuple[Made, ...]
@@ -35,7 +35,7 @@ class Layout:
 
     @property
     def not_own(self) -> list[str]:
-        """Files that come from elsewhere."""
+        """Files of earlier outputs."""
         return [*self.reused, *self.shared]
 
     def shared_shards(self) -> list[ShardPlan]:

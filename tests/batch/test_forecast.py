@@ -1,4 +1,4 @@
-"""What a dry run of a batch foretells is what the batch then takes."""
+"""A batch takes what its dry run predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking transformers in a process of its own: the same answers, and no hang, whatever becomes of that process."""
+"""Asking transformers in a process of its own: the same answers, and no hang, however that process ends."""
 
 from __future__ import annotations
 

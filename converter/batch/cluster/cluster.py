@@ -160,8 +160,8 @@ class _Run:
             self._report.hear(self._cluster.heard())
             raise Interrupted(
                 signum,
-                f"{signal.Signals(signum).name} while {count} parts were under way; what is done is kept: "
-                "the same command goes on with it",
+                f"{signal.Signals(signum).name} while {count} parts were under way; what is done is kept; "
+                "run the same command to resume",
             )
 
     def _fail_what_no_node_can_make(self) -> None:

@@ -36,7 +36,7 @@ def convert_part(
     lock_seconds: float = LOCK_SECONDS,
     wait: Callable[[float], None] = time.sleep,
 ) -> list[Outcome]:
-    """What came of the jobs, in their order; `hear` is told on the way.
+    """Make the jobs of a part; returns their outcomes, in their order. `hear` is called on the way.
 
     `expected` are the versions of the machine that divided the batch; others would give other bytes. An output that
     another process is writing is tried again for `lock_seconds`. The only error that is raised is `Interrupted`, when

@@ -16,7 +16,7 @@ from converter.cli.show.words import amount, figures_of, peak_memory, table, tex
 def batch_text(
     outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[Forecast] = (), *, verbose: bool = False
 ) -> str:
-    """What came of each job, a line each, and of the whole; of a dry run, also what it would take."""
+    """The outcome of each job, a line each, and of the whole batch; of a dry run, also what it would take."""
     rows: list[tuple[str, ...]] = [("output", "", "bytes", "shared", "by", "survival", "")]
     for outcome in outcomes:
         figures = _batch_figures(outcome)

@@ -1,4 +1,4 @@
-"""What a server of the Hub may answer: names that are no paths, no more bytes than somebody wants, and no tokens.
+"""What an answer of the Hub may hold: names that are no paths, no more bytes than somebody wants, and no tokens.
 
 huggingface_hub makes file names of a digest and a commit that the server states, and reads what a listing or an error
 has to its end. So each answer is looked at before the library sees it.
@@ -19,7 +19,7 @@ MAX_ERROR_BYTES = 100_000
 """Of what a server says of a failure; 200 characters of it are shown."""
 
 SLOWEST = 1_000
-"""Bytes a second that a server must send, by the minute: one that drips is never done."""
+"""The fewest bytes a second, over a minute, that a server must send."""
 _MINUTE = 60.0
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -41,7 +41,7 @@ def checking(make_client: Callable[[], Any], clock: Callable[[], float] = time.m
 
 
 def without_tokens(text: str) -> str:
-    """Somebody else's words without the tokens that they had from us, whatever these look like."""
+    """A server's text without the tokens that we sent to it."""
     for token in _sent:
         text = text.replace(token, "…")
     return text

@@ -1,4 +1,4 @@
-"""What huggingface_hub meets with, in words of ours: tried again where that may help, and without anybody's secrets."""
+"""The errors of huggingface_hub in our own words, without secrets; a call is tried again where that may help."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def endpoint() -> str:
 
 
 def brief(text: object) -> str:
-    """At most 200 characters of somebody else's words, without tokens, credentials and signatures."""
+    """At most 200 characters of a server's text, without tokens, credentials and signatures."""
     words = without_tokens(" ".join(str(text).split()))
     for pattern, replacement in _SECRETS:
         words = pattern.sub(replacement, words)

@@ -1,7 +1,7 @@
 """The Hugging Face Hub: one repository at one commit, read in pieces or fetched into the Hub's own cache.
 
-This module and hub_errors import huggingface_hub, and do so only once a repository is opened, because
-that import takes longer than `convert --help` may.
+This module and `errors` beside it import huggingface_hub once a repository is opened: that takes longer than
+`convert --help` may.
 """
 
 from __future__ import annotations

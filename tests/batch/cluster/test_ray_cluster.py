@@ -166,7 +166,7 @@ def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
     _, err = command.communicate(timeout=PATIENCE)
 
     assert (command.returncode, err.count("\n")) == (130, 1), err
-    assert "SIGINT while 2 parts were under way; what is done is kept: the same command goes on with it" in err
+    assert "SIGINT while 2 parts were under way; what is done is kept; run the same command to resume" in err
     assert not any(job.out.exists() for job in scene.jobs)
 
     # The same command; the second node is lost when one of its two outputs is whole, and the other about to be.
@@ -216,7 +216,7 @@ def test_a_local_cluster_ends_in_order_at_a_signal_and_leaves_nothing_behind(sce
     assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
     assert (command.returncode, err.count("\n")) == (143, 1), err
     assert "SIGTERM while" in err
-    assert "the same command goes on with it" in err
+    assert "run the same command to resume" in err
     assert of_ray(scene) == []
     assert os.listdir(scene.environment["TMPDIR"]) == []
 

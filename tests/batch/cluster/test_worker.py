@@ -76,7 +76,7 @@ def test_a_cancelled_part_ends_between_two_tiles_and_keeps_what_is_done(job: Job
         if isinstance(item, Progress):
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="the same command goes on with it"):
+    with pytest.raises(Interrupted, match="run the same command to resume"):
         convert_part([job], BatchOptions(), versions(), cancel)
 
     assert signal.getsignal(signal.SIGINT) is before
