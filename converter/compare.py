@@ -16,6 +16,7 @@ from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan, TensorPlan
 from converter.quantize.format import Output
+from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Checkpoint
 from converter.recipe import Recipe
 from converter.seal.production import Target
@@ -61,8 +62,8 @@ def compare_with(
     options: RunOptions = RunOptions(),
     sample: float = 1.0,
     observer: Observer = Observer(),
-) -> tuple[list[str], int]:
-    """Make a share of each shard's tensors again, chosen by their names: the problems, and how many were made.
+) -> tuple[list[str], dict[str, Fidelity]]:
+    """Make a share of each shard's tensors again, chosen by their names: the problems, and the figures of each.
 
     Raises `Undecided` if base or adapter can't be had or can't be converted.
     """
@@ -100,7 +101,7 @@ def _another_adapter(plan: Plan, given: Sources) -> list[str]:
 
 def _made_again(
     written: Checkpoint, plan: Plan, inputs: Inputs, given: Sources, sample: float, observer: Observer
-) -> tuple[list[str], int]:
+) -> tuple[list[str], dict[str, Fidelity]]:
     chosen = _sample(plan, written, sample)
     tensors = [tensor for tensor in plan.tensors() if tensor.name in chosen]
     recorded = (given.origin or {}).get("base")
@@ -108,6 +109,7 @@ def _made_again(
     comparer = _Comparer(written, tensors)
     encoding = Encoding(plan)
     foreign = 0
+    figures = {}
     with one_thread(), crew_of(plan, encoding) as crew:
         total = sum(tensor.source.nbytes for tensor in tensors)
         done = 0
@@ -118,6 +120,7 @@ def _made_again(
             if isinstance(made, ConverterError):
                 raise made
             foreign += target.tensor.origin == "base" and recorded.get(made.name, made.digest) != made.digest
+            figures[made.name] = made.fidelity
             done += made.nbytes
             observer.tell("comparing", done, total, made.name)
     problems = []
@@ -129,7 +132,7 @@ def _made_again(
     different = comparer.different | _other_headers(written, planned)
     problems += [f"{name}: {what}" for name, what in sorted(different.items())]
     extra = sorted(written.tensors.keys() - planned.keys())
-    return problems + [f"{name}: base and adapter give no such tensor" for name in extra], len(tensors)
+    return problems + [f"{name}: base and adapter give no such tensor" for name in extra], figures
 
 
 def all_of(results: Iterable[Result], count: int) -> Iterator[Result]:

@@ -21,6 +21,7 @@
         ├── NoThread             the system starts no thread, or has no memory for one
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
+        ├── GateFailed           a figure of the output does not reach its gate; exit code 4
         ├── Undecided            what a verification needs can't be had; exit code 3
         └── Interrupted          a signal asked for an end; exit code 130 or 143
 
@@ -39,7 +40,8 @@ class ConverterError(Exception):
 
     exit_code = 1
     resumable = False
-    """Whether the same command can resume the work that this error ended. Where it can't, the work is thrown away."""
+    """Whether another run can resume the work that this error ended. Where it can't, the work is thrown away."""
+    resumed_by = "the same command resumes it"
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(printable(message)))
@@ -133,6 +135,14 @@ class HubFailed(ConversionFailed):
     """The connection or the server failed."""
 
     resumable = True
+
+
+class GateFailed(ConversionFailed):
+    """A figure of the output does not reach its gate."""
+
+    exit_code = 4
+    resumable = True
+    resumed_by = "the same command with a weaker gate takes it"
 
 
 class Undecided(ConversionFailed):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.gates import Gates
 from converter.recipe import Recipe
 from converter.resources import Resources
 
@@ -27,6 +28,7 @@ class Job:
     adapter_revision: str | None = None
     card: str = ""
     """Text for the model card."""
+    gates: Gates = Gates()
 
     @property
     def label(self) -> str:

@@ -5,6 +5,7 @@ Start reading here.
 
 from __future__ import annotations
 
+import json
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 import xxhash
 
-from converter.errors import ConverterError, Interrupted
+from converter.errors import ConverterError, GateFailed, Interrupted
+from converter.gates import Gates, report_of, summary_of
 from converter.job import Job, Reference, RunOptions
 from converter.observer import Observer, Progress
 from converter.plan.decide import make_plan
@@ -32,7 +34,7 @@ from converter.resources import Resources
 from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination, already_made
 from converter.seal.production import Made, Production, Target
-from converter.seal.receipt import CARD, fingerprint, origin_of
+from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
@@ -71,6 +73,7 @@ def convert(
     trust_remote_code: bool = False,
     resume: bool = True,
     card: str = "",
+    gates: Gates = Gates(),
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Report:
@@ -78,13 +81,13 @@ def convert(
 
     `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
     `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
-    earlier conversion. `out` appears only whole. `resume`: resume an interrupted run of the same job. `stop` is asked
-    before each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion
-    ends with `Interrupted`.
+    earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
+    interrupted run of the same job. `stop` is asked before each tile, and while the sha256 of the base is checked; once
+    it gives the number of a signal, the conversion ends with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
-    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card)
+    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume)
     return convert_job(job, options, Observer(progress, stop))
 
@@ -92,11 +95,14 @@ def convert(
 def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer = Observer()) -> Report:
     """`convert`, from values."""
     with Inputs.of(job, options) as inputs:
+        if inputs.adapter is None:
+            job.gates.refuse_without_adapter()
         before = inputs.identities()
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
         encoding = Encoding(plan)
         destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
         if (known := already_made(destination, plan, inputs, encoding.device.type)) is not None:
+            job.gates.hold(_figures(destination), str(destination.out))
             return Report(job.out, plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         destination.refuse_if_too_full(plan.output_bytes)
@@ -125,11 +131,23 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     plan = output.plan
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
+    if misses := job.gates.misses(fidelity):
+        found = json.dumps(report_of(job.gates, misses), indent=2, sort_keys=True)
+        output.staging.put(GATES, f"{found}\n".encode())
+        raise GateFailed(f"{job.out}: {summary_of(misses)}; {output.staging.folder / GATES} lists them")
     adapter = inputs.adapter.folder if inputs.adapter else None
     cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
     side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}
     output.staging.seal(plan, origin, side_files, fidelity)
     return Report(job.out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
+
+
+def _figures(made: Destination) -> dict[str, Fidelity]:
+    """Of an output that is made already; none that are altogether wrong."""
+    try:
+        return fidelity_of(made.receipt or {})
+    except ValueError:
+        return {}
 
 
 def plan_conversion(

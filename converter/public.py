@@ -4,7 +4,8 @@ from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
 from converter.batch.outcomes import Outcome
-from converter.errors import ConversionFailed, ConversionRefused, ConverterError
+from converter.errors import ConversionFailed, ConversionRefused, ConverterError, GateFailed
+from converter.gates import Gates
 from converter.job import Job
 from converter.merge.adapter import Adapter
 from converter.observer import Progress
@@ -27,6 +28,8 @@ __all__ = [
     "ConversionRefused",
     "ConverterError",
     "Fidelity",
+    "GateFailed",
+    "Gates",
     "Inputs",
     "Job",
     "LocalFolder",

@@ -18,6 +18,27 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZES = (32, 64, 128)
 """What servers' kernels for compressed-tensors' integers accept."""
 
+MERGED = {"bf16": "bfloat16", "fp16": "float16"}
+"""The merged model, not quantized, by the dtype that it is in."""
+_MEANT = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8", "llm.int8": "int8", "16bit": "none"}
+_MEANT |= {dtype: name for name, dtype in MERGED.items()}
+
+
+def format_meant(text: str) -> str | None:
+    """The format that people mean who write 4bit, NF4 or bfloat16: one of `QuantType` or of `MERGED`."""
+    text = _MEANT.get(text.lower(), text.lower())
+    return text if text in get_args(QuantType) or text in MERGED else None
+
+
+def choices_of_format(text: str, dtype: object = "auto") -> dict[str, Any]:
+    """A format by name, as choices of a recipe; `dtype` is the one that is asked for. `BadRecipe` if they differ."""
+    name = format_meant(text)
+    if name not in MERGED:
+        return {"quant_type": name or text, "dtype": dtype}
+    if dtype not in ("auto", MERGED[name]):
+        raise BadRecipe(f"`format` {name} and `dtype` {dtype} exclude each other")
+    return {"quant_type": "none", "dtype": MERGED[name]}
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -20,18 +20,20 @@ from converter.errors import (
     Interrupted,
     Undecided,
 )
+from converter.gates import Gates
 from converter.job import Reference, RunOptions
 from converter.model.ask import check_output
 from converter.observer import Observer, Progress
 from converter.quantize.format import Found
 from converter.quantize.formats import all_formats
+from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Checkpoint
 from converter.read.checksums import SUMS, read_sums
 from converter.read.folder import LocalFolder
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
 from converter.resources import Resources
-from converter.seal.receipt import CARD, RECEIPT, read_receipt
+from converter.seal.receipt import CARD, RECEIPT, fidelity_of, read_receipt
 from converter.seal.staging import sha256_of
 from converter.tensors import all_finite
 
@@ -57,10 +59,12 @@ class Verification:
     """Whether an adapter was merged in, by the receipt."""
     adapter_name: str | None = None
     """The adapter, as the receipt names it."""
+    missed: list[str] = field(default_factory=list)
+    """Tensors that don't reach a gate, one line each, the worst first."""
 
     @property
     def is_good(self) -> bool:
-        return not self.problems
+        return not self.problems and not self.missed
 
 
 def verify(
@@ -72,6 +76,7 @@ def verify(
     adapter_revision: str | None = None,
     compare: bool = False,
     require_receipt: bool = False,
+    gates: Gates = Gates(),
     sample: float = 1.0,
     resources: Resources = Resources(),
     device: str = "auto",
@@ -82,7 +87,8 @@ def verify(
 
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
     `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
-    no receipt is a problem.
+    no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
+    the `gates`.
 
     Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
     """
@@ -90,6 +96,7 @@ def verify(
     receipt = read_receipt(folder.path)
     origin = receipt.get("origin") if receipt is not None else None
     origin = origin if isinstance(origin, dict) else None
+    figures: dict[str, Fidelity] = {}
     found = Verification(has_receipt=receipt is not None)
     if origin is not None:
         found.base_name, found.adapter_name = (text_or_none(origin.get(key)) for key in ("base_name", "adapter_name"))
@@ -106,8 +113,11 @@ def verify(
                 recipe = _recipe_of(written, receipt, quantized)
                 given = Sources(base, adapter, base_revision, adapter_revision, origin)
                 options = RunOptions(resources, device, offline=offline, trust_remote_code=True)  # none of it is run
-                problems, found.recomputed = compare_with(written, recipe, given, options, sample, Observer(progress))
+                problems, figures = compare_with(written, recipe, given, options, sample, Observer(progress))
                 found.problems += problems
+                found.recomputed = len(figures)
+        if gates:
+            found.missed = [str(miss) for miss in gates.misses(_stated_figures(receipt, figures) | figures)]
     except BadCheckpoint as exc:
         if receipt is None and not found.tensors:
             raise
@@ -117,6 +127,18 @@ def verify(
             raise
         raise Undecided(str(exc)) from exc
     return found
+
+
+def _stated_figures(receipt: dict[str, Any] | None, made_again: dict[str, Fidelity]) -> dict[str, Fidelity]:
+    """By the receipt. `Undecided` if there are none, and none were computed."""
+    if receipt is None:
+        if not made_again:
+            raise Undecided(f"no {RECEIPT}, so error and survival are not known: give `base` and `adapter`")
+        return {}
+    try:
+        return fidelity_of(receipt)
+    except ValueError as exc:
+        raise Undecided(str(exc)) from exc
 
 
 def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification) -> None:

@@ -36,6 +36,7 @@ WITHOUT_A_ROOM = {
     "errors": FOUNDATION,
     "recipe": FOUNDATION,
     "resources": FOUNDATION,
+    "gates": FOUNDATION,
     "job": FOUNDATION,
     "silence": FOUNDATION,
     "tensors": FOUNDATION,

@@ -19,7 +19,7 @@ from converter.batch.passes import Pass
 from converter.batch.planned import JobGroup, PlannedJob, plan_groups
 from converter.batch.run import Access, BatchRun
 from converter.batch.shared_shards import SharedShards, folder_of_shared, remove_leftovers
-from converter.errors import BadOutput, BadRecipe, ConverterError, Interrupted
+from converter.errors import BadOutput, BadRecipe, ConverterError, GateFailed, Interrupted
 from converter.job import Job
 from converter.observer import Progress
 
@@ -83,6 +83,11 @@ def _end_as_planned(run: BatchRun, group: JobGroup) -> None:
 
 
 def _end_as_made_already(run: BatchRun, index: int, job: PlannedJob) -> None:
+    try:
+        job.job.gates.hold(job.figures.get("fidelity", {}), str(job.job.out))
+    except GateFailed as exc:
+        run.outcomes.end(index, "failed", str(exc), is_below_gate=True)
+        return
     status: Status = "nothing to do"
     run.outcomes.end(index, status, fingerprint=job.known, notes=job.notes, **job.figures)
 

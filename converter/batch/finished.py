@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from converter.quantize.measure import Fidelity
+from converter.seal.receipt import fidelity_of
 
 _CHEAPEST_FIRST = ("hard", "reflink", "copy")
 
@@ -23,15 +23,10 @@ def figures_of(receipt: Mapping[str, Any]) -> dict[str, Any]:
             "shared_bytes": sum(sizes[name] for name in links),
             "link": max(links.values(), key=_CHEAPEST_FIRST.index, default=""),
             "fidelity": {
-                name: _fidelity(tensor)
-                for name, tensor in sorted(receipt["tensors"].items())
-                if "survival" in tensor or tensor["origin"] == "adapter"
+                name: fidelity
+                for name, fidelity in fidelity_of(receipt).items()
+                if "survival" in (tensor := receipt["tensors"][name]) or tensor["origin"] == "adapter"
             },
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return {}
-
-
-def _fidelity(tensor: Mapping[str, Any]) -> Fidelity:
-    survival = tensor.get("survival")
-    return Fidelity(float(tensor["error"]), None if survival is None else float(survival))

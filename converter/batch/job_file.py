@@ -14,16 +14,18 @@ from typing import Any
 from converter.batch.adapters import adapters_of, names_several
 from converter.batch.jobs import FOLDER_NAME, last_part
 from converter.errors import BadCheckpoint, BadRecipe
+from converter.gates import Gates
 from converter.job import Job
 from converter.read.folder import is_folder
 from converter.read.strict_json import parse_json_object
-from converter.recipe import Recipe
+from converter.recipe import Recipe, choices_of_format
 
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
 _RECIPE = {field.name for field in fields(Recipe)}
+_GATES = {field.name for field in fields(Gates)}
 _TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
-_KNOWN = sorted(_TEXTS | _RECIPE | {"adapters"})
+_KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format"})
 
 Rows = tuple[Sequence[Any], dict[str, Any]]
 """The jobs as they stand in the file, and what holds for each that says nothing else."""
@@ -163,6 +165,7 @@ class _Row:
                 raise self._wrong(f"{key} is not a single value")
         try:
             self._recipe = Recipe.from_json({key: self._stated[key] for key in _RECIPE & self._stated.keys()})
+            self._gates = Gates(**{key: self._stated[key] for key in _GATES & self._stated.keys()})
         except BadRecipe as exc:
             raise self._wrong(exc) from exc
 
@@ -216,7 +219,15 @@ class _Row:
 
     def _job(self, adapter: str | None, out: Path) -> Job:
         stated, base = self._stated, self._reference(self._stated.get("base"))
-        return Job(out, adapter, base, self._recipe, stated.get("base_revision"), stated.get("adapter_revision"))
+        return Job(
+            out,
+            adapter,
+            base,
+            self._recipe,
+            stated.get("base_revision"),
+            stated.get("adapter_revision"),
+            gates=self._gates,
+        )
 
     def _reference(self, text: str | None) -> str | None:
         """A path, relative to the file's folder unless it is absolute; or an id on the Hub."""
@@ -247,4 +258,9 @@ def _spelled(value: object) -> dict[str, Any]:
     spelled = {str(key).replace("-", "_"): item for key, item in value.items()}
     if len(spelled) < len(value):
         raise BadRecipe("a name stands there twice, once with - and once with _")
+    if isinstance(spelled.get("format"), str):
+        if "quant_type" in spelled:
+            raise BadRecipe("has both format and quant_type, which mean the same")
+        choices = choices_of_format(spelled.pop("format"), spelled.get("dtype", "auto"))
+        spelled |= {key: value for key, value in choices.items() if key != "dtype" or value != "auto"}
     return spelled

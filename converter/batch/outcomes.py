@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from converter.errors import ConversionRefused, ConverterError, OutputLocked
+from converter.errors import ConversionRefused, ConverterError, GateFailed, OutputLocked
 from converter.job import Job
 from converter.quantize.measure import Fidelity
 
@@ -35,6 +35,8 @@ class Outcome:
     """As in `Report.checked`."""
     is_locked: bool = False
     """Refused because another process is writing it."""
+    is_below_gate: bool = False
+    """Failed because a figure of it does not reach its gate."""
 
     @property
     def is_good(self) -> bool:
@@ -81,4 +83,10 @@ class Outcomes:
         if error.resumable:
             self.unfinished.add(index)
         status: Status = "refused" if isinstance(error, ConversionRefused) else "failed"
-        self.end(index, status, str(error), is_locked=isinstance(error, OutputLocked))
+        self.end(
+            index,
+            status,
+            str(error),
+            is_locked=isinstance(error, OutputLocked),
+            is_below_gate=isinstance(error, GateFailed),
+        )

@@ -26,6 +26,8 @@ class PlannedJob:
     def __init__(self, job: Job, inputs: Inputs, options: BatchOptions) -> None:
         self.job, self.inputs, self._options = job, inputs, options
         self._plan: Plan | None = None
+        if inputs.adapter is None:
+            job.gates.refuse_without_adapter()
         self._before = inputs.identities()
         """Of the weights files, when it was planned; it may be converted much later."""
         plan = self.plan

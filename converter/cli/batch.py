@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import click
 import cloup
 
 from converter.cli.options import (
+    GATES,
     LINKS,
     PRINTING,
     RESOURCES,
     Printing,
     flag,
+    gates_from,
     printing_from,
     run_options_from,
     take,
@@ -55,6 +58,7 @@ A line of a job file:
     with_foreign_files,
 )
 @cloup.option_group("Output", with_overwrite, *LINKS)
+@cloup.option_group("Quality, of jobs that state none", *GATES)
 @cloup.option_group(
     "Resources",
     *RESOURCES,
@@ -79,6 +83,8 @@ def batch(stop: Callable[[], int | None], /, jobs: Path, *, part: tuple[int, int
     wanted = read_jobs(jobs)
     if part is not None:
         wanted = slice_of(wanted, *part)
+    gates = gates_from(options)
+    wanted = [replace(job, gates=job.gates.completed(gates)) for job in wanted]
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
     run_batch(stop, wanted, run_options_from(options), of_batch, printing, **options)
 
@@ -93,7 +99,7 @@ def run_batch(
     dry_run: bool,
     ray: str | None = None,
 ) -> None:
-    """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start."""
+    """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start; 4 if only gates were missed."""
     from converter.batch.options import BatchOptions
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
@@ -128,5 +134,7 @@ def run_batch(
     elif not printing.quiet:
         print_text(batch_text(outcomes, shown.seconds(), forecasts, verbose=printing.verbose))
     if not all(outcome.is_good for outcome in outcomes):
+        if all(outcome.is_good or outcome.is_below_gate for outcome in outcomes):
+            raise click.exceptions.Exit(4)
         begun = {"planned", "nothing to do"} if dry_run else {"made", "failed", "nothing to do"}
         raise click.exceptions.Exit(1 if any(outcome.status in begun for outcome in outcomes) else 2)

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from converter.cli.batch import run_batch
 from converter.cli.options import (
+    GATES,
     LINKS,
     MAX_SHARD_SIZE,
     PRINTING,
@@ -22,6 +23,7 @@ from converter.cli.options import (
     REVISIONS,
     Printing,
     flag,
+    gates_from,
     printing_from,
     recipe_from,
     run_options_from,
@@ -90,7 +92,7 @@ Examples:
     ),
     *LINKS,
 )
-@cloup.option_group("Quality", *QUALITY)
+@cloup.option_group("Quality", *QUALITY, *GATES)
 @cloup.option_group("Resources", *RESOURCES)
 @cloup.option_group(
     "Behaviour",
@@ -110,7 +112,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
         click.echo(short_help(context), err=True)
         raise click.exceptions.Exit(2)
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
-    options["card"] = card_text(options["card"])
+    options["card"], options["gates"] = card_text(options["card"]), gates_from(options)
     if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not dry_run:
@@ -160,7 +162,7 @@ def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
     from converter.cli.show.words import json_text
     from converter.pipeline import plan_conversion
 
-    del asked["resume"], asked["card"]
+    del asked["resume"], asked["card"], asked["gates"]
     dry_run = plan_conversion(**asked)
     if printing.as_json:
         print_text(json_text(dry_run.as_json()))
@@ -183,16 +185,16 @@ def jobs_from(adapters: Sequence[str], options: dict[str, Any]) -> list[Job]:
     from converter.job import Job
 
     recipe = recipe_from(options)
-    base, out, of_base, of_adapter, card = take(
-        options, "base", "out", "base_revision", "adapter_revision", "card"
+    base, out, of_base, of_adapter, card, gates = take(
+        options, "base", "out", "base_revision", "adapter_revision", "card", "gates"
     ).values()
     if of_adapter is not None and len(adapters) > 1:
         raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
     folder = Path(out or "OUT")
     if is_named(adapters):
         jobs = named_jobs(adapters, folder, base, recipe, of_base, of_adapter)
-        return [replace(job, card=card) for job in jobs]
-    return [Job(folder, adapters[0] if adapters else None, base, recipe, of_base, of_adapter, card)]
+        return [replace(job, card=card, gates=gates) for job in jobs]
+    return [Job(folder, adapters[0] if adapters else None, base, recipe, of_base, of_adapter, card, gates)]
 
 
 def card_text(file: str | None) -> str:

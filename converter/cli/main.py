@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None, command: click.Command | None = None) -> NoReturn:
-    """Run the command line. Ends the process with 0 done, 1 failed, 2 refused, 130 and 143 for signals."""
+    """Run the command line. Ends the process with 0 done, 1 failed, 2 refused, 3 undecided, 4 below a gate, 130 and
+    143 for signals."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments, command))
 
 

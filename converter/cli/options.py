@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from converter.cli.values import IN_16_BITS, SHOWN, Format, Place, Size
+from converter.cli.values import FORMATS, Format, Place, Size
 
 if TYPE_CHECKING:
     from converter.cli.show.progress import Kind
+    from converter.gates import Gates
     from converter.job import RunOptions
     from converter.recipe import Recipe
     from converter.resources import Resources
@@ -106,7 +107,7 @@ QUALITY: tuple[Decorator, ...] = (
         metavar="FORMAT",
         default="nf4",
         show_default=True,
-        help=f"{', '.join(SHOWN)}. bf16 and fp16: the merged model, not quantized.",
+        help=f"{', '.join(FORMATS)}. bf16 and fp16: the merged model, not quantized.",
     ),
     cloup.option("--double-quant/--no-double-quant", default=True, show_default="on", help="Quantize the absmax too."),
     cloup.option(
@@ -137,6 +138,21 @@ QUALITY: tuple[Decorator, ...] = (
     cloup.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts."),
 )
 
+GATES: tuple[Decorator, ...] = (
+    cloup.option(
+        "--min-survival",
+        type=float,
+        metavar="SHARE",
+        help="End with exit code 4, without OUT, if a tensor keeps less of the adapter's change, such as 0.9.",
+    ),
+    cloup.option(
+        "--max-error",
+        type=float,
+        metavar="SHARE",
+        help="End with exit code 4, without OUT, if a tensor has a larger relative error, such as 0.12.",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Printing:
@@ -162,14 +178,17 @@ def printing_from(options: dict[str, Any]) -> Printing:
 
 def recipe_from(options: dict[str, Any]) -> Recipe:
     """What `QUALITY` and `MAX_SHARD_SIZE` add, taken out of the options."""
-    from converter.recipe import Recipe
+    from converter.recipe import Recipe, choices_of_format
 
     stated = take(options, *(field.name for field in fields(Recipe)))
-    if dtype := IN_16_BITS.get(stated["quant_type"]):
-        if stated["dtype"] not in ("auto", dtype):
-            raise click.UsageError(f"--format {stated['quant_type']} and --dtype {stated['dtype']} exclude each other.")
-        stated |= {"quant_type": "none", "dtype": dtype}
-    return Recipe(**stated)
+    return Recipe(**stated | choices_of_format(stated["quant_type"], stated["dtype"]))
+
+
+def gates_from(options: dict[str, Any]) -> Gates:
+    """What `GATES` adds, taken out of the options."""
+    from converter.gates import Gates
+
+    return Gates(**take(options, "min_survival", "max_error"))
 
 
 def run_options_from(options: dict[str, Any]) -> RunOptions:

@@ -54,12 +54,8 @@ class Part(click.ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2])
 
 
-FORMATS = ("nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16")
-SHOWN = ("nf4", "fp4", "int8", "bf16", "fp16", *FORMATS[4:])
-"""As the help lists them: for `none`, the merged model, the dtype that it is in."""
-IN_16_BITS = {"bf16": "bfloat16", "fp16": "float16"}
-_MEANT = {"4bit": "nf4", "4-bit": "nf4", "8bit": "int8", "8-bit": "int8", "llm.int8": "int8", "16bit": "none"}
-_MEANT |= {"bfloat16": "bf16", "float16": "fp16"}
+FORMATS = ("nf4", "fp4", "int8", "bf16", "fp16", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16")
+"""As the help lists them."""
 
 
 class Format(click.ParamType[str]):
@@ -68,16 +64,17 @@ class Format(click.ParamType[str]):
     name = "FORMAT"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        text = str(value).lower()
-        text = _MEANT.get(text, text)
-        if text not in FORMATS and text not in IN_16_BITS:
-            self.fail(f"{value!r} is not one of {', '.join(SHOWN)}", param, ctx)
-        return text
+        from converter.recipe import format_meant
+
+        name = format_meant(str(value))
+        if name is None:
+            self.fail(f"{value!r} is not one of {', '.join(FORMATS)}", param, ctx)
+        return name
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        return [CompletionItem(name) for name in SHOWN if name.startswith(incomplete.lower())]
+        return [CompletionItem(name) for name in FORMATS if name.startswith(incomplete.lower())]
 
 
 class Place(click.ParamType[str]):

@@ -9,10 +9,12 @@ import click
 import cloup
 
 from converter.cli.options import (
+    GATES,
     PRINTING,
     REFERENCE,
     REVISIONS,
     flag,
+    gates_from,
     printing_from,
     with_device,
     with_help,
@@ -30,6 +32,7 @@ Exit code:
   1 something differs
   2 OUT is no checkpoint
   3 base or adapter is missing
+  4 a gate is missed
 """
 
 
@@ -50,6 +53,7 @@ Exit code:
     cloup.option(
         "--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again."
     ),
+    *GATES,
     with_device,
     *PRINTING,
     with_help,
@@ -70,10 +74,10 @@ def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
     refuse_without_memory()
     printing = printing_from(options)
     with display(printing.progress) as shown:
-        found = look(out, progress=shown.progress, **options)
+        found = look(out, gates=gates_from(options), progress=shown.progress, **options)
     if printing.as_json:
         print_text(json_text(verification_json(found)))
     elif not printing.quiet or not found.is_good:
         print_text(verification_text(out, found))
     if not found.is_good:
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(1 if found.problems else 4)

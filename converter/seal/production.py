@@ -205,6 +205,7 @@ class Production:
     ) -> None:
         try:
             if value is not None and self.fail(value):
-                value.args = (f"{value}; what is done is kept in {self.staging.folder}: the same command resumes it",)
+                by = value.resumed_by if isinstance(value, ConverterError) else ConverterError.resumed_by
+                value.args = (f"{value}; what is done is kept in {self.staging.folder}: {by}",)
         finally:
             self.close()

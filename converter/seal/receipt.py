@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from converter.recipe import Recipe
 
 RECEIPT = "conversion.json"
+GATES = "gates.json"
+"""In a staging folder: the gates that a finished output did not reach."""
 CARD = "README.md"
 """The model card: the one file of an output that no receipt and no checksum covers, because people edit it."""
 FORMAT = 2
@@ -147,6 +149,20 @@ def write_receipt(
         "tensors": tensors,
     }
     return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def fidelity_of(receipt: Mapping[str, Any]) -> dict[str, Fidelity]:
+    """The figures of the tensors that have some. `ValueError` where they can't be understood: somebody edited them."""
+    from converter.quantize.measure import Fidelity
+
+    try:
+        return {
+            name: Fidelity(float(tensor["error"]), None if (found := tensor.get("survival")) is None else float(found))
+            for name, tensor in sorted(receipt["tensors"].items())
+            if "error" in tensor
+        }
+    except (KeyError, TypeError, AttributeError, OverflowError) as exc:
+        raise ValueError(f"{RECEIPT}: its figures can't be understood") from exc
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:

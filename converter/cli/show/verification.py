@@ -19,16 +19,17 @@ def verification_text(out: Path, found: Verification) -> str:
     """What was checked, and what is wrong."""
     checked = [f"{found.tensors} tensors read"]
     if found.has_receipt:
-        checked.insert(0, f"{found.files} files as the receipt says" if found.is_good else f"{found.files} files")
+        checked.insert(0, f"{found.files} files as the receipt says" if not found.problems else f"{found.files} files")
     if found.recomputed:
         checked.append(f"{found.recomputed} made again and compared")
     count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
-    lines = [f"{out}: {', '.join(checked)}: {'good' if found.is_good else count}"]
+    verdict = ("good" if found.is_good else "a gate is missed") if not found.problems else count
+    lines = [f"{out}: {', '.join(checked)}: {verdict}"]
     if not found.has_receipt:
         lines.append("note: no receipt; not made by this tool, or not finished")
     elif not found.recomputed:
         lines.append(f"note: not compared with its base and adapter; to compare: {_how_to_compare(out, found)}")
-    return text_of([*lines, *_listed(found.problems)])
+    return text_of([*lines, *_listed(found.problems), *_first(found.missed)])
 
 
 def _how_to_compare(out: Path, found: Verification) -> str:
@@ -45,10 +46,13 @@ def _listed(problems: list[str]) -> list[str]:
         kinds.setdefault(_VARIES.sub("#", problem.partition(": ")[2]), []).append(problem)
     lines = []
     for alike in kinds.values():
-        lines += alike[:MOST_OF_A_KIND]
-        if (more := len(alike) - MOST_OF_A_KIND) > 0:
-            lines.append(f"… and {more:,} more like these")
+        lines += _first(alike)
     return lines
+
+
+def _first(alike: list[str]) -> list[str]:
+    more = len(alike) - MOST_OF_A_KIND
+    return alike[:MOST_OF_A_KIND] + ([f"… and {more:,} more like these"] if more > 0 else [])
 
 
 def verification_json(found: Verification) -> dict[str, Any]:

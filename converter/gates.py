@@ -1,0 +1,96 @@
+"""What the figures of an output must reach, or it isn't made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+from converter.errors import BadRecipe, GateFailed
+
+
+class Figures(Protocol):
+    """Of one tensor."""
+
+    @property
+    def error(self) -> float: ...
+    @property
+    def survival(self) -> float | None: ...
+
+
+class Miss(NamedTuple):
+    """A tensor that does not reach a gate."""
+
+    tensor: str
+    figure: str
+    """survival or error"""
+    value: float
+    gate: float
+
+    def __str__(self) -> str:
+        side = "below" if self.figure == "survival" else "above"
+        return f"{self.tensor} has {self.figure} {self.value:.4g}, {side} {self.gate:g}"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What every tensor of an output must reach. It changes no byte. `BadRecipe` for what is no share."""
+
+    min_survival: float | None = None
+    """Least survival of the delta, of every tensor that the adapter changes."""
+    max_error: float | None = None
+    """Most relative error, of every tensor."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value <= 1):
+                raise BadRecipe(f"`{name}` {value!s:.40}: expected a number above 0, at most 1")
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self != Gates()
+
+    def completed(self, others: Gates) -> Gates:
+        """With the gates of others, where these have none."""
+        own = {name: value for name, value in asdict(self).items() if value is not None}
+        return Gates(**asdict(others) | own)
+
+    def refuse_without_adapter(self) -> None:
+        """`BadRecipe` if there must be an adapter for what these ask."""
+        if self.min_survival is not None:
+            raise BadRecipe("`min_survival` needs an adapter: without one there is no delta that could survive")
+
+    def misses(self, figures: Mapping[str, Figures]) -> list[Miss]:
+        """The tensors that don't reach a gate, the worst first."""
+        found: list[tuple[float, Miss]] = []
+        if (least := self.min_survival) is not None:
+            survivals = {name: of.survival for name, of in figures.items() if of.survival is not None}
+            # Not `<`, which is false for a NaN.
+            below = {name: value for name, value in survivals.items() if not value >= least}
+            found += [(value - least, Miss(name, "survival", value, least)) for name, value in below.items()]
+            if not survivals:
+                found.append((-1.0, Miss("the output", "survival", math.nan, least)))
+        if (most := self.max_error) is not None:
+            above = {name: of.error for name, of in figures.items() if not of.error <= most}
+            found += [(most - value, Miss(name, "error", value, most)) for name, value in above.items()]
+        return [miss for _, miss in sorted(found, key=lambda one: (one[0], one[1].tensor))]
+
+    def hold(self, figures: Mapping[str, Figures], where: str) -> None:
+        """`GateFailed` unless every tensor of the output at `where` reaches every gate."""
+        if misses := self.misses(figures):
+            raise GateFailed(f"{where}: {summary_of(misses)}")
+
+
+def summary_of(misses: list[Miss]) -> str:
+    """The worst one, and how many there are."""
+    rest = "" if len(misses) == 1 else f", the worst of {len(misses)} that miss a gate"
+    return f"{misses[0]}{rest}"
+
+
+def report_of(gates: Gates, misses: list[Miss]) -> dict[str, Any]:
+    """The same, as JSON values."""
+    return asdict(gates) | {
+        "missed": [miss._asdict() | {"value": miss.value if math.isfinite(miss.value) else None} for miss in misses]
+    }
