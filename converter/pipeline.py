@@ -38,7 +38,7 @@ from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
-from converter.tile import Conversion, Encoding, convert_tile, read_tile, survey_tile
+from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, survey_tile
 from converter.write.journal import job_of
 
 
@@ -207,18 +207,21 @@ def convert_tensors(
         assert folder is not None  # noqa: S101  (what comes from an adapter has one)
         current = _UnderWay([Conversion(target, encoding) for target in targets])
         under_way.append(current)
+        opened = open_tensor(tensor, folder)
+        for raw in opened.raw:
+            current.digest.update(raw)
         if any(conversion.surveys for conversion in current.conversions):
             for start, end in tensor.spans():
                 _stop_if_asked(observer, tensor.name)
                 buffers = crew.buffers()
-                stored, _ = read_tile(tensor, folder, start, end, buffers)
-                crew.submit(buffers, survey_tile, current.conversions, start, stored).result()
+                tile, _ = read_tile(tensor, opened, start, end, buffers)
+                crew.submit(buffers, survey_tile, current.conversions, tile).result()
         for start, end in tensor.spans():
             _stop_if_asked(observer, tensor.name)
             buffers = crew.buffers()
-            stored, raw = read_tile(tensor, folder, start, end, buffers)
+            tile, raw = read_tile(tensor, opened, start, end, buffers)
             current.digest.update(raw)
-            current.tiles.append(crew.submit(buffers, convert_tile, current.conversions, start, stored, buffers))
+            current.tiles.append(crew.submit(buffers, convert_tile, current.conversions, tile))
         while under_way and under_way[0].is_done():
             yield from under_way.popleft().finish()
     while under_way:

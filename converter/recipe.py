@@ -12,9 +12,12 @@ from converter.errors import BadRecipe
 QuantType = Literal["nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
+RoundingRule = Literal["auto", "nearest", "adapter"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
+ROUNDED = ("nf4", "fp4", "int8")
+"""Quant types whose codes may be chosen by more than the nearest value."""
 GROUP_SIZES = (32, 64, 128)
 """What servers' kernels for compressed-tensors' integers accept."""
 
@@ -61,6 +64,9 @@ class Recipe:
     """Bytes of tensors in one output file; a single weight may exceed it."""
     group_size: int | None = None
     """Values of a row that share a scale (w4a16 and w8a16). None: the largest of 128, 64, 32 that all weights allow."""
+    rounding: RoundingRule = "auto"
+    """nearest: to the nearest code. adapter: so that what the adapter does survives (nf4, fp4, int8). auto: adapter for
+    a quantized base, else nearest."""
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
@@ -68,6 +74,7 @@ class Recipe:
             (self.dtype, get_args(Dtype), "--dtype"),
             (self.merge_precision, get_args(MergePrecision), "--merge-precision"),
             (self.block_size, BLOCK_SIZES, "--block-size"),
+            (self.rounding, get_args(RoundingRule), "--rounding"),
         ):
             if value not in allowed:
                 raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
@@ -77,6 +84,14 @@ class Recipe:
             raise BadRecipe(f"--group-size {self.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
         if self.group_size is not None and self.quant_type not in ("w4a16", "w8a16"):
             raise BadRecipe(f"--group-size has no meaning with {self.quant_type}: only w4a16 and w8a16 have groups")
+        if self.rounding == "adapter" and self.merge_precision == "reference":
+            raise BadRecipe(
+                "--rounding adapter has no meaning with --merge-precision reference, which does as PEFT does"
+            )
+        if self.rounding == "adapter" and self.quant_type not in ROUNDED:
+            raise BadRecipe(
+                f"--rounding adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
+            )
         if self.keep and self.quant_type == "none":
             raise BadRecipe("--keep has no meaning with --quant-type none: nothing is quantized")
 
@@ -115,9 +130,10 @@ class Recipe:
             raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, without a group size if there is none."""
+        """JSON values, without a group size if there is none, and without the rounding if the base isn't quantized."""
         stated = asdict(self) | {"keep": sorted(self.keep)}
-        return {key: value for key, value in stated.items() if key != "group_size" or value is not None}
+        unsaid = {"group_size": None, "rounding": "auto"}
+        return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 
 @cache

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.errors import ConverterError
 from converter.merge.change import Rounding, Surveying
+from converter.merge.lora import Lora
 from converter.quantize.format import Encoded, Rows
 from converter.quantize.formats import format_of
 from converter.quantize.measure import Fidelity, Tally
+from converter.quantize.rounding.encoders import with_rounding
 from converter.quantize.sixteen_bit import SixteenBitEncoder
-from converter.tensors import as_bytes, refuse_not_finite, torch_device, torch_dtype
+from converter.read.stored.rows import open_source
+from converter.read.stored.stored import Stored
+from converter.tensors import as_bytes, refuse_not_finite, torch_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan, TensorPlan
     from converter.quantize.format import Encoder
     from converter.read.folder import Folder
+    from converter.read.stored.stored import Opened
     from converter.seal.production import Target
     from converter.threads import Buffers
 
@@ -30,12 +36,25 @@ class Encoding:
 
     def __init__(self, plan: Plan) -> None:
         self.device = torch_device(plan.device)
-        self.rounding = Rounding.of(plan.recipe)
-        self._quantized = format_of(plan.recipe).encoder(self.device, kernels=plan.resources.kernels)
+        self._recipe, self._kernels = plan.recipe, plan.resources.kernels
         self._kept = SixteenBitEncoder()
+        self._quantized = self._of_dtype(None)
+        dtypes = {tensor.dtype for tensor in plan.tensors() if tensor.action == "quantize"}
+        self._by_dtype = {dtype: self._of_dtype(dtype) for dtype in dtypes}
+
+    def _of_dtype(self, dtype: str | None) -> Encoder:
+        """The encoder whose quant states name a dtype; None: the recipe's."""
+        nearest = format_of(self._recipe, dtype).encoder(self.device, kernels=self._kernels)
+        return with_rounding(nearest, self._recipe, self.device, kernels=self._kernels)
 
     def encoder(self, tensor: TensorPlan) -> Encoder:
-        return self._quantized if tensor.action == "quantize" else self._kept
+        return self._by_dtype[tensor.dtype] if tensor.action == "quantize" else self._kept
+
+    def rounding(self, tensor: TensorPlan) -> Rounding:
+        """To what base and sum are rounded. PEFT adds a delta to what it dequantized, and rounds nothing."""
+        if isinstance(tensor.source, Stored) and isinstance(tensor.change, Lora):
+            return Rounding("float32", self._recipe.dtype)
+        return Rounding.of(self._recipe)
 
     def load(self, plan: Plan) -> None:
         """Load the compiled code before there are threads: if one of several ran out of memory while it loads, numba's
@@ -62,7 +81,7 @@ class Conversion:
         change = target.tensor.change
         if change is not None and target.adapter is not None:
             try:
-                self._merge = change.load(target.adapter, encoding.device, encoding.rounding)
+                self._merge = change.load(target.adapter, encoding.device, encoding.rounding(target.tensor))
             except ConverterError as exc:
                 self._failure = exc
 
@@ -102,15 +121,23 @@ class Conversion:
         tensor = self.target.tensor
         if not tensor.is_copy:
             return None
-        if tensor.checked:
+        if tensor.checked and tensor.action == "keep":
             refuse_not_finite(tensor.name, stored)
-        self.target.writer.write(tensor.name, start * tensor.columns * stored.element_size(), as_bytes(stored))
+        first, raw = start * tensor.columns * stored.element_size(), as_bytes(stored)
+        # Of a quantized weight that is copied, the bytes of all outputs are counted as one.
+        begin = 0
+        for output in tensor.outputs:
+            piece = raw[max(begin - first, 0) : max(begin + output.nbytes - first, 0)]
+            if piece:
+                self.target.writer.write(output.name, max(first - begin, 0), piece)
+            begin += output.nbytes
         return Encoded(())
 
     def _encoded(self, start: int, stored: Tensor, buffers: Buffers) -> Encoded:
         tensor, encoding = self.target.tensor, self._encoding
         stored = stored.to(encoding.device, non_blocking=True)
-        rows = Rows(tensor.name, start, stored, self._merge, encoding.rounding, tensor.dtype, tensor.transpose)
+        how = encoding.rounding(tensor)
+        rows = Rows(tensor.name, start, stored, self._merge, how, tensor.dtype, tensor.transpose)
         encoded = self.encoder.encode(rows, buffers)
         for name, first, values in encoded.pieces:
             self.target.writer.write(name, first, as_bytes(values))
@@ -131,33 +158,44 @@ class Conversion:
         return tally.fidelity()
 
 
-def convert_tile(conversions: Sequence[Conversion], start: int, stored: Tensor, buffers: Buffers) -> None:
-    """Convert rows from `start` on into every output that a tensor goes to; `stored` lies in `buffers`.
+@dataclass(frozen=True)
+class Tile:
+    """Rows `start` to `end` of a tensor as they were read; they lie in `buffers`."""
+
+    opened: Opened
+    start: int
+    end: int
+    raw: memoryview
+    buffers: Buffers
+
+    def values(self) -> Tensor:
+        """(rows, columns), as the base stores them; a Conv1D comes turned, whole, as (out_features, in_features)."""
+        return self.opened.decode(self.start, self.end, self.raw, self.buffers)
+
+
+def open_tensor(tensor: TensorPlan, folder: Folder) -> Opened:
+    """Open a tensor's source for `read_tile`."""
+    return open_source(tensor.source, folder, tensor.rows, turned=tensor.transpose, verbatim=tensor.action == "copy")
+
+
+def read_tile(_: TensorPlan, opened: Opened, start: int, end: int, buffers: Buffers) -> tuple[Tile, memoryview]:
+    """Rows `start` to `end` of a tensor's source, and their bytes."""
+    raw = opened.read(start, end, buffers)
+    return Tile(opened, start, end, raw, buffers), raw
+
+
+def convert_tile(conversions: Sequence[Conversion], tile: Tile) -> None:
+    """Convert a tile into every output that a tensor goes to.
 
     On an accelerator all of it runs on the default stream: bitsandbytes' kernels that quantize take no other one.
     """
+    stored = tile.values()
     for conversion in conversions:
-        conversion.convert(start, stored, buffers)
+        conversion.convert(tile.start, stored, tile.buffers)
 
 
-def survey_tile(conversions: Sequence[Conversion], start: int, stored: Tensor) -> None:
-    """Let those that must see a tensor before they convert it see rows from `start` on."""
+def survey_tile(conversions: Sequence[Conversion], tile: Tile) -> None:
+    """Let those that must see a tensor before they convert it see a tile."""
+    stored = tile.values()
     for conversion in conversions:
-        conversion.survey(start, stored)
-
-
-def read_tile(tensor: TensorPlan, folder: Folder, start: int, end: int, buffers: Buffers) -> tuple[Tensor, memoryview]:
-    """Rows `start` to `end` of a tensor's source, as stored, and their bytes; both lie in `buffers`.
-
-    The shape is (rows, columns); a Conv1D comes turned, whole, as (out_features, in_features).
-    """
-    import torch
-
-    header = tensor.source
-    row_bytes = header.nbytes // tensor.rows if tensor.rows else 0
-    flat = buffers.take("stored", torch.uint8, (end - start) * row_bytes)
-    raw = memoryview(flat.numpy())
-    folder.expect(header.file, header.offset + start * row_bytes)
-    folder.read_into(header.file, header.offset + start * row_bytes, raw)
-    values = flat.view(torch_dtype(header.dtype))
-    return values.view(header.shape).T if tensor.transpose else values.view(end - start, tensor.columns), raw
+        conversion.survey(tile.start, stored)

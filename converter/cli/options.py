@@ -135,6 +135,14 @@ QUALITY: tuple[Decorator, ...] = (
         show_default=True,
         help="float32: quantize the exact sum. reference: the same bytes as PEFT's merge, then transformers.",
     ),
+    cloup.option(
+        "--rounding",
+        type=click.Choice(["auto", "nearest", "adapter"]),
+        default="auto",
+        show_default=True,
+        help="nearest: to the nearest code. adapter: so that the adapter survives (nf4, fp4, int8). auto: adapter for "
+        "a quantized base, else nearest.",
+    ),
     cloup.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts."),
 )
 

@@ -74,6 +74,15 @@ class Surveying(Protocol):
         """See rows `start` to `end`; `weight` is (end - start, in_features), as the base stores it."""
 
 
+@runtime_checkable
+class Directed(Protocol):
+    """A merge whose factors say on which directions of the input it acts."""
+
+    @property
+    def inputs(self) -> Tensor:
+        """(rank, in_features) in float32: the adapter's A."""
+
+
 @dataclass(frozen=True)
 class Change(ABC):
     """What an adapter does to one weight: a frozen value."""

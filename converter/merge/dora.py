@@ -54,6 +54,10 @@ class DoraMerge:
     scaling: float
     rounding: Rounding
 
+    @property
+    def inputs(self) -> Tensor:
+        return self.a
+
     def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
         delta = delta_rows(self.a, self.b[start:end], self.scaling)
         return transform(weight, lambda base: dora_rows(base + delta, self.magnitude[start:end]), self.rounding)

@@ -74,6 +74,10 @@ class LoraMerge:
     def __call__(self, weight: Tensor, start: int, end: int) -> MergedTile:
         return add(weight, delta_rows(self.a, self.b[start:end], self.scaling), self.rounding)
 
+    @property
+    def inputs(self) -> Tensor:
+        return self.a
+
     def product(self, start: int, end: int, out: Tensor) -> None:
         import torch
 

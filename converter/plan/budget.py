@@ -6,6 +6,7 @@ absmax of a whole tensor, the adapter's factors, headers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH
 from converter.quantize.formats import format_of
 from converter.read.header import DTYPE_BYTES
+from converter.read.stored.stored import Stored
 from converter.resources import DEFAULT_MEMORY, Resources
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ IN_FIXED = 2_000
 PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
 """Bytes of Python's objects for each further tensor, and for each output tensor. Measured with 27,000 and 190,000."""
 
+_BY_FEEDBACK = 80
+"""Bytes that a weight of a strip takes where it is rounded with error feedback."""
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """The most rows of a strip, where rows are long."""
 
@@ -54,10 +58,17 @@ def cut_into_tiles(
         each = _tile_bytes(tensor, recipe, resources)
         if tensor.whole is None:
             block = format_of(recipe).block(tensor.columns) if tensor.action == "quantize" else 1
+            if isinstance(tensor.source, Stored) and tensor.action != "copy":
+                block = math.lcm(block, tensor.source.block)
             most = max(fewest, min(largest_tile, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)
-        strip = 0 if not tensor.is_merged else 4 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+        strip = (
+            0
+            if not tensor.is_merged
+            else (4 if recipe.rounding != "adapter" else _BY_FEEDBACK)
+            * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+        )
         if tensor.largest_tile * each + strip > largest:
             largest, name = tensor.largest_tile * each + strip, tensor.name
     memory = reserved + int(largest) * resources.slots
@@ -109,18 +120,25 @@ def _objects(tensors: Sequence[TensorPlan]) -> int:
 def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> float:
     """Bytes of memory that one weight of a tile takes."""
     dtype = tensor.source.dtype
+    if tensor.action == "copy":
+        return 1.0
+    codes = tensor.source.tile_bytes if isinstance(tensor.source, Stored) else 0.0
     if tensor.is_copy:
-        return DTYPE_BYTES[dtype] + 1.0  # the mask of what is finite
+        return DTYPE_BYTES[dtype] + codes + 1.0  # the mask of what is finite
     if tensor.action == "keep" or (tensor.change is not None and not tensor.change.is_additive):
-        return BY_TORCH
-    return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels)
+        return BY_TORCH + codes
+    return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels) + codes
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
     """Bytes that a tensor's absmax and the sums of its rows take until its last tile is done."""
     state = format_of(recipe).state_bytes(tensor.rows, tensor.columns) if tensor.action == "quantize" else 0
+    if isinstance(tensor.source, Stored) and tensor.action != "copy":
+        state += tensor.source.opened_bytes
     return state + (0 if tensor.is_copy else 80 * tensor.rows)
 
 
 def _factors(tensor: TensorPlan) -> int:
-    return 0 if tensor.change is None else tensor.change.nbytes
+    """Bytes of an adapter's factors; of the input directions that error feedback makes of them, three times as many."""
+    feedback = 4 if isinstance(tensor.source, Stored) else 1
+    return 0 if tensor.change is None else tensor.change.nbytes * feedback

@@ -24,10 +24,11 @@ _BESIDE_CODES = re.compile(
 )
 
 
-def config_of(base: Checkpoint, *, trust_remote_code: bool) -> tuple[dict[str, Any], list[str]]:
-    """The base's config as that of weights in 16 or 32 bits, and what a user should know of it.
+def config_of(base: Checkpoint, *, trust_remote_code: bool, readable: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """The base's config as that of weights in 16 or 32 bits, and what a user should know of it. `readable`: its weights
+    are quantized in a way that can be read.
 
-    Raises `Unsupported` if the weights are quantized, or if the config needs code of its own.
+    Raises `Unsupported` if the weights are quantized in a way that can't be read, or if the config needs its own code.
     """
     where, config = base.folder.label, copy.deepcopy(base.config)
     if len(json.dumps(config, indent=2)) > MAX_CONFIG_BYTES // 2:  # as it will be written, with what is added
@@ -41,7 +42,7 @@ def config_of(base: Checkpoint, *, trust_remote_code: bool) -> tuple[dict[str, A
     for part in _parts(config):
         for key in ("quantization_config", "compression_config"):
             quantization = part.pop(key, None)
-            if not quantization:
+            if not quantization or readable:
                 continue
             method = str(quantization.get("quant_method") if isinstance(quantization, Mapping) else None)[:60]
             quantized = next((tensor.name for tensor in base if _is_of_quantized(tensor)), None)

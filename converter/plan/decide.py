@@ -6,19 +6,29 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
 from converter.merge.experts import StackedExperts
 from converter.merge.match import Match, match
-from converter.model.architecture import Architecture, Role
+from converter.model.architecture import Architecture, Role, Shape
 from converter.model.ask import check_output, describe, dismiss, parameters
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
+from converter.plan.quantized_base import (
+    as_stored,
+    copied_outputs,
+    described,
+    keeps_format,
+    notes_on,
+    own_quantization,
+    settled,
+    state_dtype,
+)
 from converter.plan.rope import in_words_of_all_versions
 from converter.quantize.format import Output
 from converter.quantize.formats import fit, format_of, notes_for_servers
@@ -26,6 +36,8 @@ from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
+from converter.read.stored.schemes import sources_of
+from converter.read.stored.stored import Source, Stored, named
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.tensors import torch_device
@@ -48,33 +60,41 @@ def make_plan(
 
     Reads the adapter's values once, to check them; of the base, headers only. Raises a `ConversionRefused`.
     """
-    base_config, config_notes = config_of(base, trust_remote_code=trust_remote_code)
-    recipe = recipe.resolved(_weights_dtype(base))
-    shapes = {tensor.name: tensor.shape for tensor in base}
-    architecture = describe(
-        base_config,
-        shapes,
-        quantize=recipe.quant_type != "none",
-        dtype=recipe.dtype,
-        keep=recipe.keep,
-        remote_code=trust_remote_code,
-        library=format_of(recipe).library,
-    )
+    sources = sources_of(base)
+    base_config, config_notes = config_of(base, trust_remote_code=trust_remote_code, readable=bool(sources.stored))
+    recipe = settled(recipe, sources)
+    shapes = {name: source.shape for name, source in sources.by_name.items()}
+    same_format = keeps_format(recipe, sources)
+
+    def ask_for(plain_shapes: Mapping[str, Shape]) -> Architecture:
+        return describe(
+            base_config,
+            plain_shapes,
+            quantize=recipe.quant_type != "none",
+            dtype=recipe.dtype,
+            keep=recipe.keep,
+            remote_code=trust_remote_code,
+            library=format_of(recipe).library,
+        )
+
+    architecture, plain_shapes = described(ask_for, sources)
+    if own := same_format and not recipe.keep:
+        architecture = as_stored(architecture, sources)
     recipe = fit(recipe, {name: shapes[name] for name, role in architecture.roles.items() if role.quantize})
 
     def ask(names: list[str]) -> Mapping[str, str]:
-        return parameters(base.config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
+        return parameters(base_config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
 
-    found = match(adapter, architecture, shapes, ask) if adapter is not None else Match()
+    found = match(adapter, architecture, plain_shapes, ask) if adapter is not None else Match()
     tensors = [
-        _plan_tensor(header, architecture.roles[header.name], recipe, found)
-        for header in sorted(base, key=lambda header: (header.file, header.offset))
+        _plan_tensor(source, architecture.roles[name], recipe, found, same_format)
+        for name, source in sources.by_name.items()
     ]
     tensors += [
-        _plan_tensor(replace(base.tensors[source], name=name), Role(name, "linear", quantize=False), recipe, found)
+        _plan_tensor(named(sources.by_name[source], name), Role(name, "linear", quantize=False), recipe, found, False)
         for name, source in found.untied.items()
     ]
-    if recipe.quant_type != "none" and not any(tensor.action == "quantize" for tensor in tensors):
+    if recipe.quant_type != "none" and not any(tensor.is_quantized for tensor in tensors):
         raise Unsupported(
             f"{architecture.class_name}: {format_of(recipe).library} would quantize none of its layers; "
             "use --quant-type none"
@@ -86,10 +106,16 @@ def make_plan(
     untied = bool(found.untied) or found.parted
     spelled, spelling_notes = in_words_of_all_versions(base_config, known=architecture.known)
     config = output_config(spelled, recipe, architecture, vocabulary=found.vocabulary, untied=untied)
+    if own:
+        config["quantization_config"] = own_quantization(sources)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
-    if architecture.known:
-        _check_statically(config, tensors)
+    loads = architecture.known
+    if loads and (problem := _problem_of(config, tensors)) is not None:
+        if not own:
+            raise Unsupported(f"the output would not load: {problem}")
+        found.notes.append(f"transformers 5 loads neither this base nor the output: {problem}")
+        loads = False
     dismiss()
     unknown = sum(role.parameter is None for role in architecture.roles.values())
     if unknown:
@@ -109,6 +135,7 @@ def make_plan(
             *_notes_on_the_class(base_config, architecture),
             *found.notes,
             *notes,
+            *notes_on(sources, recipe, touched=sum(t.is_touched and isinstance(t.source, Stored) for t in tensors)),
             *spelling_notes,
             *_notes_on_the_base(base, adapter),
             *_notes_for_servers(tensors, recipe),
@@ -118,14 +145,15 @@ def make_plan(
         device=str(processor),
         resources=resources,
         memory=memory,
-        verifiable=architecture.known,
+        verifiable=loads,
     )
 
 
-def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match) -> TensorPlan:
+def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_format: bool) -> TensorPlan:
     name = header.name
     change = _change(found.deltas.get(name), found.replacements.get(name))
-    source = header if change is None or change.source is None else change.source
+    source: Source = header if change is None or change.source is None else change.source
+    stored = isinstance(source, Stored)
     merged = change is not None and bool(change.parts)
     if header.dtype.startswith("F8"):
         raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
@@ -134,27 +162,35 @@ def _plan_tensor(header: TensorHeader, role: Role, recipe: Recipe, found: Match)
         raise BadCheckpoint(f"{name}: dtype {source.dtype}, expected F32, F16 or BF16")
     if role.quantize and 0 in source.shape:
         raise BadCheckpoint(f"{name}: shape {list(source.shape)}, a weight without elements")
-    transpose = role.kind == "conv1d" and (role.quantize or merged)
-    turned_on_disk = role.kind == "conv1d" and role.quantize
-    shape = source.shape[::-1] if turned_on_disk else source.shape
+    # A quantized base has a Conv1D turned, (out_features, in_features), as an output has one that is quantized.
+    transpose = role.kind == "conv1d" and (not role.quantize if stored else role.quantize or merged)
+    turned = role.kind == "conv1d" and role.quantize != stored
+    shape = source.shape[::-1] if turned else source.shape
     if role.parameter is None or source.dtype not in _FLOATING:
         dtype = source.dtype
     else:
         dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
-    computed = source.shape[::-1] if transpose else source.shape
+    computed = source.shape[::-1] if transpose and not stored else source.shape
     rows = computed[0] if computed else 1
     if isinstance(change, StackedExperts):
         rows = math.prod(computed[:-1])  # those of one expert after the other
+    outputs: tuple[Output, ...] = (Output(name, dtype, shape),)
+    action: Literal["quantize", "keep", "copy"] = "keep"
+    if role.quantize and same_format and change is None and isinstance(source, Stored):
+        action, rows, outputs = "copy", source.nbytes, copied_outputs(source)
+    elif role.quantize:
+        state = state_dtype(source, change, recipe)
+        action, dtype, outputs = "quantize", state or dtype, format_of(recipe, state).outputs(name, shape)
     return TensorPlan(
         name=name,
         source=source,
-        action="quantize" if role.quantize else "keep",
+        action=action,
         change=change,
         transpose=transpose,
         shape=shape,
         dtype=dtype,
         tiles=(0, rows),
-        outputs=format_of(recipe).outputs(name, shape) if role.quantize else (Output(name, dtype, shape),),
+        outputs=outputs,
         checked=role.parameter is not None,
     )
 
@@ -168,14 +204,6 @@ def _change(delta: Change | None, replacement: TensorHeader | None) -> Change | 
     return replace(delta, source=replacement)
 
 
-def _weights_dtype(base: Checkpoint) -> str:
-    """The dtype that most of the base's bytes have."""
-    counter: Counter[str] = Counter()
-    for tensor in base:
-        counter[tensor.dtype] += tensor.nbytes
-    return max(sorted(counter), key=lambda dtype: counter[dtype])
-
-
 def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
     """Refuse more names than a reader takes, and names that a loader would take for a weight's quant state.
 
@@ -186,7 +214,7 @@ def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
             f"the output would have {len(made):,} tensors, expected at most {limits.tensors:,}, whose names and shapes "
             f"take at most {limits.json_bytes:,} bytes"
         )
-    quantized = {tensor.name for tensor in tensors if tensor.action == "quantize"}
+    quantized = {tensor.name for tensor in tensors if tensor.is_quantized}
     for name in (tensor.name for tensor in tensors if tensor.action == "keep"):
         around = name.rpartition(".")[0]
         while around and around not in quantized:
@@ -195,11 +223,11 @@ def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
             raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
 
 
-def _check_statically(config: Mapping[str, Any], tensors: list[TensorPlan]) -> None:
+def _problem_of(config: Mapping[str, Any], tensors: list[TensorPlan]) -> str | None:
+    """What transformers 5 would find wrong with the output."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    problems = check_output(config, shapes, [tensor.name for tensor in tensors if tensor.action == "quantize"])
-    if problems:
-        raise Unsupported(f"the output would not load: {problems[0]} ({len(problems)} in all)")
+    problems = check_output(config, shapes, [tensor.name for tensor in tensors if tensor.is_quantized])
+    return f"{problems[0]} ({len(problems)} in all)" if problems else None
 
 
 def _check_tokenizer(
@@ -261,8 +289,8 @@ def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
 
 def _notes_for_servers(tensors: list[TensorPlan], recipe: Recipe) -> list[str]:
     """What servers make of the shapes. VLLM fuses some weights: all parts of such a group are quantized, or none."""
-    notes = notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.action == "quantize"})
-    actions = {tensor.name: tensor.action for tensor in tensors}
+    notes = notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.is_quantized})
+    actions = {tensor.name: tensor.is_quantized for tensor in tensors}
     for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for name, action in actions.items():
             head, dot, tail = name.partition(f".{parts[0]}.")

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from converter.merge.change import Change
 from converter.plan.layout import LIMITS, ShardLayout, lay_out, pack_shards, shard_names
 from converter.quantize.format import Output
-from converter.read.header import TensorHeader
 from converter.read.side_files import SideFile
+from converter.read.stored.stored import Source, Stored
 from converter.recipe import Recipe
 from converter.resources import Resources
 
@@ -33,9 +33,10 @@ class TensorPlan:
 
     name: str
     """Its name in the output, which is the base's."""
-    source: TensorHeader
+    source: Source
     """Where its values come from."""
-    action: Literal["quantize", "keep"]
+    action: Literal["quantize", "keep", "copy"]
+    """copy: the bytes of a quantized base's weight go into the output as they are."""
     change: Change | None
     """What the adapter does to it."""
     transpose: bool
@@ -56,12 +57,20 @@ class TensorPlan:
 
     @property
     def columns(self) -> int:
+        if self.action == "copy":
+            return 1  # a row is a byte
         return math.prod(self.shape) // self.rows if self.rows else 0
 
     @property
     def is_copy(self) -> bool:
         """Whether its bytes go into the output as they are."""
-        return self.action == "keep" and not self.is_merged and self.dtype == self.source.dtype
+        as_it_is = not self.is_merged and not self.transpose and self.dtype == self.source.dtype
+        return self.action == "copy" or (self.action == "keep" and as_it_is)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is quantized in the output."""
+        return self.action != "keep"
 
     @property
     def is_touched(self) -> bool:
@@ -239,7 +248,7 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
         "name": tensor.name,
         "action": tensor.action,
         "origin": tensor.origin,
-        "source": {"dtype": tensor.source.dtype, "shape": list(tensor.source.shape)},
+        "source": {"dtype": tensor.source.dtype, "shape": list(tensor.source.shape), **_scheme(tensor.source)},
         "shape": list(tensor.shape),
         "dtype": tensor.dtype,
         "transpose": tensor.transpose,
@@ -250,3 +259,11 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
         ],
     }
     return entry | ({} if tensor.change is None else tensor.change.as_json())
+
+
+def _scheme(source: Source) -> dict[str, Any]:
+    """The scheme of a quantized base's weight, and all that it is read from."""
+    if not isinstance(source, Stored):
+        return {}
+    parts = [{"name": part.name, "dtype": part.dtype, "shape": list(part.shape)} for part in source.parts]
+    return {"scheme": source.scheme, "parts": parts}

@@ -27,8 +27,10 @@ FORMATS: dict[str, Callable[[Recipe], Format]] = {
 }
 
 
-def format_of(recipe: Recipe) -> Format:
-    """The format that a recipe asks for, with its settings."""
+def format_of(recipe: Recipe, dtype: str | None = None) -> Format:
+    """The format that a recipe asks for, with its settings. `dtype`: what quant states name in the place of its own."""
+    if dtype is not None and recipe.four_bit:
+        return FourBit(recipe, {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype])
     return FORMATS[recipe.quant_type](recipe)
 
 

@@ -47,6 +47,8 @@ class FourBit:
     """NF4 or FP4, with or without double quant."""
 
     recipe: Recipe
+    dtype: str = ""
+    """That which quant states name, bfloat16, float16 or float32; empty: the recipe's."""
 
     @property
     def description(self) -> str:
@@ -71,7 +73,7 @@ class FourBit:
         """Names and shapes are those of `bitsandbytes.nn.Params4bit` in a state dict."""
         recipe, count = self.recipe, math.prod(shape)
         blocks = -(count // -recipe.block_size)
-        state = quant_state_json(recipe, shape, LONGEST_FLOAT if recipe.double_quant else None)
+        state = quant_state_json(recipe, shape, LONGEST_FLOAT if recipe.double_quant else None, self.dtype)
         outputs = [
             Output(name, "U8", (-(count // -2), 1)),
             Output(f"{name}.absmax", "U8" if recipe.double_quant else "F32", (blocks,)),
@@ -95,7 +97,8 @@ class FourBit:
 
     def encoder(self, device: torch.device, *, kernels: bool = False) -> FourBitEncoder:
         by_kernels = kernels and device.type == "cpu"
-        return KernelEncoder(self.recipe, device) if by_kernels else FourBitEncoder(self.recipe, device)
+        kind = KernelEncoder if by_kernels else FourBitEncoder
+        return kind(self.recipe, device, self.dtype)
 
     def find(self, written: Checkpoint) -> Found:
         found = Found()
@@ -126,8 +129,9 @@ class FourBit:
 class FourBitEncoder:
     """Quantizes as `bitsandbytes.functional` does on its device."""
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, dtype: str = "") -> None:
         self._recipe = recipe
+        self._dtype = dtype
         self._device = device
         self._pairs: dict[Any, Tensor] = {}
 
@@ -163,7 +167,7 @@ class FourBitEncoder:
                 raise NotFinite(f"{name}: its values are too large for double quantization")
             state["absmax"], state["nested_absmax"] = bnb.quantize_absmax(absmax.sub_(mean))
             state["nested_quant_map"] = bnb.dynamic_map()
-        raw = bytearray(quant_state_json(recipe, shape, offset))
+        raw = bytearray(quant_state_json(recipe, shape, offset, self._dtype))
         state[f"{_STATE[1:]}{recipe.quant_type}"] = torch.frombuffer(raw, dtype=torch.uint8)
         return {f"{name}.{key}": value.cpu() for key, value in state.items()}
 
@@ -251,7 +255,7 @@ class KernelEncoder(FourBitEncoder):
         return Encoded(pieces, absmax, sums if merge is not None else sums[:, :2])
 
 
-def quant_state_json(recipe: Recipe, shape: Shape, offset: float | None) -> bytes:
+def quant_state_json(recipe: Recipe, shape: Shape, offset: float | None, dtype: str = "") -> bytes:
     """The part of a quant state that isn't tensors, as `bitsandbytes.utils.pack_dict_to_tensor` spells it.
 
     `offset` is the mean that double quant subtracts from absmax; None: single quant.
@@ -259,7 +263,7 @@ def quant_state_json(recipe: Recipe, shape: Shape, offset: float | None) -> byte
     state: dict[str, Any] = {
         "quant_type": recipe.quant_type,
         "blocksize": recipe.block_size,
-        "dtype": recipe.dtype,
+        "dtype": dtype or recipe.dtype,
         "shape": list(shape),
     }
     if offset is not None:

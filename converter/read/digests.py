@@ -9,13 +9,13 @@ import xxhash
 
 from converter.read import cache
 from converter.read.checkpoint import Checkpoint
-from converter.read.header import TensorHeader
+from converter.read.stored.stored import Source
 
 _KIND = "digests"
 _SAMPLES, _SAMPLE_BYTES = 1000, 64
 
 
-def tensor_digest(base: Checkpoint, tensor: TensorHeader) -> str:
+def tensor_digest(base: Checkpoint, tensor: Source) -> str:
     """xxh3-128 of a tensor's bytes, in hex."""
     digest = xxhash.xxh3_128()
     for piece in tensor.pieces(base.folder):
@@ -48,7 +48,7 @@ def remembered_digests(base: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def digests_of(base: Checkpoint, tensors: Iterable[TensorHeader]) -> dict[str, str]:
+def digests_of(base: Checkpoint, tensors: Iterable[Source]) -> dict[str, str]:
     """Digests of tensors of a base, whatever they are called; those that are not remembered are read."""
     known, new = remembered_digests(base), False
     for tensor in tensors:

@@ -206,7 +206,7 @@ def check_written(folder: Path, plan: Plan) -> None:
                 raise VerificationFailed(f"{name}: {found.dtype} {list(found.shape)}, planned {output}")
         shapes = {tensor.name: tensor.shape for tensor in plan.tensors()} | format_of(plan.recipe).find(written).weights
         if plan.verifiable:
-            problems = check_output(written.config, shapes, [t.name for t in plan.tensors() if t.action == "quantize"])
+            problems = check_output(written.config, shapes, [t.name for t in plan.tensors() if t.is_quantized])
             if problems:
                 raise VerificationFailed(f"the output would not load: {problems[0]} ({len(problems)} in all)")
 

@@ -254,11 +254,13 @@ def test_the_dtype_is_that_of_most_of_the_weights_where_they_differ(inputs: tupl
 # What is refused
 
 
-def test_our_own_output_is_refused_as_a_base(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_our_own_output_may_be_a_base_and_is_copied(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     out = convert(inputs[0], None, tmp_path / "out").out
 
-    with pytest.raises(Unsupported, match=r"quantized already \(bitsandbytes; see model\."):
-        plan_of(out, inputs[1])
+    plan = plan_of(out, None)
+
+    assert {tensor.action for tensor in plan.tensors()} == {"copy", "keep"}
+    assert any("the base is quantized (bitsandbytes nf4)" in note for note in plan.notes)
 
 
 def test_a_base_of_whose_layers_none_would_be_quantized_is_refused(base: Path) -> None:

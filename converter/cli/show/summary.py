@@ -9,6 +9,10 @@ from converter.cli.show.words import amount, figures_of, peak_memory, table, tex
 from converter.pipeline import Report
 from converter.plan.plan import Plan
 from converter.quantize.formats import format_of
+from converter.read.stored.stored import Stored
+
+_LOW_SURVIVAL = 0.5
+"""Mean survival below which a user of a quantized base is told of the 16-bit one."""
 
 
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
@@ -33,6 +37,16 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
         if figure := figures[key]:
             lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
+    survival = figures["survival"]
+    if (
+        survival
+        and survival["mean"] < _LOW_SURVIVAL
+        and any(isinstance(t.source, Stored) for t in report.plan.tensors())
+    ):
+        lines.append(
+            f"only {survival['mean']:.0%} of the adapter's change survived on this quantized base: merge it into the "
+            "16-bit model that the base was made from"
+        )
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
@@ -61,6 +75,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
             "quantized": counts.get("quantize", 0),
             "kept": counts.get("keep", 0),
             "replaced": counts.get("replaced", 0),
+            **({"copied": counts["copy"]} if "copy" in counts else {}),
         },
         "error": figures_of(errors, max),
         "survival": figures_of(survivals, min),

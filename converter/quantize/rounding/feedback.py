@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-DAMPING = 1.0
-"""λ, in means of the squares of A's columns' lengths. With 0.3 a model of 135 M had the same perplexity."""
+DAMPING = 0.3
+"""λ, in means of the squares of A's columns' lengths."""
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,34 @@ def directions_of(a: Tensor, damping: float = DAMPING) -> Directions:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a code may stand for, in units of its scale."""
+    """What a code may stand for, in units of its scale: 16 values, or all whole numbers up to `most`."""
 
     values: np.ndarray[Any, Any]
-    """float32, ascending."""
+    """float32 [16], ascending."""
     bounds: np.ndarray[Any, Any]
-    """float32, between neighbouring values; one on a bound goes to the lower side."""
+    """float32 [15], between neighbouring values; one on a bound goes to the lower side."""
+    most: int = 0
+    """0: the values count, not whole numbers."""
+
+
+def whole_numbers(most: int) -> Grid:
+    """The grid of all whole numbers up to `most`, of both signs."""
+    import numpy
+
+    return Grid(numpy.zeros(16, numpy.float32), numpy.zeros(15, numpy.float32), most)
 
 
 def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Directions) -> Tensor:
-    """Indices of grid values, uint8 of the shape of `target`, (rows, columns) in float32, on any device.
+    """The kernel of `feedback_kernels`, bit for bit, on any device.
 
-    `scales` are those of each weight, of the same shape. The kernel of `feedback_kernels` has the same bits.
+    `target` is (rows, columns) in float32, `scales` are those of each weight, of the same shape. Gives codes of that
+    shape, int8: indices of grid values, or whole numbers.
     """
     import torch
 
     device = target.device
     values, bounds = torch.from_numpy(grid.values).to(device), torch.from_numpy(grid.bounds).to(device)
-    codes = torch.empty(target.shape, dtype=torch.uint8, device=device)
+    codes = torch.empty(target.shape, dtype=torch.int8, device=device)
     rank = directions.inputs.shape[1]
     carried = torch.zeros(rank, target.shape[0], device=device)
     for number, column in enumerate(directions.order.tolist()):
@@ -86,9 +96,14 @@ def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Direc
         for k in range(rank):  # in this order, as the kernel adds them
             aimed += carried[k] * float(directions.gains[number, k])
         scaled = torch.where(scale > 0, aimed * (1 / scale.clamp(min=1e-38)), 0.0)
-        code = torch.bucketize(scaled, bounds)
-        codes[:, column] = code
-        missed = wanted - values[code] * scale
+        if grid.most:
+            code = scaled.round().clamp(-grid.most, grid.most)
+            found = code
+        else:
+            code = torch.bucketize(scaled, bounds)
+            found = values[code]
+        codes[:, column] = code.to(torch.int8)
+        missed = wanted - found * scale
         for k in range(rank):
             carried[k] += missed * float(directions.inputs[number, k])
     return codes

@@ -6,11 +6,10 @@ whatever the processor.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from converter.quantize.jit import Array, jitted, select
+from converter.quantize.rounding.feedback import Directions, Grid, whole_numbers
 
 _LANES = 64
 """Rows that are rounded side by side."""
@@ -19,27 +18,25 @@ _STEP = 64
 _ONE, _ZERO, _SMALLEST = np.float32(1.0), np.float32(0.0), np.float32(1e-38)
 
 
-def round_rows(target: Array, scales: Array, block: int, grid: Any, directions: Any) -> Array:
-    """Indices of grid values, uint8 of the shape of `target`, (rows, columns) in float32.
+def round_rows(target: Array, scales: Array, block: int, grid: Grid, directions: Directions) -> Array:
+    """Codes, int8 of the shape of `target`, (rows, columns) in float32: indices of grid values, or whole numbers.
 
-    `scales`: float32, one for `block` consecutive weights, across rows. `grid` has 16 values: a `feedback.Grid`.
-    `directions`: a `feedback.Directions`.
+    `scales`: float32, one for `block` consecutive weights, across rows.
     """
-    codes = np.empty(target.shape, np.uint8)
+    codes = np.empty(target.shape, np.int8)
     how = (directions.order, directions.inputs, directions.gains)
-    _round(target, scales, block, grid.values, grid.bounds, *how, codes)
+    _round(target, scales, block, grid.values, grid.bounds, np.float32(grid.most), *how, codes)
     return codes
 
 
 def load() -> None:
     """Compile the kernel, or load it from where it is kept."""
     one, order = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-    grid = (np.zeros(16, np.float32), np.zeros(15, np.float32))
-    _round(one, one[0], 1, *grid, order, one, one, np.empty((1, 1), np.uint8))
+    round_rows(one, one[0], 1, whole_numbers(1), Directions(order, one, one))
 
 
 @jitted()
-def _round(target, scales, block, values, bounds, order, inputs, gains, codes):  # type: ignore[no-untyped-def]
+def _round(target, scales, block, values, bounds, most, order, inputs, gains, codes):  # type: ignore[no-untyped-def]
     rows, columns = target.shape
     carried = np.empty((inputs.shape[1], _LANES), np.float32)
     wanted = np.empty((_STEP, _LANES), np.float32)
@@ -60,9 +57,14 @@ def _round(target, scales, block, values, bounds, order, inputs, gains, codes): 
                     sizes[j, lane] = scales[((first + lane) * columns + column) // block]
             for j in range(width):
                 _aim(wanted, j, carried, gains, begin + j, aimed)
-                _choose(aimed, sizes, j, bounds, chosen)
-                for lane in range(_LANES):
-                    aimed[lane] = wanted[j, lane] - values[chosen[j, lane]] * sizes[j, lane]
+                if most > _ZERO:
+                    _choose_whole_number(aimed, sizes, j, most, chosen)
+                    for lane in range(_LANES):
+                        aimed[lane] = wanted[j, lane] - np.float32(chosen[j, lane]) * sizes[j, lane]
+                else:
+                    _choose(aimed, sizes, j, bounds, chosen)
+                    for lane in range(_LANES):
+                        aimed[lane] = wanted[j, lane] - values[chosen[j, lane]] * sizes[j, lane]
                 _carry(aimed, inputs, begin + j, carried)
             for j in range(width):
                 column = order[begin + j]
@@ -95,6 +97,15 @@ def _choose(aimed, sizes, j, bounds, chosen):  # type: ignore[no-untyped-def]
         high = select(four, select(eight, bounds[14], bounds[6]), select(eight, bounds[10], bounds[2]))
         one = v > select(two, high, low)
         chosen[j, lane] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
+
+
+@jitted(inline="always")
+def _choose_whole_number(aimed, sizes, j, most, chosen):  # type: ignore[no-untyped-def]
+    """The whole number nearest to each scaled value; ties go to the even one."""
+    for lane in range(_LANES):
+        scale = sizes[j, lane]
+        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
+        chosen[j, lane] = np.int32(min(max(np.rint(v), -most), most))
 
 
 @jitted(inline="always")

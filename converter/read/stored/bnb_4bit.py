@@ -9,7 +9,6 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
-from converter.read.header import DTYPE_BYTES
 from converter.read.stored.codes import four_bit_map
 from converter.read.stored.stored import LUT_BYTES, Parts, as_uint8, read_codes, read_whole
 from converter.read.strict_json import parse_json_object
@@ -80,12 +79,13 @@ class FourBitWeight(Parts):
 
     @property
     def tile_bytes(self) -> float:
-        return 0.5 + DTYPE_BYTES[self.dtype]
+        return 0.5
 
     def open(self, folder: Folder) -> OpenedFourBit:
         tensors = [read_whole(part, folder) for part in self.parts[1:]]
         by_name = {
-            part.name[len(self.name) :]: tensor for part, (tensor, _) in zip(self.parts[1:], tensors, strict=True)
+            part.name[len(self.parts[0].name) :]: tensor
+            for part, (tensor, _) in zip(self.parts[1:], tensors, strict=True)
         }
         code = four_bit_map(self.state.quant_type)
         if not _same_bits(by_name[QUANT_MAP], code):

@@ -44,7 +44,7 @@ class EightBitWeight(Parts):
 
     @property
     def tile_bytes(self) -> float:
-        return 5.0
+        return 1.0
 
     def open(self, folder: Folder) -> OpenedEightBit:
         absmax, *rest = [read_whole(part, folder) for part in self.parts[1:]]

@@ -1,15 +1,14 @@
 """How one weight of a base lies on disk: the seam behind which every scheme of quantized bases lies.
 
-A `Stored` is a value of the plan. It stands for a weight of a 16-bit or 32-bit base wherever a tensor's header would:
-it has a name, a dtype and a shape. Opened, it gives rows. Reading and decoding are two steps, because one thread reads
-for several that decode.
+A `Stored` is a value of the plan. It stands where the header of a 16-bit weight would: it has a name, a dtype, a shape.
+Opened, it gives rows. Reading and decoding are two steps, because one thread reads for several that decode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from converter.tensors import torch_dtype
 
@@ -25,40 +24,48 @@ LUT_BYTES = 1 << 16
 """Bytes of codes that are looked up at a time, so that what is made on the way stays in the processor's cache."""
 
 
-class Stored(Protocol):
-    """One weight of a quantized base: a frozen value."""
+class Source(Protocol):
+    """Where a weight's values are: a tensor's header, or what stands for one."""
 
     @property
     def name(self) -> str:
         """The weight's name in a checkpoint that isn't quantized."""
 
     @property
-    def scheme(self) -> str:
-        """What it is in, for people and for the receipt: "bitsandbytes nf4"."""
-
-    @property
     def dtype(self) -> str:
-        """That of its rows: BF16, F16 or F32."""
+        """That of its rows. Of a quantized base's weight: BF16, F16 or F32."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight: (out_features, in_features) of a matrix."""
-
-    @property
-    def parts(self) -> tuple[TensorHeader, ...]:
-        """All tensors on disk that belong to it, in the order in which a digest takes them."""
+        """That of the weight: (out_features, in_features) of a matrix, but for a plain Conv1D, which is turned."""
 
     @property
     def file(self) -> str:
-        """The file of its first part."""
+        """Where it is, or its codes are."""
 
     @property
     def offset(self) -> int:
-        """Where in it the first part begins."""
+        """Where in that file they begin."""
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
+
+    def pieces(self, folder: Folder) -> Iterator[memoryview]:
+        """All its bytes, piece by piece, in the order in which a conversion reads them."""
+
+
+@runtime_checkable
+class Stored(Source, Protocol):
+    """One weight of a quantized base: a frozen value."""
+
+    @property
+    def scheme(self) -> str:
+        """What it is in, for people and for the receipt: "bitsandbytes nf4"."""
+
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]:
+        """All tensors on disk that belong to it, the codes first."""
 
     @property
     def block(self) -> int:
@@ -70,26 +77,40 @@ class Stored(Protocol):
 
     @property
     def tile_bytes(self) -> float:
-        """Memory that one weight of a tile takes, as read and as decoded."""
-
-    def pieces(self, folder: Folder) -> Iterator[memoryview]:
-        """The bytes of all its parts, piece by piece."""
+        """Memory that one weight of a tile takes besides its value."""
 
     def open(self, folder: Folder) -> Opened:
         """Read what all its rows need. Raises what reading raises, and `BadCheckpoint`."""
 
 
 class Opened(Protocol):
-    """A stored weight whose scales are in memory. One thread reads; several may decode at a time."""
+    """A source whose scales, if it has some, are in memory. One thread reads; several may decode at a time."""
 
-    raw: Sequence[memoryview]
-    """What was read to open it."""
+    @property
+    def raw(self) -> Sequence[memoryview]:
+        """What was read to open it."""
 
     def read(self, start: int, end: int, buffers: Buffers) -> memoryview:
         """Read what is left of rows `start` to `end` into `buffers`."""
 
     def decode(self, start: int, end: int, raw: memoryview, buffers: Buffers) -> Tensor:
         """Their values, (end - start, columns) in its dtype; they lie in `buffers`. `raw` is what `read` gave."""
+
+
+def named(source: Source, name: str) -> Source:
+    """The same source for a weight of another name."""
+    renamed: Source = replace(source, name=name)  # type: ignore[type-var]  # every source is a dataclass
+    return renamed
+
+
+class HasParts(Protocol):
+    @property
+    def parts(self) -> tuple[TensorHeader, ...]: ...
+
+
+def in_order(stored: HasParts) -> tuple[TensorHeader, ...]:
+    """The parts in the order in which a conversion reads them: what opening reads, then the codes."""
+    return *stored.parts[1:], stored.parts[0]
 
 
 @dataclass(frozen=True)
@@ -121,8 +142,7 @@ class Parts:
         return columns
 
     def pieces(self, folder: Folder) -> Iterator[memoryview]:
-        # What opening reads comes first, then the codes: in this order a conversion reads them, too.
-        for part in (*self.parts[1:], self.parts[0]):
+        for part in in_order(self):
             yield from part.pieces(folder)
 
 
@@ -137,14 +157,14 @@ def read_whole(header: TensorHeader, folder: Folder) -> tuple[Tensor, memoryview
     return torch.frombuffer(raw, dtype=torch_dtype(header.dtype)).view(header.shape), memoryview(raw)
 
 
-def read_codes(header: TensorHeader, folder: Folder, span: tuple[int, int], buffers: Buffers) -> memoryview:
-    """Some bytes of a tensor of a file, from the first to the one after the last, into `buffers`."""
+def read_codes(source: Source, folder: Folder, span: tuple[int, int], buffers: Buffers) -> memoryview:
+    """Some bytes of a file's tensor, from the first to the one after the last, into `buffers`."""
     import torch
 
     first, last = span
     raw = memoryview(buffers.take("codes", torch.uint8, last - first).numpy())
-    folder.expect(header.file, header.offset + first)
-    folder.read_into(header.file, header.offset + first, raw)
+    folder.expect(source.file, source.offset + first)
+    folder.read_into(source.file, source.offset + first, raw)
     return raw
 
 

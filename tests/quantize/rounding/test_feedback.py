@@ -37,7 +37,7 @@ def restored(codes: np.ndarray, scales: np.ndarray, quant_type: str = "nf4") -> 
 
 
 def nearest(target: np.ndarray, scales: np.ndarray, quant_type: str = "nf4") -> np.ndarray:
-    return np.searchsorted(grid(quant_type).bounds, target / spread(scales, target.shape)).astype(np.uint8)
+    return np.searchsorted(grid(quant_type).bounds, target / spread(scales, target.shape)).astype(np.int8)
 
 
 def full_gptq(target: np.ndarray, scales: np.ndarray, a: torch.Tensor, damping: float) -> np.ndarray:
@@ -52,7 +52,7 @@ def full_gptq(target: np.ndarray, scales: np.ndarray, a: torch.Tensor, damping: 
     upper = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
     left = target.astype(np.float64)[:, order]
     sizes = spread(scales, target.shape).astype(np.float64)[:, order]
-    codes = np.empty(target.shape, np.uint8)
+    codes = np.empty(target.shape, np.int8)
     for column in range(columns):
         codes[:, column] = np.searchsorted(bounds, left[:, column] / sizes[:, column])
         missed = (left[:, column] - values[codes[:, column]] * sizes[:, column]) / upper[column, column]

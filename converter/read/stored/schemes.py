@@ -1,0 +1,77 @@
+"""Every scheme of quantized bases, by the name that a config gives it; and a base whatever its weights are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadCheckpoint
+from converter.read.stored.bnb_4bit import four_bit_weights
+from converter.read.stored.bnb_8bit import eight_bit_weights
+from converter.read.stored.stored import Source, Stored
+
+if TYPE_CHECKING:
+    from converter.read.checkpoint import Checkpoint
+
+Opener = Callable[["Checkpoint", Mapping[str, Any]], Mapping[str, Stored]]
+"""Finds the quantized weights of a base, given its quantization_config."""
+
+
+def _bitsandbytes(base: Checkpoint, _: Mapping[str, Any]) -> Mapping[str, Stored]:
+    return {**four_bit_weights(base.tensors, base.folder), **eight_bit_weights(base.tensors)}
+
+
+SCHEMES: dict[str, Opener] = {"bitsandbytes": _bitsandbytes}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a base's weights are read from."""
+
+    by_name: Mapping[str, Source]
+    """In the order in which they lie on disk."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """The config's own quantization_config."""
+
+    @property
+    def stored(self) -> Sequence[Stored]:
+        """The weights that are quantized."""
+        return [source for source in self.by_name.values() if isinstance(source, Stored)]
+
+
+def sources_of(base: Checkpoint) -> Sources:
+    """What to read of a base for each weight.
+
+    Raises `BadCheckpoint` where parts of a weight don't fit each other. A base whose scheme is unknown comes as plain
+    tensors, which are no weights.
+    """
+    quantization = _quantization(base)
+    method = quantization.get("quant_method")
+    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"  # so it was written before there was a quant_method
+    if method not in SCHEMES:
+        return Sources(_sorted(base.tensors.values()))
+    weights = SCHEMES[method](base, quantization)
+    if not weights:
+        return Sources(_sorted(base.tensors.values()))
+    taken = {part.name for weight in weights.values() for part in weight.parts}
+    rest = [tensor for name, tensor in base.tensors.items() if name not in taken]
+    both = {tensor.name for tensor in rest} & weights.keys()
+    if both:
+        raise BadCheckpoint(f"{min(both)}: in the base twice, plain and quantized")
+    return Sources(_sorted([*rest, *weights.values()]), quantization)
+
+
+def _sorted(sources: Sequence[Source] | Any) -> dict[str, Source]:
+    return {source.name: source for source in sorted(sources, key=lambda source: (source.file, source.offset))}
+
+
+def _quantization(base: Checkpoint) -> Mapping[str, Any]:
+    """What the base's config says of quantization."""
+    text = base.config.get("text_config")
+    for part in (base.config, text if isinstance(text, dict) else {}):
+        stated = part.get("quantization_config")
+        if isinstance(stated, dict) and stated:
+            return stated
+    return {}
