@@ -11,35 +11,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import BitsAndBytesConfig
 
 from converter import Recipe, Resources, convert, plan_conversion, verify
 from tests.folders import contents
-from tests.models import load, save_adapter, save_base
-from tests.reference import nf4, tensors_of
+from tests.models import load, save_adapter
+from tests.quantized import KINDS, TOUCHED, same_bytes, save_pair, save_quantized
+from tests.reference import tensors_of
 
-TOUCHED = ["q_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore:Merge lora module")
-INT8 = BitsAndBytesConfig(load_in_8bit=True)
-KINDS: dict[str, tuple[BitsAndBytesConfig, Recipe]] = {
-    "nf4": (nf4(), Recipe()),
-    "nf4 single": (nf4(bnb_4bit_use_double_quant=False), Recipe(double_quant=False)),
-    "fp4": (nf4(bnb_4bit_quant_type="fp4"), Recipe(quant_type="fp4")),
-    "int8": (INT8, Recipe(quant_type="int8")),
-}
-
-
-def save_quantized(folder: Path, name: str = "llama", quantization: BitsAndBytesConfig | None = None) -> Path:
-    """A base as transformers saves it in 4 or 8 bits. It has not run: that would repack its weights."""
-    plain = save_base(folder.with_name(folder.name + "-16"), name)
-    load(plain, dtype=torch.bfloat16, quantization_config=quantization or nf4()).save_pretrained(folder)
-    return folder
-
-
-def save_pair(tmp_path: Path, kind: str = "nf4", **settings: Any) -> tuple[Path, Path]:
-    base = save_quantized(tmp_path / "base", quantization=KINDS[kind][0])
-    settings = {"target_modules": TOUCHED, **settings}
-    return base, save_adapter(tmp_path / "adapter", tmp_path / "base-16", "llama", **settings)
 
 
 def of_a_touched_weight(name: str) -> bool:
@@ -52,12 +31,6 @@ def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     state: dict[str, torch.Tensor] = merged.state_dict()
     return state
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.numel() != other.numel():
-        return False
-    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -34,6 +34,11 @@ class MergedTile:
     delta: Tensor | None
     """What the change adds, in float32; None where nothing is changed."""
 
+    def rows(self, part: slice) -> MergedTile:
+        """Some of its rows."""
+        delta = None if self.delta is None else self.delta[part]
+        return MergedTile(self.values[part], self.exact[part], self.base[part], delta)
+
 
 @dataclass(frozen=True)
 class Rounding:

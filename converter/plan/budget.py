@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from converter.errors import BadRecipe
 from converter.plan.plan import Plan, TensorPlan
-from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, tile_bounds
+from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, longest_strip, tile_bounds
 from converter.quantize.format import BY_TORCH
 from converter.quantize.formats import format_of
 from converter.read.header import DTYPE_BYTES
@@ -30,8 +30,9 @@ IN_FIXED = 2_000
 PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
 """Bytes of Python's objects for each further tensor, and for each output tensor. Measured with 27,000 and 190,000."""
 
-_BY_FEEDBACK = 80
-"""Bytes that a weight of a strip takes where it is rounded with error feedback."""
+_BY_FEEDBACK = 28.0
+"""Bytes that a weight of a strip takes where it is rounded with error feedback: base, delta and sum in float32, what is
+made of them on the way, its code."""
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """The most rows of a strip, where rows are long."""
 
@@ -63,14 +64,9 @@ def cut_into_tiles(
             most = max(fewest, min(largest_tile, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
         cut.append(tensor)
-        strip = (
-            0
-            if not tensor.is_merged
-            else (4 if recipe.rounding != "adapter" else _BY_FEEDBACK)
-            * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
-        )
-        if tensor.largest_tile * each + strip > largest:
-            largest, name = tensor.largest_tile * each + strip, tensor.name
+        needed = tensor.largest_tile * each + _strip_bytes(tensor, recipe)
+        if needed > largest:
+            largest, name = needed, tensor.name
     memory = reserved + int(largest) * resources.slots
     if resources.memory is not None and memory > resources.memory:
         raise BadRecipe(
@@ -130,10 +126,20 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
     return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels) + codes
 
 
+def _strip_bytes(tensor: TensorPlan, recipe: Recipe) -> float:
+    """Bytes that the strip takes which a thread merges at a time."""
+    if not tensor.is_merged:
+        return 0.0
+    if recipe.rounding == "adapter" and tensor.action == "quantize":
+        block = format_of(recipe).block(tensor.columns)
+        return _BY_FEEDBACK * min(tensor.largest_tile, longest_strip(tensor.columns, block))
+    return 4.0 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+
+
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
     """Bytes that a tensor's absmax and the sums of its rows take until its last tile is done."""
     state = format_of(recipe).state_bytes(tensor.rows, tensor.columns) if tensor.action == "quantize" else 0
-    if isinstance(tensor.source, Stored) and tensor.action != "copy":
+    if isinstance(tensor.source, Stored):
         state += tensor.source.opened_bytes
     return state + (0 if tensor.is_copy else 80 * tensor.rows)
 

@@ -19,6 +19,7 @@ from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
+from converter.plan.proof import proved
 from converter.plan.quantized_base import (
     as_stored,
     copied_outputs,
@@ -103,6 +104,8 @@ def make_plan(
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
+    if any(tensor.action == "quantize" and isinstance(tensor.source, Stored) for tensor in tensors):
+        notes += proved(sources, base.folder, recipe, kernels=resources.kernels)
     untied = bool(found.untied) or found.parted
     spelled, spelling_notes = in_words_of_all_versions(base_config, known=architecture.known)
     config = output_config(spelled, recipe, architecture, vocabulary=found.vocabulary, untied=untied)

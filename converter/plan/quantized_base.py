@@ -15,14 +15,14 @@ from converter.quantize.format import Output
 from converter.read.stored.bnb_4bit import FourBitWeight
 from converter.read.stored.bnb_8bit import EightBitWeight
 from converter.read.stored.stored import Source, Stored, in_order
-from converter.recipe import ROUNDED, Recipe
+from converter.recipe import ROUNDED, QuantType, Recipe
 
 if TYPE_CHECKING:
     from converter.merge.change import Change
     from converter.model.architecture import Architecture, Shape
     from converter.read.stored.schemes import Sources
 
-Settings = tuple[str, bool, int]
+Settings = tuple[QuantType, bool, int]
 """Quant type, double quant, block size: what a recipe says of the formats of bitsandbytes."""
 _INT8: Settings = ("int8", True, 64)
 
@@ -30,7 +30,7 @@ _INT8: Settings = ("int8", True, 64)
 def settings_of(source: Source) -> Settings | None:
     """Those of a weight in a format that an output may have, too; else None."""
     if isinstance(source, FourBitWeight):
-        return source.state.quant_type, source.state.offset is not None, source.state.block
+        return "fp4" if source.state.quant_type == "fp4" else "nf4", source.state.offset is not None, source.state.block
     return _INT8 if isinstance(source, EightBitWeight) else None
 
 

@@ -16,8 +16,19 @@ def tile_bounds(rows: int, columns: int, *, block: int, most: int) -> tuple[int,
     Tiles hold whole blocks (of `block` consecutive elements, across rows) and whole bytes of packed codes; none but the
     only one has fewer than `MIN_MERGE_ROWS` rows.
     """
-    unit = block // math.gcd(columns, block) if columns else 1
-    # Equal parts of at least so many rows stay that long when each begins at a multiple of `unit`.
-    least = -(MIN_MERGE_ROWS // -unit) * unit
+    unit, least = _steps(columns, block)
     count = max(1, min(-(rows * columns // -most), rows // least))
     return (*(rows * number // count // unit * unit for number in range(count)), rows)
+
+
+def longest_strip(columns: int, block: int) -> int:
+    """The most weights that a strip of a tile has."""
+    unit, least = _steps(columns, block)
+    return max(STRIP_ELEMENTS, 2 * least * columns) + unit * columns
+
+
+def _steps(columns: int, block: int) -> tuple[int, int]:
+    """Of how many rows a part has a multiple, and of how many at least: equal parts of so many rows stay that long when
+    each begins at a multiple of the first."""
+    unit = block // math.gcd(columns, block) if columns else 1
+    return unit, -(MIN_MERGE_ROWS // -unit) * unit

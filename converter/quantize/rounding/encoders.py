@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,10 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from converter.merge.change import MergedTile
     from converter.quantize.format import Encoder
     from converter.recipe import Recipe
     from converter.threads import Buffers
+
+_RESTORED = 1 << 15
+"""Weights that are restored at a time."""
 
 
 def with_rounding(nearest: Encoder, recipe: Recipe, device: torch.device, *, kernels: bool) -> Encoder:
@@ -66,14 +67,20 @@ class _Feedback:
             return self._nearest.encode(rows, buffers)
         directions = self._directions(merge.inputs)
         count, columns = rows.stored.shape
-        codes, scales, sums = [], [], []
+        pieces, scales, sums = [], [], []
         for first, last in pairwise(tile_bounds(count, columns, block=self.block, most=STRIP_ELEMENTS)):
-            merged = replace(rows, stored=rows.stored[first:last], start=rows.start + first).merged()
-            strip, scale, restored = self._round(rows.name, merged, directions)
-            codes.append(strip)
+            strip = replace(rows, stored=rows.stored[first:last], start=rows.start + first)
+            merged = strip.merged()
+            target = merged.exact.contiguous()
+            scale = self._scales(rows.name, target)
+            codes = self._codes(target, scale, directions)
             scales.append(scale)
-            sums.append(row_sums(merged, restored))
-        return Encoded((self._piece(rows, torch.cat(codes)),), torch.cat(scales), numpy.concatenate(sums))
+            pieces.append((rows.name, *self._piece(strip, codes)))
+            sums += [
+                row_sums(merged.rows(part), self._restored(codes, scale, part))
+                for part in _few_rows(last - first, columns)
+            ]
+        return Encoded(tuple(pieces), torch.cat(scales), numpy.concatenate(sums))
 
     def _directions(self, a: Tensor) -> Directions:
         """Those of an adapter's A. They are made once for the tiles of a weight, or twice, if two threads begin."""
@@ -84,7 +91,7 @@ class _Feedback:
         self._known = [*self._known[-3:], (a, made)]
         return made
 
-    def _codes(self, target: Tensor, scales: Tensor, block: int, grid: Grid, directions: Directions) -> Tensor:
+    def _rounded(self, target: Tensor, scales: Tensor, block: int, grid: Grid, directions: Directions) -> Tensor:
         """Codes of a strip; `scales`: one for `block` consecutive weights, across rows."""
         import torch
 
@@ -92,13 +99,23 @@ class _Feedback:
             from converter.quantize.rounding.feedback_kernels import round_rows
 
             return torch.from_numpy(round_rows(target.numpy(), scales.numpy(), block, grid, directions))
-        return round_by_torch(target, _spread(scales, block, target), grid, directions)
+        spread = scales.repeat_interleave(block)[: target.numel()].view(target.shape)
+        return round_by_torch(target, spread, grid, directions)
 
-    def _round(self, name: str, merged: MergedTile, directions: Directions) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and what they stand for, of a strip."""
+    def _scales(self, name: str, target: Tensor) -> Tensor:
+        """What `finish` needs of a strip. Raises `NotFinite`."""
         raise NotImplementedError
 
-    def _piece(self, rows: Rows, codes: Tensor) -> tuple[str, int, Tensor]:
+    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
+        """Of a strip: int8, indices of grid values or whole numbers."""
+        raise NotImplementedError
+
+    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
+        """What some rows of a strip stand for, in float32."""
+        raise NotImplementedError
+
+    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
+        """The byte of the output at which a strip begins, and its bytes."""
         raise NotImplementedError
 
 
@@ -121,11 +138,9 @@ class FourBitFeedback(_Feedback):
         values = code[order]
         return Grid(values, (values[:-1] + values[1:]) / numpy.float32(2)), order.astype(numpy.uint8)
 
-    def _round(self, name: str, merged: MergedTile, directions: Directions) -> tuple[Tensor, Tensor, Tensor]:
+    def _scales(self, name: str, target: Tensor) -> Tensor:
         import torch
 
-        grid, order = self._table
-        target = merged.exact.contiguous()
         flat = target.flatten()
         whole = flat.numel() // self.block * self.block
         scales = flat[:whole].view(-1, self.block).abs().amax(1)
@@ -133,38 +148,53 @@ class FourBitFeedback(_Feedback):
             scales = torch.cat([scales, flat[whole:].abs().max()[None]])
         if not bool(scales.isfinite().all()):
             raise NotFinite(f"{name}: holds a NaN or an infinity")
-        codes = self._codes(target, scales, self.block, grid, directions).int()
-        restored = torch.from_numpy(grid.values).to(codes.device)[codes] * _spread(scales, self.block, target)
-        return torch.from_numpy(order).to(codes.device)[codes], scales, restored
+        return scales
 
-    def _piece(self, rows: Rows, codes: Tensor) -> tuple[str, int, Tensor]:
+    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
+        return self._rounded(target, scales, self.block, self._table[0], directions)
+
+    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
         import torch
 
-        flat = codes.flatten()
+        columns = codes.shape[1]
+        values = torch.from_numpy(self._table[0].values).to(codes.device)[codes[part].int()]
+        first, last = part.start * columns, part.stop * columns
+        blocks = torch.arange(first, last, device=codes.device).div_(self.block, rounding_mode="floor")
+        return values.mul_(scales[blocks].view(values.shape))
+
+    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
+        import torch
+
+        order = self._table[1]
+        flat = torch.from_numpy(order).to(codes.device)[codes.flatten().int()]
         if flat.numel() % 2:
             zero = int((four_bit_map(self._quant_type) == 0).nonzero()[0])
             flat = torch.cat([flat, flat.new_full((1,), zero)])
-        return rows.name, rows.first // 2, flat[::2] << 4 | flat[1::2]
+        return strip.first // 2, flat[::2] << 4 | flat[1::2]
 
 
 class EightBitFeedback(_Feedback):
     """LLM.int8. The scale of a row is its largest absolute value after the merge, in float16."""
 
-    def _round(self, name: str, merged: MergedTile, directions: Directions) -> tuple[Tensor, Tensor, Tensor]:
+    def _scales(self, name: str, target: Tensor) -> Tensor:
         import torch
 
-        target = merged.exact.contiguous()
-        absmax = target.to(torch.float16).abs().amax(1).float()
+        absmax = target.abs().amax(1).to(torch.float16).float()
         if not bool(absmax.isfinite().all()):
             raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for float16 (int8)")
-        step = absmax / 127
-        codes = self._codes(target, step, target.shape[1], whole_numbers(127), directions)
-        return codes, absmax, codes.float() * step[:, None]
+        return absmax
 
-    def _piece(self, rows: Rows, codes: Tensor) -> tuple[str, int, Tensor]:
-        return rows.name, rows.first, codes
+    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
+        return self._rounded(target, scales / 127, target.shape[1], whole_numbers(127), directions)
+
+    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
+        return codes[part].float().mul_(scales[part, None] / 127)
+
+    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
+        return strip.first, codes
 
 
-def _spread(scales: Tensor, block: int, target: Tensor) -> Tensor:
-    """The scale of each weight, of the shape of `target`."""
-    return scales.repeat_interleave(block)[: math.prod(target.shape)].view(target.shape)
+def _few_rows(count: int, columns: int) -> Iterator[slice]:
+    """Rows of a strip that are restored at a time: what is made of them on the way takes many bytes a weight."""
+    step = max(1, _RESTORED // max(1, columns))
+    yield from (slice(first, min(first + step, count)) for first in range(0, count, step))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from converter.threads import Buffers
 
 _SCB = ".SCB"
+_LAYOUT_BYTES = 8
+"""The most that the number of a layout takes; bitsandbytes writes one byte."""
 _STEP = 7.874015718698502e-3
 """1/127, as `bitsandbytes.functional.int8_vectorwise_dequant` has it."""
 
@@ -48,10 +50,6 @@ class EightBitWeight(Parts):
 
     def open(self, folder: Folder) -> OpenedEightBit:
         absmax, *rest = [read_whole(part, folder) for part in self.parts[1:]]
-        if rest and int(rest[0][0].sum()) != 0:
-            raise Unsupported(
-                f"{self.parts[2].name}: a layout of a GPU's tiles; load and save the base with bitsandbytes"
-            )
         if not bool(absmax[0].isfinite().all()):
             raise BadCheckpoint(f"{self.parts[1].name}: holds a NaN or an infinity")
         return OpenedEightBit(self, folder, absmax[0], tuple(raw for _, raw in (absmax, *rest)))
@@ -85,8 +83,9 @@ class OpenedEightBit:
         return self.weight.dtype
 
 
-def eight_bit_weights(tensors: Mapping[str, TensorHeader]) -> dict[str, EightBitWeight]:
-    """The LLM.int8 weights of a checkpoint, by name. `BadCheckpoint` where parts don't fit each other."""
+def eight_bit_weights(tensors: Mapping[str, TensorHeader], folder: Folder) -> dict[str, EightBitWeight]:
+    """The LLM.int8 weights of a checkpoint, by name. `BadCheckpoint` where parts don't fit each other; `Unsupported`
+    for a layout other than that of rows."""
     found: dict[str, EightBitWeight] = {}
     for name, absmax in tensors.items():
         if not name.endswith(_SCB):
@@ -97,6 +96,8 @@ def eight_bit_weights(tensors: Mapping[str, TensorHeader]) -> dict[str, EightBit
             raise BadCheckpoint(f"{weight}: no matrix of I8, but {name} holds its absmax")
         if absmax.dtype != "F32" or absmax.shape != codes.shape[:1]:
             raise BadCheckpoint(f"{name}: {absmax.dtype} {list(absmax.shape)}, expected F32 [{codes.shape[0]}]")
+        if layout is not None and (layout.nbytes > _LAYOUT_BYTES or any(read_whole(layout, folder)[1])):
+            raise Unsupported(f"{layout.name}: a layout of a GPU's tiles; load and save the base with bitsandbytes")
         parts = (codes, absmax) if layout is None else (codes, absmax, layout)
         found[weight] = EightBitWeight(weight, codes.shape, parts)
     return found

@@ -24,7 +24,8 @@ def open_source(source: Source, folder: Folder, rows: int, *, turned: bool = Fal
     """
     if not isinstance(source, Stored):
         return PlainRows(source, folder, rows, turned)
-    return Verbatim(source, folder) if verbatim else source.open(folder)
+    opened = source.open(folder)  # also of bytes that are copied, what opening finds wrong is wrong
+    return Verbatim(source, folder) if verbatim else opened
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint
-from converter.read.stored.bnb_4bit import four_bit_weights
+from converter.read.stored.bnb_4bit import STATE, four_bit_weights
 from converter.read.stored.bnb_8bit import eight_bit_weights
 from converter.read.stored.stored import Source, Stored
 
@@ -19,7 +19,7 @@ Opener = Callable[["Checkpoint", Mapping[str, Any]], Mapping[str, Stored]]
 
 
 def _bitsandbytes(base: Checkpoint, _: Mapping[str, Any]) -> Mapping[str, Stored]:
-    return {**four_bit_weights(base.tensors, base.folder), **eight_bit_weights(base.tensors)}
+    return {**four_bit_weights(base.tensors, base.folder), **eight_bit_weights(base.tensors, base.folder)}
 
 
 SCHEMES: dict[str, Opener] = {"bitsandbytes": _bitsandbytes}
@@ -50,7 +50,11 @@ def sources_of(base: Checkpoint) -> Sources:
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # so it was written before there was a quant_method
-    if method not in SCHEMES:
+    if method is None and (name := next((name for name in base.tensors if STATE in name), None)) is not None:
+        raise BadCheckpoint(
+            f"{base.folder.label}: has {name}, but its config.json no quantization_config; restore that"
+        )
+    if not isinstance(method, str) or method not in SCHEMES:
         return Sources(_sorted(base.tensors.values()))
     weights = SCHEMES[method](base, quantization)
     if not weights:

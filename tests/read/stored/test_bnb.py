@@ -59,7 +59,8 @@ def four_bit(folder: Path) -> FourBitWeight:
 
 
 def eight_bit(folder: Path) -> EightBitWeight:
-    return eight_bit_weights(read_header(LocalFolder(folder), FILE))["w.weight"]
+    opened = LocalFolder(folder)
+    return eight_bit_weights(read_header(opened, FILE), opened)["w.weight"]
 
 
 def rows(folder: Path, weight: FourBitWeight | EightBitWeight, bounds: list[int]) -> torch.Tensor:
@@ -257,7 +258,7 @@ def test_eight_bits_in_a_layout_of_a_gpu_are_refused(tmp_path: Path) -> None:
     change(tmp_path, lambda tensors: tensors["w.weight_format"].fill_(2))
 
     with pytest.raises(Unsupported, match=r"w\.weight_format: a layout of a GPU's tiles"):
-        eight_bit(tmp_path).open(LocalFolder(tmp_path))
+        eight_bit(tmp_path)
 
 
 def test_absmax_of_eight_bits_must_be_one_a_row(tmp_path: Path) -> None:
