@@ -70,30 +70,30 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
-            (self.quant_type, get_args(QuantType), "--quant-type"),
-            (self.dtype, get_args(Dtype), "--dtype"),
-            (self.merge_precision, get_args(MergePrecision), "--merge-precision"),
-            (self.block_size, BLOCK_SIZES, "--block-size"),
-            (self.rounding, get_args(RoundingRule), "--rounding"),
+            (self.quant_type, get_args(QuantType), "`quant_type`"),
+            (self.dtype, get_args(Dtype), "`dtype`"),
+            (self.merge_precision, get_args(MergePrecision), "`merge_precision`"),
+            (self.block_size, BLOCK_SIZES, "`block_size`"),
+            (self.rounding, get_args(RoundingRule), "`rounding`"),
         ):
             if value not in allowed:
                 raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
         if self.max_shard_size < 1_000_000:
-            raise BadRecipe(f"--max-shard-size {self.max_shard_size}: expected at least 1MB")
+            raise BadRecipe(f"`max_shard_size` {self.max_shard_size}: expected at least 1MB")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise BadRecipe(f"--group-size {self.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
+            raise BadRecipe(f"`group_size` {self.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
         if self.group_size is not None and self.quant_type not in ("w4a16", "w8a16"):
-            raise BadRecipe(f"--group-size has no meaning with {self.quant_type}: only w4a16 and w8a16 have groups")
+            raise BadRecipe(f"`group_size` has no meaning with {self.quant_type}: only w4a16 and w8a16 have groups")
         if self.rounding == "adapter" and self.merge_precision == "reference":
             raise BadRecipe(
-                "--rounding adapter has no meaning with --merge-precision reference, which does as PEFT does"
+                "`rounding` adapter has no meaning with `merge_precision` reference, which does as PEFT does"
             )
         if self.rounding == "adapter" and self.quant_type not in ROUNDED:
             raise BadRecipe(
-                f"--rounding adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
+                f"`rounding` adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
             )
         if self.keep and self.quant_type == "none":
-            raise BadRecipe("--keep has no meaning with --quant-type none: nothing is quantized")
+            raise BadRecipe("`keep` has no meaning with `quant_type` none: nothing is quantized")
 
     @property
     def four_bit(self) -> bool:

@@ -40,7 +40,7 @@ def pool(count: int, name: str, initializer: Callable[[], None] | None = None) -
 
 
 def no_thread(name: str, reason: Exception) -> NoThread:
-    return NoThread(f"the system starts no thread ({name}: {reason}); try fewer --threads, which also need less memory")
+    return NoThread(f"the system starts no thread ({name}: {reason}); try fewer `threads`, which also need less memory")
 
 
 class Buffers:

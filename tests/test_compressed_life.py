@@ -184,9 +184,9 @@ def test_a_weight_that_no_group_divides_is_refused_by_name(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_size": 48, "quant_type": "w4a16"}, "--group-size 48: expected one of 32, 64, 128"),
-        ({"group_size": 64, "quant_type": "nf4"}, "--group-size has no meaning with nf4"),
-        ({"group_size": 64, "quant_type": "fp8"}, "--group-size has no meaning with fp8"),
+        ({"group_size": 48, "quant_type": "w4a16"}, "`group_size` 48: expected one of 32, 64, 128"),
+        ({"group_size": 64, "quant_type": "nf4"}, "`group_size` has no meaning with nf4"),
+        ({"group_size": 64, "quant_type": "fp8"}, "`group_size` has no meaning with fp8"),
     ],
 )
 def test_a_group_size_without_meaning_is_refused(settings: dict[str, object], message: str) -> None:

@@ -58,7 +58,7 @@ def test_where_the_system_has_too_few_threads_there_is_no_pool_and_none_is_left(
     before = set(threading.enumerate())
     with monkeypatch.context() as patch:
         none_after(given, patch)
-        with pytest.raises(NoThread, match=r"starts no thread \(mine: can't start new thread\); try fewer --threads"):
+        with pytest.raises(NoThread, match=r"starts no thread \(mine: can't start new thread\); try fewer `threads`"):
             pool(3, "mine")
 
     for thread in set(threading.enumerate()) - before:

@@ -45,7 +45,7 @@ def earlier_shards(run: BatchRun, group: JobGroup) -> list[EarlierShard]:
             group.notes.append(f"not linked to: {exc}")
     if against is not None and not found:
         raise BadOutput(
-            f"--against {against}: none of its shards can be linked to: it was made of another base, by another recipe "
+            f"`against` {against}: none of its shards can be linked to: it was made of another base, by another recipe "
             "or version, or each of its shards has something of its adapter"
         )
     return found

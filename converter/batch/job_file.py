@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tomllib
 from collections import Counter
@@ -22,6 +23,7 @@ from converter.recipe import Recipe, choices_of_format
 
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
+_PARAMETER = re.compile(r"`(\w+)`")
 _RECIPE = {field.name for field in fields(Recipe)}
 _GATES = {field.name for field in fields(Gates)}
 _TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
@@ -241,7 +243,8 @@ class _Row:
         return text
 
     def _wrong(self, why: object) -> BadRecipe:
-        return BadRecipe(f"{self._where}: {why}")
+        # Errors name parameters in backticks, which the command line shows as its options; here they are keys.
+        return BadRecipe(f"{self._where}: " + _PARAMETER.sub(r"\1", str(why)))
 
 
 def _is_text(value: object) -> bool:

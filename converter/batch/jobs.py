@@ -37,9 +37,9 @@ def named_jobs(
     for text in adapters:
         for name, adapter in _named(text):
             if FOLDER_NAME.fullmatch(name) is None:
-                raise BadRecipe(f"--adapter {text}: {name!r} can't be a folder's name; give NAME=PATH")
+                raise BadRecipe(f"`adapter` {text}: {name!r} can't be a folder's name; give NAME=PATH")
             if name in jobs:
-                raise BadRecipe(f"--adapter {text}: another adapter is called {name}, too; give NAME=PATH")
+                raise BadRecipe(f"`adapter` {text}: another adapter is called {name}, too; give NAME=PATH")
             jobs[name] = Job(out / name, adapter, base, recipe, base_revision, adapter_revision)
     return list(jobs.values())
 
@@ -55,7 +55,7 @@ def _named(text: str) -> Iterator[tuple[str, str]]:
     if not names_several(reference):
         yield name or last_part(reference), reference
     elif name is not None:
-        raise BadRecipe(f"--adapter {text}: {name} can't name several adapters; leave {name}= out")
+        raise BadRecipe(f"`adapter` {text}: {name} can't name several adapters; leave {name}= out")
     else:
         yield from ((name, str(folder)) for name, folder in adapters_of(reference).items())
 
@@ -74,7 +74,7 @@ def split_name(text: str) -> tuple[str | None, str]:
 def slice_of(jobs: Sequence[Job], number: int, count: int) -> list[Job]:
     """The `number`-th of `count` parts, from 1. Jobs of one base stay together as far as the parts' sizes allow."""
     if not 1 <= number <= count:
-        raise BadRecipe(f"--slice {number}/{count}: slices are counted from 1: 1/{count} to {count}/{count}")
+        raise BadRecipe(f"`part` {number}/{count}: slices are counted from 1: 1/{count} to {count}/{count}")
     ordered = sorted(range(len(jobs)), key=lambda index: (group_key(jobs[index]), index))
     chosen = ordered[len(jobs) * (number - 1) // count : len(jobs) * number // count]
     return [jobs[index] for index in sorted(chosen)]

@@ -40,6 +40,7 @@ from converter.cli.values import Place
 if TYPE_CHECKING:
     from converter.job import Job
 
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".tif", ".tiff", ".bmp")
 EXAMPLES = """\b
 Examples:
   convert --base X --adapter Y --out Z
@@ -48,7 +49,22 @@ Examples:
 """
 
 
+class Commands(cloup.Group):
+    """The commands; what is none of them may be a path that lacks its option."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and ("/" in name or Path(name).exists()):
+            if name.lower().endswith(PICTURES):
+                ctx.fail(f"{name!r} is a picture: this is the converter of models, not ImageMagick.")
+            ctx.fail(f"{name!r} is no command. Give a model as --base, an adapter as --adapter, the result as --out.")
+        return super().resolve_command(ctx, args)
+
+
 @cloup.group(
+    cls=Commands,
     invoke_without_command=True,
     subcommand_metavar="[COMMAND]",
     epilog=EXAMPLES,

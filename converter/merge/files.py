@@ -44,7 +44,7 @@ _OTHER_FORMATS = (
     (
         ("adapters.safetensors", "[0-9]*_adapters.safetensors", "adapters.npz"),
         "an adapter of MLX, not of PEFT; run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and "
-        "give --base FUSED without --adapter",
+        "give FUSED as `base`, without `adapter`",
     ),
     (("*.distcp", ".metadata"), _DISTRIBUTED),
     (
@@ -67,7 +67,7 @@ _OTHER_FORMATS = (
     ),
     (
         ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-        "a whole model, no adapter; give it as --base",
+        "a whole model, no adapter; give it as `base`",
     ),
 )
 """Names of files → what a folder with one of them is, and the step that helps."""

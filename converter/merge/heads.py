@@ -56,4 +56,4 @@ def _task(config: Mapping[str, Any]) -> str:
 
 def _how(config: Mapping[str, Any], labels: str) -> str:
     loaded = f"AutoModelFor{_task(config)}.from_pretrained(BASE, {labels})"
-    return f"save {loaded} with save_pretrained(FOLDER), and give --base FOLDER"
+    return f"save {loaded} with save_pretrained(FOLDER), and give FOLDER as `base`"

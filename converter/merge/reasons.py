@@ -21,7 +21,7 @@ METHODS = {
 
 OPTIONS = {
     "alora_invocation_tokens": "activated LoRA changes only what follows its tokens; serve base and adapter with PEFT",
-    "layer_replication": "repeated layers share the base's weights; make a base that has them, and give it as --base",
+    "layer_replication": "repeated layers share the base's weights; make a base that has them, and give it as `base`",
     "arrow_config": "Arrow weighs adapters by the input; serve base and adapter with PEFT",
     "use_qalora": "QALoRA adds to the zero points of a GPTQ base; serve base and adapter with PEFT",
     "megatron_config": "its layers are Megatron's; export the adapter for transformers first",
@@ -34,7 +34,7 @@ def other_trainer(config: Mapping[str, Any]) -> str | None:
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         return (
             "of MLX, not of PEFT; run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and give "
-            "--base FUSED without --adapter"
+            "FUSED as `base`, without `adapter`"
         )
     if "enable_lora" in config or "merge_weights" in config:
         return "of a PEFT before 0.4, whose layers were others; load it with that version and save it again"

@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -102,7 +103,7 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
         module, (old, new) = min(swapped.items())
         return [
             f"{module}: loading a quantized checkpoint puts {new} in the place of {old}, and finds no tensors for it; "
-            "use --quant-type none"
+            "use `quant_type` none"
         ]
     names = Names(model, tensors)
     wrong_shapes = list(names.mismatched(tensors, transposed=found))
@@ -180,9 +181,16 @@ def _kept(wanted: Mapping[str, str], architecture: Architecture, keep: Iterable[
             )
         }
         if not matching:
-            raise BadRecipe(f"--keep {pattern}: matches no module")
+            raise BadRecipe(f"`keep` {pattern}: matches no module; {_alike(pattern, owners.values())}")
         kept |= matching & wanted.keys()
     return kept
+
+
+def _alike(pattern: str, modules: Iterable[Iterable[str]]) -> str:
+    """Modules that somebody may have meant who wrote a pattern, by their last parts; without any, one as an example."""
+    parts = sorted({".".join(module.split(".")[-count:]) for some in modules for module in some for count in (1, 2)})
+    found = get_close_matches(pattern, parts, n=3)
+    return f"did you mean {' or '.join(found)}?" if found else f"one of them is {parts[-1]}"
 
 
 def _without_class(
@@ -202,7 +210,7 @@ def _without_class(
     if not keep:
         raise BadRecipe(
             f"transformers has no {class_name[:60]}, and the base's own code is not run, so nothing says which "
-            "matrices are linear layers. Name all that are not with --keep (embeddings, the head, routers); the "
+            "matrices are linear layers. Name all that are not with `keep` (embeddings, the head, routers); the "
             f"others are quantized. The matrices are {_listed(matrices)}"
         )
     kept = _kept(matrices, architecture, keep)

@@ -70,7 +70,7 @@ def cut_into_tiles(
     memory = reserved + int(largest) * resources.slots
     if resources.memory is not None and memory > resources.memory:
         raise BadRecipe(
-            f"--memory {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
+            f"`memory` {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
             f"{resources.threads} threads" + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
         )
     notes = []

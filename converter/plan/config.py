@@ -35,7 +35,7 @@ def config_of(base: Checkpoint, *, trust_remote_code: bool, readable: bool = Fal
         raise BadCheckpoint(f"{where}: config.json has more than {MAX_CONFIG_BYTES // 2:,} bytes when it is indented")
     if config.get("auto_map") and not trust_remote_code:
         raise Unsupported(
-            f"{where}: config.json names Python code of the base (auto_map); with --trust-remote-code its files are "
+            f"{where}: config.json names Python code of the base (auto_map); with `trust_remote_code` its files are "
             "copied, and still never run"
         )
     notes = []

@@ -98,7 +98,7 @@ def make_plan(
     if recipe.quant_type != "none" and not any(tensor.is_quantized for tensor in tensors):
         raise Unsupported(
             f"{architecture.class_name}: {format_of(recipe).library} would quantize none of its layers; "
-            "use --quant-type none"
+            "use `quant_type` none"
         )
     _check_names(tensors, limits)
     processor = torch_device(device)
@@ -258,7 +258,7 @@ def _notes_on_an_adapter_beside(base: Checkpoint, adapter: Adapter | None) -> li
         return []
     if adapter is not None and adapter.folder.path == base.folder.path:
         return []
-    return ["the base's folder has an adapter (adapter_config.json), which is not merged: give it with --adapter"]
+    return ["the base's folder has an adapter (adapter_config.json), which is not merged: give it with `adapter`"]
 
 
 def _notes_on_the_class(config: Mapping[str, Any], architecture: Architecture) -> list[str]:

@@ -9,13 +9,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused, InputChanged
+from converter.errors import (
+    BadAdapter,
+    BadCheckpoint,
+    ConversionRefused,
+    ConverterError,
+    HubFailed,
+    HubRefused,
+    InputChanged,
+)
 from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
 from converter.merge.files import inner_folders, refuse_other_formats, refuse_weights_beside
-from converter.read.checkpoint import Checkpoint
+from converter.read.checkpoint import CONFIG, Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
@@ -92,10 +100,15 @@ class Inputs:
         opened: Base | None = None,
     ) -> None:
         if base is None and adapter is None and opened is None:
-            raise ConversionRefused("no base: give --base, or an --adapter that names its base")
+            raise ConversionRefused("no base: give `base`, or an `adapter` that names its base")
         self._adapter: OpenedAdapter | None = None
         if adapter is not None:
-            self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
+            try:
+                self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
+            except BadAdapter:
+                if base is not None and _are_swapped(base, adapter, offline=offline):
+                    raise BadAdapter(f"{adapter} is a model and {base} an adapter: swap `base` and `adapter`") from None
+                raise
         self._owns_base = opened is None
         if opened is None and base is not None:
             opened = Base(base, base_revision, offline=offline)
@@ -231,11 +244,19 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
     return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
 
 
+def _are_swapped(base: Reference, adapter: Reference, *, offline: bool) -> bool:
+    try:
+        has_model = CONFIG in _open(adapter, None, offline=offline).names()
+        return has_model and ADAPTER_CONFIG in _open(base, None, offline=offline).names()
+    except ConverterError:
+        return False
+
+
 def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Reference, str | None]:
     """The base that an adapter names, and its revision; `ConversionRefused` if it names none."""
     name = adapter.base_name
     if name is None:
-        raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give --base")
+        raise ConversionRefused(f"{adapter.folder.label}: does not name its base; give `base`")
     return name, revision or adapter.base_revision
 
 
@@ -246,7 +267,7 @@ def open_base_of_adapter(adapter: Adapter, revision: str | None = None, *, offli
         return Base(name, revision, offline=offline)
     except ConversionRefused as exc:
         raise type(exc)(
-            f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give the base with --base"
+            f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give `base`"
         ) from exc
 
 

@@ -52,7 +52,7 @@ def fitted(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
     groups = " or ".join(map(str, sizes))
     raise BadRecipe(
         f"{name}: its {unfit[name]:,} inputs are not divided by groups of {groups} ({len(unfit)} such weights); "
-        f"choose another format or group size, or name the modules with --keep"
+        f"choose another format or group size, or name the modules with `keep`"
     )
 
 

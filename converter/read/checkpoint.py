@@ -9,6 +9,7 @@ from typing import Self
 from converter.errors import BadCheckpoint
 from converter.read.folder import Folder
 from converter.read.header import MAX_TENSORS, TensorHeader, read_header
+from converter.read.mistaken import instead_of_a_checkpoint
 from converter.read.strict_json import read_json
 
 CONFIG = "config.json"
@@ -30,7 +31,9 @@ class Checkpoint:
         self._most = most
         names = folder.names()
         if CONFIG not in names:
-            raise BadCheckpoint(f"{folder.label}: no {CONFIG}, so this is not a transformers checkpoint")
+            what = instead_of_a_checkpoint(names, folder.path)
+            what = what or f"no {CONFIG}, so this is not a transformers checkpoint; give the folder that has it"
+            raise BadCheckpoint(f"{folder.label}: {what}")
         self.config = read_json(folder, CONFIG, limit=MAX_CONFIG_BYTES)
         self.tensors: dict[str, TensorHeader] = {}
         self.notes: tuple[str, ...] = ()
@@ -45,10 +48,11 @@ class Checkpoint:
             self._read_shards(weight_map)
         elif any(name.endswith(".bin") for name in names):
             raise BadCheckpoint(
-                f"{folder.label}: only pickled weights (.bin); this tool reads safetensors and unpickles nothing"
+                f"{folder.label}: only pickled weights (.bin), and this tool unpickles nothing; load the model with "
+                "transformers, and give the folder that its save_pretrained(FOLDER) writes"
             )
         else:
-            raise BadCheckpoint(f"{folder.label}: neither {SINGLE_FILE} nor {INDEX}")
+            raise BadCheckpoint(f"{folder.label}: neither {SINGLE_FILE} nor {INDEX}; the download may be incomplete")
         if not self.tensors:
             raise BadCheckpoint(f"{folder.label}: no tensors")
 

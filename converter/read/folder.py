@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from converter.errors import BadCheckpoint, ConversionRefused, InputChanged, ReadFailed
+from converter.read.mistaken import instead_of_a_folder
 
 PIECE = 1 << 20
 """Bytes that are read at a time of a file that is read whole: they are still in the processor's cache when used."""
@@ -80,7 +81,7 @@ class LocalFolder:
 
     def __init__(self, path: Path, *, read_ahead: int = READ_AHEAD) -> None:
         if not is_folder(path):
-            raise ConversionRefused(f"{path}: no such folder")
+            raise ConversionRefused(f"{path}: {instead_of_a_folder(path)}")
         self.path = path
         self._read_ahead = read_ahead
         self._descriptors: dict[str, int] = {}

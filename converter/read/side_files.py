@@ -94,7 +94,7 @@ def choose(base: Folder, adapter: Folder | None, *, trust_remote_code: bool) -> 
         for module in _code_named_by(read_json(folder, name)):
             if not trust_remote_code:
                 raise ConversionRefused(
-                    f"{folder.label}: {name} names Python code ({module}); with --trust-remote-code its files are "
+                    f"{folder.label}: {name} names Python code ({module}); with `trust_remote_code` its files are "
                     "copied, and still never run"
                 )
             if module in folder.names() and module.isprintable():

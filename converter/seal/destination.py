@@ -85,10 +85,10 @@ class Destination:
             raise BadOutput(f"{self.out}: not empty, and not made by this tool; choose another folder")
         if not self._overwrite:
             what = "another conversion" if self._is_whole() else "a conversion with missing or changed files"
-            raise BadOutput(f"{self.out}: holds {what}; --overwrite replaces it")
+            raise BadOutput(f"{self.out}: holds {what}; `overwrite` replaces it")
         if not self._inside and (others := self._names - self._names_in_receipt() - OURS - _PRESENT_IN_EMPTY):
             raise BadOutput(
-                f"{self.out}: also holds {min(others)!r}, which is not of that conversion, and which --overwrite would "
+                f"{self.out}: also holds {min(others)!r}, which is not of that conversion, and which `overwrite` would "
                 "remove with it; move it away"
             )
 

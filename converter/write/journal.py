@@ -166,7 +166,7 @@ class Journal:
         if differing and not self.is_begun_anew:
             raise BadOutput(
                 f"{self._path.parent}: holds the unfinished work of another conversion, of which "
-                f"{', '.join(key for key in differing if key != 'layout')} differ; --no-resume discards it"
+                f"{', '.join(key for key in differing if key != 'layout')} differ; `resume=False` discards it"
             )
 
 

@@ -50,7 +50,7 @@ def test_a_file_of_json_lines_has_a_job_a_line(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"adapter": "a", "out": "z", "quant": 4}', "job 1: 'quant' is not known"),
-        ('{"adapter": "a", "out": "z", "quant_type": "q4"}', "job 1: --quant-type q4"),
+        ('{"adapter": "a", "out": "z", "quant_type": "q4"}', "job 1: quant_type q4"),
         ('{"adapter": "a"}', "job 1: has no out"),
         ('{"out": "z"}', "has neither adapter, adapters nor base"),
         ('{"adapter": "a", "out": "z", "double_quant": "false"}', "job 1: double_quant is neither true nor false"),

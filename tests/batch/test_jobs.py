@@ -119,7 +119,7 @@ def test_a_folder_or_a_glob_stands_for_all_adapters_there(word: str, ads: Path) 
 
 
 def test_a_name_goes_with_one_adapter(ads: Path) -> None:
-    with pytest.raises(BadRecipe, match="--adapter all=ads: all can't name several adapters; leave all= out"):
+    with pytest.raises(BadRecipe, match="`adapter` all=ads: all can't name several adapters; leave all= out"):
         named_jobs(["all=ads"], Path("z"), "x", Recipe())
 
 

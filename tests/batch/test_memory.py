@@ -59,7 +59,7 @@ def test_a_pass_that_does_not_fit_is_halved_until_it_does() -> None:
 
 
 def test_what_one_output_alone_lacks_is_given_and_the_others_have_their_turn() -> None:
-    lacking = BadRecipe("--memory 1: 2 bytes are needed")
+    lacking = BadRecipe("`memory` 1: 2 bytes are needed")
 
     def attempt(numbers: Sequence[int]) -> str:
         if 1 in numbers:

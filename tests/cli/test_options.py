@@ -51,7 +51,7 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(run: Run, arguments: lis
         (["--memory", "1MB"], "--memory 1,000,000: "),
         (["--device", "abacus"], "--device abacus: "),
         (["--device", "cuda:99"], "use cpu"),
-        (["--quant-type", "none", "--keep", "q_proj"], "--keep has no meaning with --quant-type none"),
+        (["--quant-type", "none", "--keep", "q_proj"], "--keep has no meaning with --format none"),
         (["--keep", "nothing_like_it"], "nothing_like_it"),
         (["--keep", "*"], "quantize none of its layers"),
     ],

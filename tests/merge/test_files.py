@@ -34,7 +34,7 @@ FORMATS = {
     "torchtune": ([CONFIG, "adapter_model.pt"], "an adapter in torchtune's own format; let its FullModelHFCheckpoint"),
     "llama.cpp": (["lora-f16.gguf"], "an adapter for llama.cpp; give the one of PEFT that it was made from"),
     "several files": ([CONFIG, f"{WEIGHTS}.index.json"], "an adapter in several files, which PEFT never writes; join"),
-    "a whole model": (["config.json", "model.safetensors"], "a whole model, no adapter; give it as --base"),
+    "a whole model": (["config.json", "model.safetensors"], "a whole model, no adapter; give it as `base`"),
     "pickled": ([CONFIG, PICKLED], 'only pickled weights (adapter_model.bin); convert them with `python -c "from'),
     "nothing": (["README.md"], f"no {CONFIG}"),
     "no weights": ([CONFIG, "training_args.bin"], f"no {WEIGHTS}"),

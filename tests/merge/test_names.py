@@ -398,7 +398,7 @@ def test_of_a_head_that_the_base_lacks_the_class_is_named_and_how_to_get_it(
     message = str(caught.value)
     assert message.startswith("score.weight: in the adapter, but the base has no such tensor; it is the head of ")
     assert expected in message
-    assert message.endswith("(BASE, num_labels=3) with save_pretrained(FOLDER), and give --base FOLDER")
+    assert message.endswith("(BASE, num_labels=3) with save_pretrained(FOLDER), and give FOLDER as `base`")
 
 
 def test_a_value_head_is_refused_as_one(llama: Path, tmp_path: Path) -> None:

@@ -310,7 +310,11 @@ def test_a_pattern_that_keeps_nothing_is_refused(pattern: str, remote_code: bool
     with pytest.raises(BadRecipe) as caught:
         describe(config, base.shapes, quantize=True, dtype="bfloat16", keep=[pattern], remote_code=remote_code)
 
-    assert str(caught.value) == f"--keep {pattern}: matches no module"
+    assert str(caught.value).startswith(f"`keep` {pattern}: matches no module; ")
+    if pattern == "own_proj":
+        assert str(caught.value).endswith("; did you mean down_proj or o_proj or mlp.down_proj?")
+    if pattern == "":
+        assert str(caught.value).endswith("; one of them is v_proj")
 
 
 # Layers whose weights the model reads itself
@@ -622,7 +626,7 @@ def test_without_a_list_of_what_to_keep_an_unknown_class_is_refused_with_the_nam
 
     said = str(caught.value)
     assert said.startswith("transformers has no OwnForCausalLM, and the base's own code is not run")
-    assert "Name all that are not with --keep" in said
+    assert "Name all that are not with `keep`" in said
     names = ["lm_head", "model.embed_tokens", "model.layers.*.mlp.down_proj", "model.layers.*.self_attn.q_proj"]
     assert [name for name in names if f"{name}," not in f"{said},"] == []
     assert "norm" not in said, "vectors are never quantized"
@@ -698,7 +702,7 @@ def test_modules_that_loading_replaces_are_refused_by_name() -> None:
 
     assert problems == [
         "model.layers.1.feed_forward.experts: loading a quantized checkpoint puts SequentialLlama4TextExperts in the "
-        "place of Llama4TextExperts, and finds no tensors for it; use --quant-type none"
+        "place of Llama4TextExperts, and finds no tensors for it; use `quant_type` none"
     ]
     in_16_bits = {key: value for key, value in output.items() if key != "quantization_config"}
     assert check_output(in_16_bits, shapes, []) == []

@@ -51,7 +51,7 @@ def test_a_budget_that_was_asked_for_is_kept_or_refused_with_what_is_needed(tmp_
 
     with (
         Inputs(base, None) as inputs,
-        pytest.raises(BadRecipe, match=r"--memory 70,000,000: [\d,]+ bytes are needed, because of "),
+        pytest.raises(BadRecipe, match=r"`memory` 70,000,000: [\d,]+ bytes are needed, because of "),
     ):
         make_plan(inputs.base, None, Recipe(), Resources(memory=70_000_000))
 

@@ -427,7 +427,7 @@ def test_a_base_that_names_code_of_its_own_is_refused_unless_allowed() -> None:
         config_of(base, trust_remote_code=False)
 
     assert str(caught.value) == (
-        "BASE: config.json names Python code of the base (auto_map); with --trust-remote-code its files are copied, "
+        "BASE: config.json names Python code of the base (auto_map); with `trust_remote_code` its files are copied, "
         "and still never run"
     )
 

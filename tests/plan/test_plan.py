@@ -264,7 +264,7 @@ def test_our_own_output_may_be_a_base_and_is_copied(inputs: tuple[Path, Path], t
 
 
 def test_a_base_of_whose_layers_none_would_be_quantized_is_refused(base: Path) -> None:
-    with pytest.raises(ConversionRefused, match="would quantize none of its layers; use --quant-type none"):
+    with pytest.raises(ConversionRefused, match="would quantize none of its layers; use `quant_type` none"):
         plan_of(base, None, Recipe(keep=("*",)))
 
 
@@ -365,7 +365,7 @@ def test_a_header_that_would_be_longer_than_one_may_be_is_divided_among_shards(b
 
 
 def test_a_memory_that_is_too_small_is_refused_with_what_is_needed(base: Path) -> None:
-    with pytest.raises(BadRecipe, match=r"--memory 1,000,000: [\d,]+ bytes are needed, because of .*\.weight"):
+    with pytest.raises(BadRecipe, match=r"`memory` 1,000,000: [\d,]+ bytes are needed, because of .*\.weight"):
         plan_of(base, None, resources=Resources(memory=1_000_000))
 
 
@@ -411,7 +411,7 @@ def test_an_adapter_beside_the_base_is_not_merged_and_noted(inputs: tuple[Path, 
     (base / "adapter_config.json").write_text("{}")
 
     assert plan_of(base, None).notes == (
-        "the base's folder has an adapter (adapter_config.json), which is not merged: give it with --adapter",
+        "the base's folder has an adapter (adapter_config.json), which is not merged: give it with `adapter`",
     )
 
 

@@ -426,7 +426,7 @@ def test_what_is_not_of_the_earlier_conversion_is_not_removed_with_it(
     with pytest.raises(BadOutput, match="also holds 'notes', which is not of that conversion") as refused:
         convert(base, adapter, out, overwrite=True)
 
-    assert message(refused).endswith("which --overwrite would remove with it; move it away")
+    assert message(refused).endswith("which `overwrite` would remove with it; move it away")
     assert contents(out) == before
     assert other.exists()
     other.rmdir() if kind == "folder" else other.unlink()
@@ -477,7 +477,7 @@ def test_another_conversion_is_replaced_only_when_asked(
     with pytest.raises(BadOutput) as refused:
         convert(base, adapter, out)
 
-    assert message(refused) == f"{out}: holds another conversion; --overwrite replaces it"
+    assert message(refused) == f"{out}: holds another conversion; `overwrite` replaces it"
     assert contents(out) == earlier
 
     convert(base, adapter, out, overwrite=True)
@@ -720,7 +720,7 @@ def is_done(base: Path, adapter: Path | None, out: Path, recipe: Recipe = Recipe
     try:
         report = convert(base, adapter, out, recipe)
     except BadOutput as refused:
-        if "--overwrite replaces it" not in str(refused):
+        if "`overwrite` replaces it" not in str(refused):
             raise
         return False
     finally:
@@ -950,7 +950,7 @@ def test_an_out_that_is_not_whole_is_not_done(base: Path, adapter: Path, out: Pa
     with pytest.raises(BadOutput) as refused:
         convert(base, adapter, out)
 
-    assert message(refused) == f"{out}: holds a conversion with missing or changed files; --overwrite replaces it"
+    assert message(refused) == f"{out}: holds a conversion with missing or changed files; `overwrite` replaces it"
 
 
 def test_a_receipt_of_other_versions_is_not_done(base: Path, adapter: Path, out: Path) -> None:
@@ -1227,7 +1227,7 @@ def base_with_code(inputs: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def test_code_that_a_base_names_is_refused(base_with_code: Path, adapter: Path, out: Path) -> None:
-    with pytest.raises(ConversionRefused, match=r"auto_map.*--trust-remote-code"):
+    with pytest.raises(ConversionRefused, match=r"auto_map.*`trust_remote_code`"):
         convert(base_with_code, adapter, out)
 
     assert not out.parent.exists()

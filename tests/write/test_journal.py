@@ -286,7 +286,7 @@ def test_the_same_job_in_another_layout_is_begun_anew_and_says_so(three: Path) -
 def test_another_job_is_refused_with_what_differs(key: str, three: Path) -> None:
     before = contents(three)
 
-    with pytest.raises(BadOutput, match=rf"another conversion, of which {key} differ; --no-resume discards it"):
+    with pytest.raises(BadOutput, match=rf"another conversion, of which {key} differ; `resume=False` discards it"):
         Journal(three, JOB | {key: "other", "layout": "other"})
 
     assert contents(three) == before
@@ -437,7 +437,7 @@ def test_the_work_of_another_job_is_refused_and_kept_and_no_resume_discards_it(
 
     assert str(refused.value) == (
         f"{staging}: holds the unfinished work of another conversion, of which {differing} differ; "
-        "--no-resume discards it"
+        "`resume=False` discards it"
     )
     assert contents(staging) == before
     convert(base, adapter, out, recipe, ONE_THREAD, resume=False)

@@ -127,7 +127,7 @@ def divide(
         one = Ask(cpus, gpus, found.memory(1))
         slots = sum(one.fits(node) for node in nodes)
         if not slots:
-            raise ConversionRefused(f"--ray: no node has {one}, which a part takes")
+            raise ConversionRefused(f"`address`: no node has {one}, which a part takes")
         largest = max(node.memory for node in nodes if one.fits(node))
         most = found.most
         while most > 1 and found.memory(most) > largest:

@@ -72,7 +72,7 @@ class RayCluster:
             try:
                 ended.append((number, self._ray.get(reference)))
             except exceptions.RayTaskError as exc:  # the converter isn't there, or is another
-                raise ConversionFailed(f"--ray: a node could not begin: {_last_line(exc)}") from exc
+                raise ConversionFailed(f"`address`: a node could not begin: {_last_line(exc)}") from exc
             except exceptions.RayError as exc:
                 ended.append((number, Lost(f"{type(exc).__name__}: {_first_line(exc)}")))
         return ended
@@ -171,7 +171,7 @@ def _begin(ray: Any, address: str, settings: dict[str, Any]) -> None:
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as exc:
-        raise ConversionRefused(f"--ray {address}: {exc}") from exc
+        raise ConversionRefused(f"`address` {address}: {exc}") from exc
     except SystemExit as exc:  # raised by Ray's handler
         raise Interrupted(signal.SIGTERM, "SIGTERM while Ray began; nothing was written to OUT") from exc
 
@@ -179,16 +179,16 @@ def _begin(ray: Any, address: str, settings: dict[str, Any]) -> None:
 def refuse_if_unusable(address: str) -> None:
     """`ConversionRefused` unless Ray is installed and something answers at the address: Ray would try for minutes."""
     if find_spec("ray") is None:
-        raise ConversionRefused("--ray: Ray is not installed: pip install nf4-converter[ray]")
+        raise ConversionRefused("`address`: Ray is not installed: pip install nf4-converter[ray]")
     if address == "local":
         return
     found = re.fullmatch(r"\[?([^\[\]/]+)\]?:(\d{1,5})", address)
     if found is None:
-        raise ConversionRefused(f"--ray {address}: neither local nor HOST:PORT")
+        raise ConversionRefused(f"`address` {address}: neither local nor HOST:PORT")
     try:
         socket.create_connection((found[1], int(found[2])), timeout=_REACH_SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as exc:  # the last of a name that none can have
-        raise ConversionRefused(f"--ray {address}: no cluster answers there: {exc}") from exc
+        raise ConversionRefused(f"`address` {address}: no cluster answers there: {exc}") from exc
 
 
 @contextmanager

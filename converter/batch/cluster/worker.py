@@ -104,8 +104,8 @@ def _refuse_other_versions(expected: Mapping[str, str]) -> None:
     for name, version in expected.items():
         if here.get(name) != version:
             raise ConversionRefused(
-                f"--ray: the node {os.uname().nodename} has {name} {here.get(name)} instead of {version}, and would "
-                "write other bytes; install the same versions on all nodes"
+                f"`address`: the node {os.uname().nodename} has {name} {here.get(name)} instead of {version}, and "
+                "would write other bytes; install the same versions on all nodes"
             )
 
 

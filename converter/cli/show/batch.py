@@ -9,6 +9,7 @@ from typing import Any
 from converter.batch.forecast import Forecast
 from converter.batch.jobs import group_key
 from converter.batch.outcomes import Outcome
+from converter.cli.printing import as_options
 from converter.cli.show.plan import times
 from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
 
@@ -60,7 +61,7 @@ def batch_json(outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[
                 "out": str(outcome.job.out),
                 "adapter": None if outcome.job.adapter is None else str(outcome.job.adapter),
                 "status": outcome.status,
-                "message": outcome.message,
+                "message": as_options(outcome.message),
                 "fingerprint": outcome.fingerprint,
                 "output_bytes": outcome.output_bytes,
                 "shared_bytes": outcome.shared_bytes,

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from converter.cli.printing import as_options
 from converter.errors import printable
 
 
@@ -64,7 +65,7 @@ def _strict(value: Any) -> Any:
 
 def text_of(lines: Iterable[str]) -> str:
     """Lines for a terminal: names of files, of classes and of outputs may have control characters."""
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return "".join(f"{printable(as_options(line))}\n" for line in lines)
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -287,7 +287,7 @@ def test_a_slice_is_made_against_an_earlier_output(jobs: list[Job]) -> None:
 
 
 def test_where_no_node_has_the_memory_it_is_refused(jobs: list[Job]) -> None:
-    with pytest.raises(ConversionRefused, match="--ray: no node has a CPU and "):
+    with pytest.raises(ConversionRefused, match="`address`: no node has a CPU and "):
         convert_on(Nodes(replace(NODE, memory=100_000_000)), jobs)
     assert not jobs[0].out.parent.exists()
 
