@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from converter.errors import BadRecipe
 
-QuantType = Literal["nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16"]
+QuantType = Literal["auto", "nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
 RoundingRule = Literal["auto", "nearest", "adapter"]
@@ -47,9 +47,10 @@ def choices_of_format(text: str, dtype: object = "auto") -> dict[str, Any]:
 class Recipe:
     """The choices that shape the output's bytes; part of the fingerprint. Raises `BadRecipe` for contradictions."""
 
-    quant_type: QuantType = "nf4"
+    quant_type: QuantType = "auto"
     """nf4, fp4: four bits of bitsandbytes. int8: its LLM.int8. none: the merged model in 16 bits. Others are schemes of
-    compressed-tensors: `quantize.schemes`."""
+    compressed-tensors: `quantize.schemes`. auto: what a base of bitsandbytes is in, with its double quant and block
+    size, unless others are asked for; else nf4."""
     double_quant: bool = True
     """Quantize the absmax too (nf4 and fp4): 4.13 instead of 4.5 bits a weight at block size 64."""
     block_size: int = 64
@@ -83,12 +84,13 @@ class Recipe:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise BadRecipe(f"`group_size` {self.group_size}: expected one of {', '.join(map(str, GROUP_SIZES))}")
         if self.group_size is not None and self.quant_type not in ("w4a16", "w8a16"):
-            raise BadRecipe(f"`group_size` has no meaning with {self.quant_type}: only w4a16 and w8a16 have groups")
+            named = "nf4, the default" if self.quant_type == "auto" else self.quant_type
+            raise BadRecipe(f"`group_size` has no meaning with {named}: only w4a16 and w8a16 have groups")
         if self.rounding == "adapter" and self.merge_precision == "reference":
             raise BadRecipe(
                 "`rounding` adapter has no meaning with `merge_precision` reference, which does as PEFT does"
             )
-        if self.rounding == "adapter" and self.quant_type not in ROUNDED:
+        if self.rounding == "adapter" and self.quant_type not in ("auto", *ROUNDED):
             raise BadRecipe(
                 f"`rounding` adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
             )
@@ -100,10 +102,10 @@ class Recipe:
         return self.quant_type in ("nf4", "fp4")
 
     def resolved(self, base_dtype: str) -> Recipe:
-        """The recipe with `dtype` decided, given the dtype of the base's weights as safetensors spells it."""
-        if self.dtype != "auto":
-            return self
-        return replace(self, dtype="float16" if base_dtype == "F16" else "bfloat16")
+        """The recipe with quant type and `dtype` decided, given the dtype of the base's weights as safetensors spells
+        it."""
+        dtype = self.dtype if self.dtype != "auto" else "float16" if base_dtype == "F16" else "bfloat16"
+        return replace(self, dtype=dtype, quant_type="nf4" if self.quant_type == "auto" else self.quant_type)
 
     @classmethod
     def from_json(cls, stated: object) -> Recipe:

@@ -14,8 +14,8 @@ from tests.reference import nf4
 
 TOUCHED = ["q_proj", "down_proj"]
 KINDS: dict[str, tuple[BitsAndBytesConfig, Recipe]] = {
-    "nf4": (nf4(), Recipe()),
-    "nf4 single": (nf4(bnb_4bit_use_double_quant=False), Recipe(double_quant=False)),
+    "nf4": (nf4(), Recipe(quant_type="nf4")),
+    "nf4 single": (nf4(bnb_4bit_use_double_quant=False), Recipe(quant_type="nf4", double_quant=False)),
     "fp4": (nf4(bnb_4bit_quant_type="fp4"), Recipe(quant_type="fp4")),
     "int8": (BitsAndBytesConfig(load_in_8bit=True), Recipe(quant_type="int8")),
 }

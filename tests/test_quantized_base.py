@@ -105,10 +105,31 @@ def test_a_quantized_base_becomes_16_bits_as_bitsandbytes_dequantizes_it(tmp_pat
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_by_default_the_output_is_in_what_the_base_is_in(kind: str, tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, kind)
+    recipe = KINDS[kind][1]
+
+    plan = plan_conversion(base, adapter).plan
+
+    settings = (plan.recipe.quant_type, plan.recipe.double_quant, plan.recipe.block_size)
+    assert settings == (recipe.quant_type, recipe.double_quant, recipe.block_size)
+    assert {tensor.action for tensor in plan.tensors()} == {"copy", "quantize", "keep"}
+
+
+@pytest.mark.parametrize("asked", [Recipe(block_size=128), Recipe(double_quant=False), Recipe(quant_type="nf4")])
+def test_settings_that_are_asked_for_are_not_those_of_the_base(asked: Recipe, tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, "fp4")
+
+    found = plan_conversion(base, adapter, recipe=asked).plan.recipe
+
+    assert (found.quant_type, found.double_quant, found.block_size) == ("nf4", asked.double_quant, asked.block_size)
+
+
 def test_other_settings_quantize_every_weight_again(tmp_path: Path) -> None:
     base, adapter = save_pair(tmp_path, "fp4")
 
-    report = convert(base, adapter, tmp_path / "out", Recipe())
+    report = convert(base, adapter, tmp_path / "out", Recipe(quant_type="nf4"))
 
     states = [name for name in tensors_of(tmp_path / "out") if "quant_state" in name]
     assert states

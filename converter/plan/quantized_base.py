@@ -35,11 +35,18 @@ def settings_of(source: Source) -> Settings | None:
 
 
 def settled(recipe: Recipe, sources: Sources) -> Recipe:
-    """The recipe with what depends on the base decided: rounding and dtype."""
+    """The recipe with what depends on the base decided: format, rounding and dtype."""
+    own = {settings_of(source) for source in sources.stored}
+    if recipe.quant_type == "auto" and len(own) == 1 and (settings := own.pop()) is not None:
+        quant_type, double_quant, block_size = settings
+        # What is not the default was asked for, and may be what the base is not in.
+        if recipe.double_quant in (True, double_quant) and recipe.block_size in (64, block_size):
+            recipe = replace(recipe, quant_type=quant_type, double_quant=double_quant, block_size=block_size)
+    recipe = recipe.resolved(_dtype_of(sources))
     if sources.stored and recipe.rounding == "auto":
         kept = recipe.merge_precision == "float32" and recipe.quant_type in ROUNDED
         recipe = replace(recipe, rounding="adapter" if kept else "nearest")
-    return recipe.resolved(_dtype_of(sources))
+    return recipe
 
 
 def notes_on(sources: Sources, recipe: Recipe, *, touched: int) -> list[str]:

@@ -28,7 +28,8 @@ FORMATS: dict[str, Callable[[Recipe], Format]] = {
 
 
 def format_of(recipe: Recipe, dtype: str | None = None) -> Format:
-    """The format that a recipe asks for, with its settings. `dtype`: what quant states name in the place of its own."""
+    """The format that a recipe asks for whose quant type is decided, with its settings. `dtype`: what quant states name
+    in the place of its own."""
     if dtype is not None and recipe.four_bit:
         return FourBit(recipe, {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype])
     return FORMATS[recipe.quant_type](recipe)
@@ -51,4 +52,4 @@ def all_formats() -> list[Format]:
     """One of each kind, for asking whose weights a checkpoint holds."""
     from converter.recipe import Recipe
 
-    return [make(Recipe()) for make in dict.fromkeys(FORMATS.values())]
+    return [make(Recipe(quant_type="nf4")) for make in dict.fromkeys(FORMATS.values())]

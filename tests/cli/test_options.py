@@ -140,4 +140,4 @@ def test_names_that_people_try_are_taken(name: str, run: Run, base: Path, out: P
 
 
 def test_every_format_of_a_recipe_can_be_asked_for() -> None:
-    assert {*FORMATS, "none"} == {*get_args(QuantType), "bf16", "fp16"}
+    assert {*FORMATS, "none", "auto"} == {*get_args(QuantType), "bf16", "fp16"}

@@ -74,7 +74,7 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 def edited(config: dict[str, Any], skip: tuple[str, ...] | None = None, **changes: Any) -> dict[str, Any]:
     """An output's config."""
     settings: dict[str, Any] = {"vocabulary": None, "untied": False, **changes}
-    recipe = settings.pop("recipe", Recipe(dtype="bfloat16"))
+    recipe = settings.pop("recipe", Recipe("nf4", dtype="bfloat16"))
     return output_config(with_old_keys(config)[0], recipe, Architecture("X", {}, skip), **settings)
 
 
@@ -164,7 +164,7 @@ def test_the_bases_config_is_not_changed() -> None:
 
 @pytest.mark.parametrize("spelled", [{"dtype": "float32"}, {"torch_dtype": "float32"}, {}])
 def test_the_dtype_is_given_in_both_spellings(spelled: dict[str, str]) -> None:
-    config = edited({"model_type": "llama", **spelled}, recipe=Recipe(dtype="float16"))
+    config = edited({"model_type": "llama", **spelled}, recipe=Recipe("nf4", dtype="float16"))
 
     assert (config["dtype"], config["torch_dtype"]) == ("float16", "float16")
 
@@ -204,7 +204,7 @@ def test_a_model_in_sixteen_bits_has_no_quantization_config() -> None:
 @pytest.mark.parametrize(
     ("recipe", "expected"),
     [
-        (Recipe(), {"load_in_4bit": True}),
+        (Recipe("nf4"), {"load_in_4bit": True}),
         (Recipe("fp4", double_quant=False), {"load_in_4bit": True}),
         (Recipe("int8"), {"load_in_8bit": True}),
     ],

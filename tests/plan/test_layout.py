@@ -24,7 +24,7 @@ from converter.silence import quietly
 with quietly():
     from bitsandbytes.functional import QuantState, get_4bit_type, int8_vectorwise_quant, quantize_4bit
 
-NF4 = Recipe(dtype="bfloat16")
+NF4 = Recipe("nf4", dtype="bfloat16")
 FOUR_BIT_RECIPES = [
     Recipe(quant_type=quant_type, double_quant=double_quant, block_size=block_size, dtype=dtype)
     for quant_type in ("nf4", "fp4")

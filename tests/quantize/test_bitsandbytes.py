@@ -220,7 +220,7 @@ def test_outputs_have_the_names_dtypes_and_shapes_that_the_plan_gives(
 def test_tiles_as_the_plan_cuts_them_hold_whole_blocks() -> None:
     values = weights(1000, 24, torch.bfloat16, seed=4)
     bounds = tile_bounds(1000, 24, block=64, most=2000)
-    recipe = Recipe(dtype="bfloat16")
+    recipe = Recipe("nf4", dtype="bfloat16")
 
     found = as_state_dict(recipe, values, list(bounds))
 
@@ -253,16 +253,16 @@ def test_a_value_too_large_for_float16_is_refused_for_int8_only() -> None:
     with pytest.raises(NotFinite, match="too large for float16"):
         encode(Recipe("int8"), values)
 
-    assert bool(restored(Recipe(), values).isfinite().all())
+    assert bool(restored(Recipe("nf4"), values).isfinite().all())
 
 
 @pytest.mark.parametrize(
     ("recipe", "value", "words"),
     [
-        (Recipe(dtype="float16"), 70_000.0, "a value too large for float16"),
+        (Recipe("nf4", dtype="float16"), 70_000.0, "a value too large for float16"),
         (Recipe("fp4", double_quant=False, dtype="float16"), 65_505.0, "a value too large for float16"),
-        (Recipe(double_quant=False, dtype="bfloat16"), 3.4e38, "a value too large for bfloat16"),
-        (Recipe(dtype="bfloat16"), 1e38, "its values are too large for double quantization"),
+        (Recipe("nf4", double_quant=False, dtype="bfloat16"), 3.4e38, "a value too large for bfloat16"),
+        (Recipe("nf4", dtype="bfloat16"), 1e38, "its values are too large for double quantization"),
     ],
 )
 def test_what_a_loader_would_make_an_infinity_of_is_refused(recipe: Recipe, value: float, words: str) -> None:
@@ -271,7 +271,7 @@ def test_what_a_loader_would_make_an_infinity_of_is_refused(recipe: Recipe, valu
 
 
 def test_the_largest_values_that_a_dtype_has_are_quantized() -> None:
-    recipe = Recipe(double_quant=False, dtype="float16")
+    recipe = Recipe("nf4", double_quant=False, dtype="float16")
 
     assert encoder(recipe).finish("w", (64, 64), [torch.full((64,), 65_504.0)])
 

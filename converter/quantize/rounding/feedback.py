@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.3
-"""λ, in means of the squares of A's columns' lengths."""
+"""λ, in means of the squares of A's columns' lengths. Measured: docs/quantized-bases.md."""
 
 
 @dataclass(frozen=True)

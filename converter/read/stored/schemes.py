@@ -50,7 +50,7 @@ def sources_of(base: Checkpoint) -> Sources:
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"  # so it was written before there was a quant_method
-    if method is None and (name := next((name for name in base.tensors if STATE in name), None)) is not None:
+    if method is None and (name := _a_quant_state(base)) is not None:
         raise BadCheckpoint(
             f"{base.folder.label}: has {name}, but its config.json no quantization_config; restore that"
         )
@@ -79,3 +79,9 @@ def _quantization(base: Checkpoint) -> Mapping[str, Any]:
         if isinstance(stated, dict) and stated:
             return stated
     return {}
+
+
+def _a_quant_state(base: Checkpoint) -> str | None:
+    """The name of a quant state whose weight is codes."""
+    weights = {name: base.tensors.get(name.partition(STATE)[0]) for name in base.tensors if STATE in name}
+    return next((name for name, weight in weights.items() if weight is not None and weight.dtype == "U8"), None)
