@@ -114,7 +114,7 @@ def test_a_budget_is_kept_by_smaller_tiles_and_one_that_is_too_small_is_refused(
 
     assert report.plan.memory <= 95_000_000
     assert contents(report.out) == expected
-    with pytest.raises(BadRecipe, match=r"--memory 65,000,000: .* bytes are needed, because of model\.layers"):
+    with pytest.raises(BadRecipe, match=r"`memory` 65,000,000: .* bytes are needed, because of model\.layers"):
         plan_conversion(base, adapter, None, Recipe(), Resources(memory=65_000_000, threads=2))
 
 
