@@ -46,6 +46,7 @@ class StandInHub:
 
     def __init__(self, folders: Mapping[str, Path]) -> None:
         self.log: list[Request] = []
+        self.user = "somebody"  # whose the `tokens` are
         self.gated: set[str] = set()  # repositories that want a token from `tokens`
         self.private: set[str] = set()  # likewise, but hidden from everyone else
         self.tokens: set[str] = set()
@@ -144,6 +145,12 @@ class _Answer(BaseHTTPRequestHandler):
             self._refuse(self.hub.failing_status, None, self.hub.failing_message)
         elif match := re.fullmatch(r"/api/models/(.+?)/revision/([^/]+)", urlsplit(self.path).path):
             self._answer(unquote(match[1]), unquote(match[2]), None)
+        elif urlsplit(self.path).path == "/api/whoami-v2":
+            if token in self.hub.tokens:
+                body = json.dumps({"name": self.hub.user, "type": "user"}).encode()
+                self._send(200, {"Content-Type": "application/json", "Content-Length": str(len(body))}, [body])
+            else:
+                self._refuse(401, None, "Invalid user token.")
         elif match := re.fullmatch(r"/storage/(.+)/([^/]+)/([^/]+)", urlsplit(self.path).path):
             self._send_file(match[2], self.hub.repositories[match[1]].commits[match[2]] / match[3])
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", urlsplit(self.path).path):

@@ -46,19 +46,24 @@ WITHOUT_A_ROOM = {
     "pipeline": LOOP,
     "compare": LOOP,
     "verification": LOOP,
+    "health": LOOP,
     "public": "cli",
     "": "cli",
     "__main__": "cli",
 }
 
+COMMANDS = ("convert", "verify", "batch", "doctor", "completion")
 ONLY_IN = {
     "transformers": {"model.meta_model"},
     "bitsandbytes": {"quantize.bnb"},
-    "huggingface_hub": {"read.hub.folder", "read.hub.errors"},
+    "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login"},
     "numba": {"quantize.jit"},
+    "packaging": {"health"},
     "platformdirs": {"read.cache"},
-    "click": {f"cli.{name}" for name in ("main", "options", "values", "convert", "verify", "batch", "completion")},
-    "cloup": {f"cli.{name}" for name in ("options", "convert", "verify", "batch", "completion")},
+    "click": {
+        f"cli.{name}" for name in ("main", "options", "values", "convert", "verify", "batch", "doctor", "completion")
+    },
+    "cloup": {f"cli.{name}" for name in ("options", "convert", "verify", "batch", "doctor", "completion")},
     "rich": {"cli.show.progress"},
     "psutil": {"cli.show.progress", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},

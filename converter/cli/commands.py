@@ -5,9 +5,10 @@ from __future__ import annotations
 from converter.cli.batch import batch
 from converter.cli.completion import completion
 from converter.cli.convert import cli
+from converter.cli.doctor import doctor
 from converter.cli.verify import verify
 
-for command in (verify, batch, completion):
+for command in (verify, batch, doctor, completion):
     cli.add_command(command)
 
 __all__ = ["cli"]

@@ -69,7 +69,7 @@ class HubFolder:
         # git allows no "..", and the revision becomes part of a path in the cache.
         if ".." in self.revision or self.revision.startswith("/") or not self.revision:
             raise HubNotFound(f"{repo_id}: {self.revision[:120]!r} is not a revision")
-        _prepare_library()
+        prepare_library()
         self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
         self._cached: LocalFolder | None = None
         if offline or _offline_by_environment():
@@ -323,7 +323,7 @@ class HubFolder:
             raise not_a_hub(self.repo_id) from None
 
 
-def _prepare_library() -> None:
+def prepare_library() -> None:
     """Import huggingface_hub and have it send no telemetry, print no warnings and take no odd answers."""
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http, logging
