@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from converter.quantize.format import Encoder
 
 PACKAGE = "nf4-converter"
+RECIPE = Recipe("nf4", dtype="bfloat16")
+"""Of the weight that is quantized everywhere."""
 SLOW_DISK = 100_000_000
 """Bytes a second below which a disk, not the processor, decides how long a conversion takes."""
 _ROWS, _COLUMNS = 256, 4096
@@ -91,15 +93,15 @@ def of_devices() -> Iterator[Finding]:
         else:
             yield Finding("GPU", "note", "none; the processors convert", "")
         return
-    expected = quantized_by(format_of(Recipe()).encoder(torch.device("cpu"), kernels=False), sample())
+    expected = quantized_by(format_of(RECIPE).encoder(torch.device("cpu"), kernels=False), sample())
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         memory = torch.cuda.get_device_properties(device).total_memory
         name = f"{torch.cuda.get_device_name(device)}, {memory / 1e9:.0f} GB"
         try:
-            found = quantized_by(format_of(Recipe()).encoder(device, kernels=False), sample().to(device))
+            found = quantized_by(format_of(RECIPE).encoder(device, kernels=False), sample().to(device))
         except RuntimeError as exc:
-            step = "update its driver, or convert with --device cpu"
+            step = "update its driver, or convert with `device` cpu"
             yield Finding(f"cuda:{number}", "wrong", f"{name}: {str(exc).splitlines()[0]}", step)
             continue
         yield of_comparison(f"cuda:{number}", name, expected, found)
@@ -109,7 +111,7 @@ def of_comparison(what: str, name: str, expected: bytes, found: bytes) -> Findin
     """Whether a device gives the bytes that it should."""
     if found == expected:
         return Finding(what, "good", f"{name}: quantizes a tensor to the bytes that the processor gives")
-    step = "convert with --device cpu; test the card's memory and update its driver"
+    step = "convert with `device` cpu; test the card's memory and update its driver"
     return Finding(what, "wrong", f"{name}: quantizes a tensor to other bytes than the processor", step)
 
 
@@ -118,9 +120,9 @@ def of_kernels() -> Finding:
     import torch
 
     cpu = torch.device("cpu")
-    expected = quantized_by(format_of(Recipe()).encoder(cpu, kernels=False), sample())
+    expected = quantized_by(format_of(RECIPE).encoder(cpu, kernels=False), sample())
     try:
-        encoder = format_of(Recipe()).encoder(cpu, kernels=True)
+        encoder = format_of(RECIPE).encoder(cpu, kernels=True)
         found = quantized_by(encoder, sample())  # compiles them
     except ImportError:
         return Finding(
@@ -145,8 +147,7 @@ def sample() -> Tensor:
 
 def quantized_by(encoder: Encoder, weight: Tensor) -> bytes:
     """The codes and scales that an encoder makes of a weight."""
-    recipe = Recipe(dtype="bfloat16")
-    rows = Rows("a sample", 0, weight, None, Rounding.of(recipe), "BF16")
+    rows = Rows("a sample", 0, weight, None, Rounding.of(RECIPE), "BF16")
     made = encoder.encode(rows, Buffers(pinned=False))
     raw = b"".join(bytes(as_bytes(values)) for _, _, values in made.pieces)
     return raw + (b"" if made.scales is None else bytes(as_bytes(made.scales)))
@@ -192,7 +193,7 @@ def of_login(known: Login) -> Finding:
     if known.user is not None:
         return Finding("Hub", "good", f"{known.endpoint}: logged in as {known.user}")
     if known.problem:
-        step = "log in anew with `hf auth login`, or unset HF_TOKEN; offline, give --offline"
+        step = "log in anew with `hf auth login`, or unset HF_TOKEN; without a network, give `offline`"
         return Finding("Hub", "wrong", f"{known.endpoint}: a token is there, but: {known.problem}", step)
     if known.has_token:
         return Finding("Hub", "note", f"{known.endpoint}: a token is there; nobody was asked whose it is")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from converter.health import (
+    RECIPE,
     Finding,
     examine,
     of_comparison,
@@ -23,7 +24,6 @@ from converter.health import (
 )
 from converter.quantize.formats import format_of
 from converter.read.hub.login import Login, login
-from converter.recipe import Recipe
 from tests.hub_server import StandInHub
 
 TOKEN = "hf_abcdefghijklmnop"
@@ -71,11 +71,11 @@ def test_a_device_that_gives_other_bytes_is_wrong() -> None:
 
     assert wrong.state == "wrong"
     assert "other bytes than the processor" in wrong.found
-    assert "--device cpu" in wrong.step
+    assert "`device` cpu" in wrong.step
 
 
 def test_the_bytes_that_are_compared_are_those_of_the_whole_weight_and_its_scales() -> None:
-    encoder = format_of(Recipe()).encoder(torch.device("cpu"), kernels=False)
+    encoder = format_of(RECIPE).encoder(torch.device("cpu"), kernels=False)
     weight = sample()
     changed = weight.clone()
     changed[-1, -64:] *= 2  # one block: its codes stay, its scale doesn't

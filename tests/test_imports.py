@@ -52,7 +52,7 @@ WITHOUT_A_ROOM = {
     "__main__": "cli",
 }
 
-COMMANDS = ("convert", "verify", "batch", "doctor", "completion")
+COMMANDS = ("config", "convert", "verify", "batch", "doctor", "completion")
 ONLY_IN = {
     "transformers": {"model.meta_model"},
     "bitsandbytes": {"quantize.bnb"},
@@ -60,10 +60,8 @@ ONLY_IN = {
     "numba": {"quantize.jit"},
     "packaging": {"health"},
     "platformdirs": {"read.cache"},
-    "click": {
-        f"cli.{name}" for name in ("main", "options", "values", "convert", "verify", "batch", "doctor", "completion")
-    },
-    "cloup": {f"cli.{name}" for name in ("options", "convert", "verify", "batch", "doctor", "completion")},
+    "click": {f"cli.{name}" for name in ("main", "options", "values", *COMMANDS)},
+    "cloup": {f"cli.{name}" for name in ("options", *COMMANDS)},
     "rich": {"cli.show.progress"},
     "psutil": {"cli.show.progress", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},

@@ -51,6 +51,19 @@ def read_jobs(path: Path) -> list[Job]:
     return jobs
 
 
+def referred(text: str, parent: Path) -> str:
+    """What a file in `parent` means by a path, relative to it unless it is absolute, or by an id on the Hub.
+
+    `BadRecipe` where only the current folder has such a path.
+    """
+    there = parent / Path(text).expanduser()
+    if text.startswith((".", "/", "~")) or is_folder(there):
+        return str(there)
+    if is_folder(Path(text)):  # it would be taken for that folder instead of an id
+        raise BadRecipe(f"{there}: no such folder; relative paths are relative to the file")
+    return text
+
+
 def _contents(path: Path) -> bytes:
     try:
         # Whatever else it is might make us wait, or have no end.
@@ -235,12 +248,10 @@ class _Row:
         """A path, relative to the file's folder unless it is absolute; or an id on the Hub."""
         if text is None:
             return None
-        there = self._parent / Path(text).expanduser()
-        if text.startswith((".", "/", "~")) or is_folder(there):
-            return str(there)
-        if is_folder(Path(text)):  # it would be taken for that folder instead of an id
-            raise self._wrong(f"{there}: no such folder; relative paths are relative to the file of jobs")
-        return text
+        try:
+            return referred(text, self._parent)
+        except BadRecipe as exc:
+            raise self._wrong(exc) from exc
 
     def _wrong(self, why: object) -> BadRecipe:
         # Errors name parameters in backticks, which the command line shows as its options; here they are keys.

@@ -12,6 +12,7 @@ import cloup
 from click.core import ParameterSource
 
 from converter.cli.batch import run_batch
+from converter.cli.config import config_text, with_config, with_print_config
 from converter.cli.options import (
     GATES,
     LINKS,
@@ -112,6 +113,8 @@ class Commands(cloup.Group):
 @cloup.option_group("Resources", *RESOURCES)
 @cloup.option_group(
     "Behaviour",
+    with_config,
+    with_print_config,
     flag("--dry-run", text="Print the plan; write nothing, download no shard."),
     with_resume,
     with_strict,
@@ -127,6 +130,10 @@ def cli(context: click.Context, /, **options: Any) -> None:
     if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         click.echo(short_help(context), err=True)
         raise click.exceptions.Exit(2)
+    if options["print_config"]:
+        click.echo(config_text(context), nl=False)
+        return
+    del options["config"], options["print_config"]
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
     options["card"], options["gates"] = card_text(options["card"]), gates_from(options)
     if not options["base"] and not adapters:
@@ -188,10 +195,10 @@ def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
 
 def is_named(adapters: Sequence[str]) -> bool:
     """Whether each adapter's output lies under OUT by the adapter's name."""
-    if len(adapters) == 1 and "=" in adapters[0]:
-        from converter.batch.jobs import split_name
+    if len(adapters) == 1 and set("=*?[") & set(adapters[0]):  # of a folder of adapters, one is meant
+        from converter.batch.jobs import are_named
 
-        return split_name(adapters[0])[0] is not None
+        return are_named(adapters)
     return len(adapters) > 1
 
 

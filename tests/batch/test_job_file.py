@@ -275,5 +275,5 @@ def test_a_path_is_never_relative_to_the_current_folder(tmp_path: Path, monkeypa
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     (tmp_path / "there" / "jobs.jsonl").write_text('{"base": "models/x", "out": "z"}')
-    with pytest.raises(BadRecipe, match="there/models/x: no such folder; relative paths are relative to the file of j"):
+    with pytest.raises(BadRecipe, match="there/models/x: no such folder; relative paths are relative to the file"):
         read_jobs(tmp_path / "there" / "jobs.jsonl")
