@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test fix fixtures golden real bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden real bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -19,7 +19,10 @@ types: .venv/ready
 	$(BIN)/mypy
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report= --cov-fail-under=90
+
+slow: .venv/ready  ## the tests that take too long for each commit: samples of faults, cold starts, a cluster that loses a node
+	$(BIN)/python -m pytest -n 2 -m slow
 
 fix: .venv/ready  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -34,10 +34,34 @@ def _one_thread() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What transformers answered, for all tests that run together: to ask it takes seconds of the processor's time."""
+    folder = tmp_path_factory.getbasetemp()
+    answers = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "answers"
+    answers.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:  # for what modules prepare for their tests
+        monkeypatch.setenv("XDG_CACHE_HOME", str(new_cache(folder / "session.cache", answers)))
+        yield answers
+
+
 @pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache_of_its_own(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(new_cache(tmp_path.with_name(f"{tmp_path.name}.cache"), answers)))
+
+
+def new_cache(folder: Path, answers: Path) -> Path:
+    (folder / "nf4-converter").mkdir(parents=True)
+    (folder / "nf4-converter" / "architectures").symlink_to(answers)
+    return folder
+
+
+@pytest.fixture
+def cold_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _cache_of_its_own: None) -> Path:
+    """A cache without anything in it, not even a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -956,6 +956,7 @@ def test_a_header_made_to_take_time_and_memory_gets_less_than_10_seconds_of_the_
     assert peak < 1_000
 
 
+@pytest.mark.slow
 def test_a_config_as_large_as_it_may_be_gets_less_than_half_a_minute_of_the_processor_and_2_gigabytes(
     place: Path,
 ) -> None:
@@ -991,12 +992,6 @@ def test_standard_input_is_never_read_not_even_to_ask_whether_code_is_trusted(
     assert not (place / "imported").exists()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of a test remember what transformers said, which takes long to say."""
-    return tmp_path_factory.mktemp("cache")
-
-
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
@@ -1005,16 +1000,16 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
                 ["-v", "--adapter=place/nothing"]],
     ids=" ".join,
 )  # fmt: skip
-def test_a_token_of_the_hub_is_nowhere_in_what_is_said_or_written(options: list[str], place: Path, cache: Path) -> None:
+def test_a_token_of_the_hub_is_nowhere_in_what_is_said_or_written(options: list[str], place: Path) -> None:
     code_in("base/tokenizer_config.json", "evil", {})(place)
     command = [sys.executable, "-m", "converter", f"--base={place / 'base'}", f"--out={place / 'out'}", *options]
 
-    environment = os.environ | dict.fromkeys(TOKENS, TOKEN) | {"XDG_CACHE_HOME": str(cache)}
+    environment = os.environ | dict.fromkeys(TOKENS, TOKEN)
     run = subprocess.run(command, capture_output=True, text=True, timeout=HANG, cwd=REPOSITORY, env=environment)
 
     assert run.returncode == (2 if "othing" in " ".join(options) else 0), run.stderr
     assert "Secret" not in run.stdout + run.stderr
     written = contents(place / "out") if (place / "out").exists() else {}
     assert not any(TOKEN.encode() in raw for raw in written.values())
-    cached = [path for path in cache.rglob("*") if path.is_file()]
+    cached = [path for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if path.is_file()]
     assert not any(TOKEN.encode() in path.read_bytes() for path in cached)

@@ -6,7 +6,6 @@ What counts is anonymous memory: pages of files that were read or written are th
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,11 +114,9 @@ def models(place: Path) -> dict[int, Model]:
     small = save_base(place / "small" / "base", "llama")
     save_adapter(place / "small" / "adapter", small, "llama")
     made = {layers: make_model(place / str(layers), layers) for layers in (2, 8)}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # transformers, loaded here, is asked now, and the processes to come find its answers.
-        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-        for base in (small, *(model.base for model in made.values())):
-            plan_conversion(base, None)
+    # transformers is asked now, and the processes to come find its answers.
+    for base in (small, *(model.base for model in made.values())):
+        plan_conversion(base, None)
     return made
 
 
@@ -135,7 +132,6 @@ def measure(
     ran = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         cwd=REPOSITORY,
-        env=os.environ | {"XDG_CACHE_HOME": str(place / "cache")},
         capture_output=True,
         text=True,
         check=False,
@@ -144,7 +140,6 @@ def measure(
     return Measured(*json.loads(ran.stdout))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resources", "recipe"),
     [
@@ -174,7 +169,6 @@ assert all(outcome.status == "made" for outcome in outcomes), outcomes""",
 BATCH = BATCH[: BATCH.index("sizes = ")] + "print(json.dumps([peak - before, resources.memory, 0, 0]))\n"
 
 
-@pytest.mark.slow
 def test_eight_adapters_stay_within_the_memory_that_one_was_given(
     place: Path, models: dict[int, Model], tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -56,16 +55,9 @@ def is_one_line(text: str) -> bool:
     return text.endswith("\n") and text.count("\n") == 1
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """With a cache that these tests share, so that transformers is asked once."""
-    return os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-
-
-def start(command: Sequence[object], environment: dict[str, str], **settings: Any) -> Ran:
+def start(command: Sequence[object], **settings: Any) -> Ran:
     ran = subprocess.run(
         [sys.executable, *map(str, command)],
-        env=environment,
         capture_output=True,
         text=True,
         timeout=HANG,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -48,25 +49,23 @@ def test_a_bug_is_one_line_too_and_ends_with_1(
     assert more != ["--json"] or json.loads(out) == {"error": line.removeprefix("error: "), "exit_code": 1}
 
 
-def test_a_checkout_converts_by_cli_py_and_says_nothing_on_stderr(
-    base: Path, adapter: Path, out: Path, environment: dict[str, str]
-) -> None:
-    ran = start([REPOSITORY / "cli.py", "--base", base, "--adapter", adapter, "--out", out], environment)
+def test_a_checkout_converts_by_cli_py_and_says_nothing_on_stderr(base: Path, adapter: Path, out: Path) -> None:
+    ran = start([REPOSITORY / "cli.py", "--base", base, "--adapter", adapter, "--out", out])
 
     assert (ran.code, ran.err) == (0, "")
     assert "14 merged, 14 quantized, 7 kept" in ran.out
     assert (out / "config.json").exists()
 
 
-def test_the_package_converts_by_its_name(base: Path, out: Path, environment: dict[str, str]) -> None:
-    ran = start(["-m", "converter", "--base", base, "--out", out, "--json"], environment, cwd=REPOSITORY)
+def test_the_package_converts_by_its_name(base: Path, out: Path) -> None:
+    ran = start(["-m", "converter", "--base", base, "--out", out, "--json"], cwd=REPOSITORY)
 
     assert (ran.code, ran.err) == (0, "")
     assert json.loads(ran.out)["tensors"]["quantized"] == 14
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--base", "./nope", "--out", "out"], ["--nonsense"]])
-def test_what_needs_no_library_imports_none(arguments: list[str], environment: dict[str, str]) -> None:
+def test_what_needs_no_library_imports_none(arguments: list[str]) -> None:
     program = f"""
 import sys
 from converter.cli.main import main
@@ -76,7 +75,7 @@ except SystemExit:
     print(sorted({{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
 """
 
-    ran = start(["-c", program], environment, cwd=REPOSITORY)
+    ran = start(["-c", program], cwd=REPOSITORY)
 
     modules = set(json.loads(ran.err.splitlines()[-1].replace("'", '"')))
     assert "click" in modules
@@ -118,12 +117,11 @@ def endless_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_midway_leaves_no_out_and_has_its_own_exit_code(
-    endless_base: Path, out: Path, environment: dict[str, str], number: signal.Signals, code: int
+    endless_base: Path, out: Path, number: signal.Signals, code: int
 ) -> None:
     arguments = ["--base", endless_base, "--out", out, "--max-shard-size", "100MB", "--json"]
     process = subprocess.Popen(
         [sys.executable, str(REPOSITORY / "cli.py"), *map(str, arguments)],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -185,7 +183,7 @@ raise ImportError("cannot load module more than once per process")
 
 @pytest.mark.parametrize("module", ["click", "tomllib", "converter.errors", "torch", "numpy", "rich"])
 def test_ctrl_c_while_libraries_are_imported_prints_one_line_and_no_traceback(
-    module: str, base: Path, tmp_path: Path, environment: dict[str, str]
+    module: str, base: Path, tmp_path: Path
 ) -> None:
     """A copy of the package, beside a library during whose import the signal comes."""
     shutil.copytree(REPOSITORY / "converter", tmp_path / "converter")
@@ -195,7 +193,7 @@ def test_ctrl_c_while_libraries_are_imported_prints_one_line_and_no_traceback(
 
     ran = subprocess.run(
         [sys.executable, "-c", program, "--base", base, "--out", tmp_path / "out", "--progress=bar"],
-        env=environment | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -19,14 +19,8 @@ from tests.conftest import REPOSITORY
 from tests.limits import HANG
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That these tests share, so that transformers is asked once."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def run(cache: Path) -> Run:
+def run() -> Run:
     """Runs the command line in a process of its own, as a shell would with such redirections; unless it is told
     otherwise, Python may keep what it prints until the end."""
 
@@ -41,7 +35,7 @@ def run(cache: Path) -> Run:
             *arguments,
         ]
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        settings: Any = {"env": kept | {"XDG_CACHE_HOME": str(cache)} | environment, "timeout": HANG}
+        settings: Any = {"env": kept | environment, "timeout": HANG}
         ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, **settings)
         return Ran(ran.returncode, ran.stdout, ran.stderr)
 

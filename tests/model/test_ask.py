@@ -22,6 +22,8 @@ from converter.read.checkpoint import Checkpoint
 from converter.read.folder import LocalFolder
 from tests.limits import no_hang
 
+pytestmark = pytest.mark.usefixtures("cold_cache")
+
 
 @pytest.fixture
 def base(tiny_base: Path) -> Checkpoint:
@@ -100,6 +102,7 @@ def test_a_question_that_takes_too_long_is_the_fault_of_the_base(base: Checkpoin
     process.end()
 
 
+@pytest.mark.slow
 def test_a_process_that_died_of_one_question_is_not_asked_the_next(
     base: Checkpoint, process: TransformersProcess
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_process_that_died_of_one_question_is_not_asked_the_next(
     assert process.pid != dead
 
 
+@pytest.mark.slow
 def test_what_is_ended_gives_its_process_back_and_can_be_asked_again(
     base: Checkpoint, process: TransformersProcess
 ) -> None:
@@ -177,11 +181,11 @@ def test_another_question_or_another_version_is_asked_anew(base: Checkpoint) -> 
     assert Questions(never).describe(base.config, shapes, quantize=True, dtype="bfloat16") == known
 
 
-def test_no_more_than_the_newest_answers_are_kept(tmp_path: Path) -> None:
+def test_no_more_than_the_newest_answers_are_kept(cold_cache: Path) -> None:
     for number in range(70):
         Questions(lambda _: []).check_output({"number": number}, {}, [])
 
-    assert len(list((tmp_path / "cache" / "nf4-converter" / "architectures").iterdir())) == 64
+    assert len(list((cold_cache / "nf4-converter" / "architectures").iterdir())) == 64
     assert Questions(never).check_output({"number": 69}, {}, []) == []
 
 

@@ -245,6 +245,7 @@ def test_compiled_code_is_kept_for_the_next_process(installed: Path) -> None:
     assert compute(installed) == "1 1"
 
 
+@pytest.mark.slow
 def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: Path, tmp_path: Path) -> None:
     (installed / "quantize" / "__pycache__").write_text("no folder")
     (tmp_path / "file").write_text("no folder")
@@ -254,6 +255,7 @@ def test_where_no_folder_can_be_written_to_it_is_compiled_every_time(installed: 
         assert compute(installed, HOME=nowhere, XDG_CACHE_HOME=nowhere) == "1 0"
 
 
+@pytest.mark.slow
 def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew(installed: Path) -> None:
     compute(installed)
     for path in (installed / "quantize" / "__pycache__").glob("kernels.*.nb?"):
@@ -262,6 +264,7 @@ def test_compiled_code_of_which_only_the_names_reached_the_disk_is_compiled_anew
     assert compute(installed) == "1 0"
 
 
+@pytest.mark.slow
 def test_a_full_disk_where_compiled_code_is_kept_fails_nothing(installed: Path) -> None:
     kept = installed / "quantize" / "__pycache__"
     kept.mkdir()

@@ -737,8 +737,8 @@ def remembered(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "with")
 
 
-def forget(tmp_path: Path) -> None:
-    for file in (tmp_path / "cache" / "nf4-converter").rglob("*.json"):
+def forget() -> None:
+    for file in (Path(os.environ["XDG_CACHE_HOME"]) / "nf4-converter").rglob("*.json"):
         file.unlink()
 
 
@@ -747,7 +747,7 @@ def test_equal_inputs_and_recipe_leave_nothing_to_do(
 ) -> None:
     convert(base, adapter, out)
     if not remembered:
-        forget(tmp_path)
+        forget()
 
     assert is_done(base, adapter, out)
 
@@ -772,7 +772,7 @@ def test_with_digests_remembered_an_unchanged_base_is_not_read_again(
     assert sum(read) < size / 10  # the header, and a few bytes that tell one base from another
 
     read.clear()
-    forget(tmp_path)
+    forget()
     assert is_done(base, adapter, out)
     assert sum(read) > size * 0.9
 
@@ -793,7 +793,7 @@ def test_one_value_of_the_base_that_changed_is_noticed(
     if remembered:
         os.utime(shard)  # a file that changed has another time: that is how what is remembered is known to be stale
     else:
-        forget(tmp_path)
+        forget()
 
     assert not is_done(base, inputs[1], out)
 
@@ -827,9 +827,9 @@ def test_a_base_that_was_written_to_in_place_under_the_same_time_is_noticed(
     assert not is_done(base, inputs[1], out)
 
 
-def test_memory_that_cannot_be_understood_is_no_memory(base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
+def test_memory_that_cannot_be_understood_is_no_memory(base: Path, adapter: Path, out: Path, cold_cache: Path) -> None:
     convert(base, adapter, out)
-    files = list((tmp_path / "cache" / "nf4-converter").rglob("*.json"))
+    files = list((cold_cache / "nf4-converter").rglob("*.json"))
     assert files
 
     for nonsense in ("", "[]", "{}", '{"model.safetensors": 3}', '{"model.safetensors": {"file": null}}'):
@@ -869,7 +869,7 @@ def test_a_user_without_a_home_converts_and_nothing_is_kept(
 
 
 def test_a_full_disk_where_the_cache_is_gathers_no_files(
-    base: Path, adapter: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, adapter: Path, out: Path, cold_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, _: str) -> None:
         path.touch()
@@ -879,7 +879,7 @@ def test_a_full_disk_where_the_cache_is_gathers_no_files(
 
     convert(base, adapter, out)
 
-    assert [path for path in (tmp_path / "cache").rglob("*") if not path.is_dir()] == []
+    assert [path for path in cold_cache.rglob("*") if not path.is_dir()] == []
 
 
 @pytest.mark.parametrize("what", ["weights", "config"])

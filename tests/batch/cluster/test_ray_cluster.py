@@ -155,6 +155,7 @@ def listening(scene: Scene, command: subprocess.Popen[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_two_nodes_make_what_a_batch_makes_through_a_signal_and_the_loss_of_one(
     scene: Scene, two_nodes: TwoNodes
 ) -> None:
