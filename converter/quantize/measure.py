@@ -13,6 +13,8 @@ CPU kernels take those of a block in float32, which may move the last digit that
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,14 @@ class Fidelity:
     """‖Q(S) − S‖ / ‖S‖; 0 for a tensor of zeros that stayed one."""
     survival: float | None
     """⟨Q(S) − W, Δ⟩ / ⟨Δ, Δ⟩; None where there is no delta, or a delta of zeros."""
+
+
+def figures_of(values: Mapping[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
+    """Mean and worst of some tensors' figures, by name; `worst` is max or min. None without any."""
+    if not values:
+        return None
+    tensor = worst(values, key=lambda name: values[name])
+    return {"mean": statistics.fmean(values.values()), "worst": values[tensor], "worst_tensor": tensor}
 
 
 class Tally:

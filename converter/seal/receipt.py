@@ -125,8 +125,7 @@ def write_receipt(
             for kind, stated in tensor.change.as_json().items():
                 entry[kind] = {key: value for key, value in stated.items() if key != "module"}
         if tensor.name in fidelity:
-            error = fidelity[tensor.name].error
-            entry["error"] = error if math.isfinite(error) else "Infinity"  # which JSON has not, but for Python
+            entry["error"] = fidelity[tensor.name].error
             if tensor.is_merged:
                 entry["survival"] = fidelity[tensor.name].survival
         tensors[tensor.name] = entry
@@ -148,7 +147,37 @@ def write_receipt(
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "tensors": tensors,
     }
-    return (json.dumps(receipt, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    whole = summary_of(plan, fidelity)
+    whole["bytes"] = {"base": plan.base_bytes, "output": sum(files[shard.file][0] for shard in plan.shards)}
+    # Sorted, so that equal contents have equal bytes; but what people look for first comes first.
+    text = json.dumps(_without_infinity(receipt), sort_keys=True, allow_nan=False)
+    head = {"summary": _without_infinity(whole)}
+    return (json.dumps(head | json.loads(text), indent=2, allow_nan=False) + "\n").encode()
+
+
+def summary_of(plan: Plan, fidelity: Mapping[str, Fidelity]) -> dict[str, Any]:
+    """An output in a few figures: how many tensors of each kind; mean and worst relative error of those that are
+    quantized, and survival of those that the adapter changes."""
+    from converter.quantize.measure import figures_of
+
+    counts = plan.counts()
+    quantized = {tensor.name for tensor in plan.tensors() if tensor.action == "quantize"}
+    errors = {name: of.error for name, of in fidelity.items() if name in quantized}
+    survivals = {name: of.survival for name, of in fidelity.items() if of.survival is not None}
+    kinds = {"merged": "merged", "quantized": "quantize", "kept": "keep", "replaced": "replaced"}
+    kinds |= {"copied": "copy"} if "copy" in counts else {}
+    return {
+        "tensors": {said: counts.get(key, 0) for said, key in kinds.items()},
+        "relative_error": figures_of(errors, max),
+        "survival": figures_of(survivals, min),
+    }
+
+
+def _without_infinity(value: Any) -> Any:
+    """With texts for what JSON has not, but for Python."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    return "Infinity" if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fidelity_of(receipt: Mapping[str, Any]) -> dict[str, Fidelity]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ import pytest
 from converter import Progress
 from converter.cli.show.progress import Rate, display, line_of
 from tests.cli.terminal import shown
+
+
+class Tty(io.StringIO):
+    """A terminal that keeps what is written."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 class Clock:
@@ -152,8 +160,9 @@ def test_a_second_pass_over_the_base_begins_anew() -> None:
 # A terminal
 
 
+@pytest.mark.parametrize("columns", [40, 80])
 def test_errors_of_a_batch_are_printed_above_the_bar_and_the_bar_goes(
-    base: Path, adapter: Path, tmp_path: Path
+    columns: int, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "base").symlink_to(base)
     for name in ("a", "b"):
@@ -161,9 +170,30 @@ def test_errors_of_a_batch_are_printed_above_the_bar_and_the_bar_goes(
     (tmp_path / "empty").mkdir()
     several = [word for name in ("a", "empty", "b") for word in ("--adapter", name)]
 
-    screen = shown(["--base", "base", *several, "--out", "out"], 80, tmp_path)
+    screen = shown(["--base", "base", *several, "--out", "out"], columns, tmp_path)
 
     lines = screen.splitlines()
     assert lines[0].startswith("error: out/empty: empty: ")
     assert "".join(lines).count("error: ") == 1
     assert not [line for line in lines if "━" in line or "planning" in line or "converting" in line]
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_the_bar_never_writes_the_last_column(columns: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some terminals go to the next line then."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", file := Tty())
+    long = "empty: no adapter_config.json, and more than fits a line of forty columns"
+    with display("bar", outputs=200, file=file, clock=clock) as shown_here:
+        for done in range(0, 5000, 50):
+            clock.now += 1
+            shown_here.progress(converting(done, 5000))
+            if done % 500 == 0:
+                shown_here.ended("out/empty", long)
+
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", file.getvalue()))
+    bars = [line for line in lines if "━" in line or "╸" in line]
+    assert len(bars) >= 10
+    assert max(map(len, bars)) == columns - 1
+    assert file.getvalue().count(f"error: out/empty: {long}") == 10

@@ -11,7 +11,8 @@ from converter.batch.jobs import group_key
 from converter.batch.outcomes import Outcome
 from converter.cli.printing import as_options
 from converter.cli.show.plan import times
-from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
+from converter.cli.show.words import amount, peak_memory, table, text_of
+from converter.quantize.measure import figures_of
 
 
 def batch_text(

@@ -161,15 +161,23 @@ class _Bar(_Nothing):
 @contextmanager
 def _bar(file: TextIO) -> Iterator[RichBar]:
     from rich.console import Console
+    from rich.constrain import Constrain
     from rich.progress import BarColumn
     from rich.progress import Progress as RichBar
+
+    class Narrow(RichBar):
+        """Less wide than the terminal: some go to the next line once the last column is written, and what was written
+        before would stay above an error."""
+
+        def get_renderables(self) -> Iterator[Constrain]:
+            yield Constrain(self.make_tasks_table(self.tasks), max(console.width - 1, 1))
 
     console = Console(file=cast(TextIO, _Terminal(file)))
     parts: list[str | ProgressColumn] = [_text("description"), _text("fields[count]"), BarColumn(bar_width=None)]
     parts += [_text("fields[size]")] if console.width >= WITH_SIZE else []
     parts += [_text("fields[left]")]
     parts += [_text("fields[memory]")] if console.width >= WITH_MEMORY else []
-    with RichBar(*parts, console=console, transient=True, expand=True) as bar:
+    with Narrow(*parts, console=console, transient=True, expand=True) as bar:
         yield bar
 
 

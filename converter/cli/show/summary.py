@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
 from typing import Any
 
-from converter.cli.show.words import amount, figures_of, peak_memory, table, text_of
+from converter.cli.show.words import amount, peak_memory, table, text_of
 from converter.pipeline import Report
 from converter.plan.plan import Plan
 from converter.quantize.formats import format_of
 from converter.read.stored.stored import Stored
+from converter.seal.receipt import summary_of
 
 _LOW_SURVIVAL = 0.5
 """Mean survival below which a user of a quantized base is told of the 16-bit one."""
@@ -50,15 +53,21 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
-    return text_of(lines)
+    return text_of([*lines, f"load with: {_load(report)}"])
+
+
+def _load(report: Report) -> str:
+    """What loads the output."""
+    name, library = report.plan.class_name, format_of(report.plan.recipe).library
+    if library == "compressed-tensors" and name.endswith("ForCausalLM"):
+        return f"vllm serve {shlex.quote(str(report.out))}"
+    loader = "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
+    return f"transformers.{loader}.from_pretrained({json.dumps(str(report.out), ensure_ascii=False)})"
 
 
 def summary_json(report: Report, seconds: float) -> dict[str, Any]:
     """What was done, as JSON values: bytes, seconds, tensors by what happened, mean and worst figures."""
-    quantized = {t.name for t in report.plan.tensors() if t.action == "quantize"}
-    errors = {name: f.error for name, f in report.fidelity.items() if name in quantized}
-    survivals = {name: f.survival for name, f in report.fidelity.items() if f.survival is not None}
-    counts = report.plan.counts()
+    whole = summary_of(report.plan, report.fidelity)
     sizes = [path.stat().st_size for path in report.out.glob("*.safetensors")]
     return {
         "out": str(report.out),
@@ -70,15 +79,9 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(),
         "predicted_memory_bytes": report.plan.memory,
         "computed_by": _computed_by(report.plan),
-        "tensors": {
-            "merged": counts.get("merged", 0),
-            "quantized": counts.get("quantize", 0),
-            "kept": counts.get("keep", 0),
-            "replaced": counts.get("replaced", 0),
-            **({"copied": counts["copy"]} if "copy" in counts else {}),
-        },
-        "error": figures_of(errors, max),
-        "survival": figures_of(survivals, min),
+        "tensors": whole["tensors"],
+        "error": whole["relative_error"],
+        "survival": whole["survival"],
         "notes": list(report.plan.notes),
         "checked": report.checked,
     }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from converter.cli.printing import as_options
@@ -40,13 +39,6 @@ def duration(seconds: float, *, whole: bool = False) -> str:
 def peak_memory() -> int:
     """The most memory that this process has had, in bytes (VmHWM)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def figures_of(values: dict[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
-    if not values:
-        return None
-    tensor = worst(values, key=lambda name: values[name])
-    return {"mean": statistics.fmean(values.values()), "worst": values[tensor], "worst_tensor": tensor}
 
 
 def json_text(value: dict[str, Any]) -> str:
