@@ -33,6 +33,7 @@ from converter.read.folder import LocalFolder
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
 from converter.resources import Resources
+from converter.seal.destination import sizes_in
 from converter.seal.receipt import CARD, RECEIPT, fidelity_of, read_receipt
 from converter.seal.staging import sha256_of
 from converter.tensors import all_finite
@@ -146,9 +147,8 @@ def _check_files(out: Path, receipt: dict[str, Any] | None, found: Verification)
     known = receipt["files"] if receipt is not None else {}
     stated = {name: (_RECEIPT_SAYS, file.get("sha256"), file.get("bytes")) for name, file in known.items()}
     # Names are looked up among what is there: a receipt may have any text for one.
-    entries = list(os.scandir(out))
-    there = {entry.name for entry in entries}
-    sizes = {entry.name: entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False)}
+    there = set(os.listdir(out))
+    sizes = {name: size for name, size in sizes_in(out).items() if not (out / name).is_symlink()}
     if receipt is not None or SUMS in there:
         sums = _sums(out, there, found)
         sums.pop(CARD, None)  # those of earlier versions cover it

@@ -34,6 +34,9 @@ class MemoryFolder:
     def names(self) -> frozenset[str]:
         return frozenset(name for name in self.files if "/" not in name)
 
+    def names_in(self, inner: str) -> frozenset[str]:
+        return frozenset(name for name in self.files if name.startswith(f"{inner}/"))
+
     def size(self, name: str) -> int:
         if name not in self.files:
             raise BadCheckpoint(f"{self.label}: no {name}")

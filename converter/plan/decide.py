@@ -36,7 +36,7 @@ from converter.quantize.formats import fit, format_of, notes_for_servers
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
-from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token
+from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token, left_behind
 from converter.read.stored.schemes import sources_of
 from converter.read.stored.stored import Source, Stored, named
 from converter.recipe import Recipe
@@ -134,6 +134,7 @@ def make_plan(
         notes=(
             *base.notes,
             *_notes_on_an_adapter_beside(base, adapter),
+            *_notes_on_what_is_left(base, side_files),
             *config_notes,
             *_notes_on_the_class(base_config, architecture),
             *found.notes,
@@ -259,6 +260,12 @@ def _notes_on_an_adapter_beside(base: Checkpoint, adapter: Adapter | None) -> li
     if adapter is not None and adapter.folder.path == base.folder.path:
         return []
     return ["the base's folder has an adapter (adapter_config.json), which is not merged: give it with `adapter`"]
+
+
+def _notes_on_what_is_left(base: Checkpoint, side_files: tuple[SideFile, ...]) -> list[str]:
+    left = left_behind(base.folder, side_files)
+    more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+    return [f"not copied from the base's folder: {', '.join(left[:8])}{more}"] if left else []
 
 
 def _notes_on_the_class(config: Mapping[str, Any], architecture: Architecture) -> list[str]:

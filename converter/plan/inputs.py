@@ -54,7 +54,7 @@ class Base:
         names = self._opened.names()
         code = [name for name in names if name.endswith(".py")]
         rest = [name for name in ("config.json", "model.safetensors.index.json") if name in names]
-        folder = self._opened.fetch([*rest, *wanted_from_base(names), *code], progress)
+        folder = self._opened.fetch([*rest, *wanted_from_base(self._opened), *code], progress)
         for shard in self.checkpoint.shards:
             arrived(self._opened.fetch([shard], progress), shard)
         if folder is not self._opened:
@@ -232,7 +232,7 @@ def open_adapter(reference: Reference, revision: str | None = None, *, offline: 
     refuse_weights_beside(opened.names(), opened.label)
     wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in opened.names()]
     digest = opened.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
-    folder = opened.fetch([*wanted, *wanted_from_base(opened.names())])
+    folder = opened.fetch([*wanted, *wanted_from_base(opened)])
     adapter = Adapter(folder)
     try:
         known = stated(folder, [ADAPTER_WEIGHTS], {} if digest is None else {ADAPTER_WEIGHTS: digest})

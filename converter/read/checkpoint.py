@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from converter.errors import BadCheckpoint
-from converter.read.folder import Folder
+from converter.read.folder import Folder, link_left
 from converter.read.header import MAX_TENSORS, TensorHeader, read_header
 from converter.read.mistaken import instead_of_a_checkpoint
 from converter.read.strict_json import read_json
@@ -31,6 +31,8 @@ class Checkpoint:
         self._most = most
         names = folder.names()
         if CONFIG not in names:
+            if (left := link_left(folder, CONFIG)) is not None:
+                raise BadCheckpoint(left)
             what = instead_of_a_checkpoint(names, folder.path)
             what = what or f"no {CONFIG}, so this is not a transformers checkpoint; give the folder that has it"
             raise BadCheckpoint(f"{folder.label}: {what}")
@@ -46,6 +48,8 @@ class Checkpoint:
             weight_map = self._weight_map(names)
             self.shards = tuple(sorted(set(weight_map.values())))
             self._read_shards(weight_map)
+        elif (left := link_left(folder, SINGLE_FILE) or link_left(folder, INDEX)) is not None:
+            raise BadCheckpoint(left)
         elif any(name.endswith(".bin") for name in names):
             raise BadCheckpoint(
                 f"{folder.label}: only pickled weights (.bin), and this tool unpickles nothing; load the model with "
@@ -68,6 +72,8 @@ class Checkpoint:
             if "/" in shard or "\\" in shard:
                 raise BadCheckpoint(f"{found}, expected a file inside the folder")
             if shard not in names:
+                if (left := link_left(self.folder, shard)) is not None:
+                    raise BadCheckpoint(left)
                 raise BadCheckpoint(f"{found}, which is not a plain file of the folder")
         return weight_map
 

@@ -48,6 +48,9 @@ class Folder(Protocol):
     def names(self) -> frozenset[str]:
         """The names of its plain files."""
 
+    def names_in(self, inner: str) -> frozenset[str]:
+        """The names, INNER/NAME, of the plain files of a folder in it. They are read as the others are."""
+
     def size(self, name: str) -> int:
         """Bytes of one file; `BadCheckpoint` if it is not a plain file of this folder."""
 
@@ -77,7 +80,7 @@ class Folder(Protocol):
 
 
 class LocalFolder:
-    """A folder on this machine. Only plain files directly inside it are seen, and the Hub cache's own links."""
+    """A folder on this machine. Plain files in it and in its own folders are seen, and links that `_follows` takes."""
 
     def __init__(self, path: Path, *, read_ahead: int = READ_AHEAD) -> None:
         if not is_folder(path):
@@ -97,6 +100,15 @@ class LocalFolder:
             return frozenset(entry.name for entry in os.scandir(self.path) if self._is_ours(entry.name))
         except OSError as exc:
             raise BadCheckpoint(f"{self.path}: {exc.strerror}") from exc
+
+    def names_in(self, inner: str) -> frozenset[str]:
+        try:
+            if not _is_plain_name(inner) or not stat.S_ISDIR((self.path / inner).lstat().st_mode):
+                return frozenset()
+            names = [f"{inner}/{entry.name}" for entry in os.scandir(self.path / inner)]
+        except (OSError, ValueError):  # none; a name that no file can have
+            return frozenset()
+        return frozenset(name for name in names if self._is_ours(name))
 
     def size(self, name: str) -> int:
         return os.fstat(self._open(name)).st_size
@@ -166,23 +178,51 @@ class LocalFolder:
         return self._descriptors[name]
 
     def _is_ours(self, name: str) -> bool:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        *inner, last = name.split("/")
+        if len(inner) > 1 or not all(_is_plain_name(part) for part in (*inner, last)):
             return False
         path = self.path / name
         try:
+            if inner and not stat.S_ISDIR(path.parent.lstat().st_mode):
+                return False
             mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                # The Hub's cache keeps snapshots/<commit>/NAME -> ../../blobs/<digest>, which may itself be a link into
-                # blobs/<2 hex>/ that its repositories share. No other link is followed.
-                real = path.resolve(strict=True)
-                snapshots = self.path.resolve().parent
-                repository = snapshots.parent
-                own, shared = repository / "blobs", repository.parent / "blobs"
-                inside = real.parent == own or real.parent.parent == shared
-                return snapshots.name == "snapshots" and inside and real.is_file()
-            return stat.S_ISREG(mode)
+            return self._follows(path) if stat.S_ISLNK(mode) else stat.S_ISREG(mode)
         except (OSError, RuntimeError, ValueError):  # a loop of links; a name that no file can have
             return False
+
+    def _follows(self, path: Path) -> bool:
+        """Whether a link is followed: to a file in the folder, one of the same name anywhere, or into the Hub's cache.
+
+        A link to any other file could bring into an output what is no part of a model.
+        """
+        real, here = path.resolve(strict=True), self.path.resolve()
+        if not real.is_file():
+            return False
+        if here in real.parents:
+            return True
+        if here.parent.name != "snapshots":
+            # Downloads into a folder were once links into the Hub's cache.
+            of_the_hub = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+            return path.name == real.name or of_the_hub
+        # The Hub's cache keeps snapshots/<commit>/NAME -> ../../blobs/<digest>, which may itself be a link into
+        # blobs/<2 hex>/ that its repositories share. No other link leads out of a snapshot.
+        repository = here.parent.parent
+        return real.parent == repository / "blobs" or real.parent.parent == repository.parent / "blobs"
+
+
+def link_left(folder: Folder, name: str) -> str | None:
+    """What to say of a file that is a link which is not followed; None if it is none."""
+    # `Path.is_symlink` raises for a name that is too long.
+    if folder.path is None or name in folder.names() or not os.path.islink(folder.path / name):  # noqa: PTH114
+        return None
+    return (
+        f"{folder.label}: {name} is a link to {(folder.path / name).readlink()}, where no file of this name is; "
+        "links are followed to files of the same name: copy the file, or name its folder"
+    )
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _hint(descriptor: int, start: int, length: int, advice: int) -> None:

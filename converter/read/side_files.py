@@ -39,6 +39,10 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
     "tekken.json",
+    "*vocab*.json",
+    "*vocab*.txt",
+    "*merges*.txt",
+    "*token*.json",
 )
 _SETTINGS = (
     "generation_config.json",
@@ -46,9 +50,19 @@ _SETTINGS = (
     "processor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
 )
+_MODULES = "modules.json"
+_NOT_SAID = (
+    *(".*", "*.py", "README.md", "config.json", "*.safetensors", "*.index.json", "*.bin", "conversion.json"),
+    *("SHA256SUMS", "adapter_config.json"),
+)
+"""Of files that are not copied: weights, what an output has of its own, and what is spoken of elsewhere."""
 _OTHERS = (*_SETTINGS, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 _BESIDE_WEIGHTS = ("model.safetensors.index.json", "adapter_config.json")
+_MAX_MODULES_BYTES = 1_000_000
 _MAY_NAME_CODE = (
     "config.json",
     "tokenizer_config.json",
@@ -68,9 +82,33 @@ class SideFile:
     """base or adapter"""
 
 
-def wanted_from_base(names: Iterable[str]) -> list[str]:
-    """Of the base's file names, those that are copied or read besides the weights."""
-    return sorted(name for name in names if _is_one_of(name, (*_TOKENIZER, *_OTHERS, "README.md")))
+def wanted_from_base(base: Folder) -> list[str]:
+    """Names of the base's files that are copied or read besides the weights."""
+    wanted = {name for name in base.names() if _is_one_of(name, (*_TOKENIZER, *_OTHERS, "README.md"))}
+    return sorted(wanted | _of_modules(base))
+
+
+def _of_modules(base: Folder) -> set[str]:
+    """The files of the folders that modules.json names: what sentence-transformers does after the model, such as its
+    pooling."""
+    if _MODULES not in base.names():
+        return set()
+    try:
+        modules = json.loads(read_bytes(base, _MODULES, limit=_MAX_MODULES_BYTES))
+    except (ValueError, RecursionError) as exc:
+        raise BadCheckpoint(f"{base.label}: {_MODULES} is not JSON: {exc}") from exc
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    found: set[str] = set()
+    for path in paths:
+        if isinstance(path, str) and path and path.isprintable():
+            found |= {name for name in base.names_in(path) if name.isprintable() and not name.endswith(".py")}
+    return found
+
+
+def left_behind(base: Folder, chosen: Iterable[SideFile]) -> list[str]:
+    """Files of the base that are not copied, and that a user may miss."""
+    copied = {side.name for side in chosen}
+    return sorted(name for name in base.names() - copied if not _is_one_of(name, _NOT_SAID))
 
 
 def is_loaded(name: str) -> bool:
@@ -84,6 +122,7 @@ def choose(base: Folder, adapter: Folder | None, *, trust_remote_code: bool) -> 
     adapter_names = adapter.names() if adapter is not None else frozenset()
     own_tokenizer = any(_is_one_of(name, _VOCABULARIES) for name in adapter_names)
     chosen = {name: SideFile(name, "base") for name in base_names if _is_one_of(name, _OTHERS)}
+    chosen |= {name: SideFile(name, "base") for name in _of_modules(base)}
     tokenizer = adapter_names if own_tokenizer else base_names
     origin = "adapter" if own_tokenizer else "base"
     chosen |= {name: SideFile(name, origin) for name in tokenizer if _is_one_of(name, _TOKENIZER)}

@@ -178,12 +178,12 @@ class Destination:
 
     def _names_in_receipt(self) -> set[str]:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
-        return {RECEIPT, SUMS, CARD, *self.receipt["files"]}
+        return {RECEIPT, SUMS, CARD, *(name.partition("/")[0] for name in self.receipt["files"])}
 
     def _is_whole(self) -> bool:
         assert self.receipt is not None  # noqa: S101  (asked only of conversions)
         try:
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.out)}
+            sizes = sizes_in(self.out)
         except OSError:
             return False
         return all(sizes.get(name) == file.get("bytes") for name, file in self.receipt["files"].items())
@@ -226,6 +226,21 @@ def room(folders: Sequence[Path]) -> int:
 def first_that_exists(path: Path) -> Path:
     """A path, or the nearest folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def sizes_in(folder: Path) -> dict[str, int]:
+    """Bytes of the plain files of a folder, and of those in its folders, INNER/NAME, unless these are hidden.
+
+    `OSError` if the folder can't be read.
+    """
+    sizes: dict[str, int] = {}
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+            inner = [one for one in os.scandir(entry.path) if one.is_file(follow_symlinks=False)]
+            sizes |= {f"{entry.name}/{one.name}": one.stat().st_size for one in inner}
+        elif entry.is_file():
+            sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def remove(folder: Path) -> None:

@@ -29,7 +29,7 @@ from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
 from converter.read.folder import LocalFolder
-from converter.seal.destination import OURS, Destination, clear, remove
+from converter.seal.destination import OURS, Destination, clear, remove, sizes_in
 from converter.seal.link import How, ReusableShard, identity_of, link
 from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
 from converter.threads import pool
@@ -100,6 +100,7 @@ class Staging:
 
     def put(self, name: str, raw: bytes) -> None:
         """Write a small file, durably. `WriteFailed`."""
+        self._disk.make_folder((self.folder / name).parent)
         self._disk.put(self.folder / name, raw)
 
     def digest_soon(self, name: str) -> None:
@@ -150,9 +151,9 @@ class Staging:
         check_written(self.folder, plan)
         with writing(self.folder):
             files = {
-                entry.name: (entry.stat().st_size, self._digest(entry.name))
-                for entry in os.scandir(self.folder)
-                if entry.name not in OURS and entry.name != CARD
+                name: (size, self._digest(name))
+                for name, size in sizes_in(self.folder).items()
+                if name not in OURS and name != CARD
             }
         self.put(RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}

@@ -574,11 +574,11 @@ def test_a_single_file_without_tensors_is_refused(tmp_path: Path) -> None:
         open_base(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["absent", "file"])
-def test_a_base_that_is_not_a_folder_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "said"), [("absent", "no such folder"), ("file", "a file; give the folder")])
+def test_a_base_that_is_not_a_folder_is_refused(name: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(ConversionRefused, match="no such folder"):
+    with pytest.raises(ConversionRefused, match=said):
         LocalFolder(tmp_path / name)
 
 
@@ -590,11 +590,14 @@ def test_a_folder_that_cannot_be_listed_is_refused_in_one_line(tmp_path: Path) -
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../secret", "/etc/passwd", "sub/x", "nul\0", "\ud800", "n" * 300])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../secret", "/etc/passwd", "sub/sub/x", "away/x", "nul\0", "\ud800", "n" * 300]
+)
 def test_a_name_that_is_not_a_plain_file_of_the_folder_is_never_opened(name: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    (tmp_path / "base" / "sub").mkdir(parents=True)
-    (tmp_path / "base" / "sub" / "x").write_text("")
+    (tmp_path / "base" / "sub" / "sub").mkdir(parents=True)
+    (tmp_path / "base" / "sub" / "sub" / "x").write_text("")
+    (tmp_path / "base" / "away").symlink_to(tmp_path / "base" / "sub" / "sub")
 
     with closing(LocalFolder(tmp_path / "base")) as folder, pytest.raises(BadCheckpoint) as caught:
         folder.size(name)
@@ -614,7 +617,8 @@ def replaced_shard(tmp_path: Path) -> Path:
 
 
 def refusal(shard: Path) -> BadCheckpoint:
-    with pytest.raises(BadCheckpoint, match=f"'{shard.name}', which is not a plain file of the folder") as caught:
+    said = f"{shard.name} is a link to" if shard.is_symlink() else f"'{shard.name}', which is not a plain file of the"
+    with pytest.raises(BadCheckpoint, match=said) as caught:
         open_base(shard.parent)
     return caught.value
 
@@ -624,6 +628,43 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> 
     shard.symlink_to(tmp_path / "outside.safetensors")
 
     assert_one_line(refusal(shard))
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "base/weights"])
+def test_a_shard_may_be_a_link_to_a_file_of_its_name(where: str, tmp_path: Path) -> None:
+    shard = replaced_shard(tmp_path)
+    (tmp_path / where).mkdir()
+    shard.symlink_to((tmp_path / "outside.safetensors").rename(tmp_path / where / shard.name))
+
+    assert open_base(shard.parent).tensors.keys() == {"a", "b"}
+
+
+def test_a_shard_may_be_a_link_to_a_file_of_another_name_in_the_folder(tmp_path: Path) -> None:
+    shard = replaced_shard(tmp_path)
+    (tmp_path / "outside.safetensors").rename(shard.with_name("weights"))
+    shard.symlink_to("weights")
+
+    assert open_base(shard.parent).tensors.keys() == {"a", "b"}
+
+
+def test_a_folder_may_be_of_links_into_the_hubs_cache_as_downloads_once_made_them(tmp_path: Path) -> None:
+    snapshot = link_into_cache(tmp_path / "models--maker--base", two_shards(tmp_path / "base"))
+    (tmp_path / "download").mkdir()
+    for file in snapshot.iterdir():
+        (tmp_path / "download" / file.name).symlink_to(file.resolve())
+
+    assert open_base(tmp_path / "download").tensors.keys() == {"a", "b"}
+
+
+def test_a_config_that_is_a_link_to_a_file_of_another_name_is_refused_with_where_it_leads(tmp_path: Path) -> None:
+    base = two_shards(tmp_path / "base")
+    (base / CONFIG).rename(tmp_path / "secrets.json")
+    (base / CONFIG).symlink_to(tmp_path / "secrets.json")
+
+    with pytest.raises(
+        BadCheckpoint, match=r"config\.json is a link to .*/secrets\.json, where no file of this name is"
+    ):
+        open_base(base)
 
 
 def test_a_shard_that_is_a_link_to_nothing_is_refused(tmp_path: Path) -> None:

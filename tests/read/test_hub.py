@@ -375,7 +375,9 @@ def test_what_cannot_be_a_repository_reaches_no_server(hub: StandInHub) -> None:
     assert not hub.log
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "original/params.json", "../config.json", ""])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "original/absent.json", "original/inner/params.json", "../config.json", ""]
+)
 def test_a_missing_file_is_named(hub: StandInHub, name: str) -> None:
     folder = HubFolder(REPO)
     for use in (lambda: folder.size(name), lambda: read(folder, name, 0, 1), lambda: folder.fetch([name])):

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
@@ -19,11 +19,11 @@ from converter.read.checkpoint import INDEX
 from converter.read.folder import LocalFolder, Progress
 from converter.read.hub.answers import COMMIT, checking
 from converter.read.hub.errors import Subject, brief, endpoint, not_a_hub, retrying
-from converter.read.hub.record import digest_in_cache, prefixed
+from converter.read.hub.listing import HubFile, cached_files, listed_files
 from converter.read.strict_json import read_json
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+    from huggingface_hub.hf_api import ModelInfo
 
 HEAD_BYTES = 131_072  # read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes
 
@@ -45,13 +45,8 @@ def is_repo_id(text: str) -> bool:
     return fits and "--" not in text and ".." not in text and not text.endswith(".git")
 
 
-class _HubFile(NamedTuple):
-    size: int
-    digest: str | None
-
-
 class HubFolder:
-    """The files at the root of one repository at one commit.
+    """The files at the root of one repository at one commit, and in the folders there.
 
     The revision (a branch, a tag or a commit; None for "main") is resolved once, on opening. Reading is by
     range requests, and nothing is downloaded until `fetch`. Offline, which HF_HUB_OFFLINE asks for as well,
@@ -75,7 +70,7 @@ class HubFolder:
         if offline or _offline_by_environment():
             self.commit = self._cached_commit()
             self._cached = LocalFolder(self.snapshot)
-            self._files = {name: _cached_file(self.snapshot / name) for name in self._cached.names()}
+            self._files = cached_files(self._cached)
         else:
             self.commit, self._files = self._look_up()
 
@@ -95,7 +90,11 @@ class HubFolder:
 
     def names(self) -> frozenset[str]:
         """The names of its root files; offline, of cached ones and of shards that the cached index names."""
-        return frozenset(self._files) | self._named_by_cached_index()
+        return frozenset(name for name in self._files if "/" not in name) | self._named_by_cached_index()
+
+    def names_in(self, inner: str) -> frozenset[str]:
+        """The names, INNER/NAME, of the files of a folder in it; offline, of cached ones."""
+        return frozenset(name for name in self._files if name.startswith(f"{inner}/"))
 
     def size(self, name: str) -> int:
         """Bytes of one file."""
@@ -180,7 +179,7 @@ class HubFolder:
     def _subject(self, name: str = "") -> Subject:
         return Subject(self.repo_id, self.revision, name)
 
-    def _file(self, name: str) -> _HubFile:
+    def _file(self, name: str) -> HubFile:
         if name in self._files:
             return self._files[name]
         if self._cached is None:
@@ -190,8 +189,8 @@ class HubFolder:
             f"`hf download {self.repo_id} --revision {self.commit}`"
         )
 
-    def _look_up(self) -> tuple[str, dict[str, _HubFile]]:
-        """The commit, and the files at its root."""
+    def _look_up(self) -> tuple[str, dict[str, HubFile]]:
+        """The commit, and the files at its root and in the folders there."""
         from huggingface_hub import HfApi, constants
 
         def listing() -> ModelInfo:
@@ -202,7 +201,7 @@ class HubFolder:
         try:
             found = retrying(listing, self._subject())
             commit = str(found.sha or "")
-            files = {file.rfilename: _hub_file(file) for file in found.siblings or () if _at_root(file)}
+            files = listed_files(found.siblings or ())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise not_a_hub(self.repo_id) from None
         asked = self.revision if COMMIT.fullmatch(self.revision) else commit
@@ -349,23 +348,6 @@ def _offline_by_environment() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
-
-
-def _at_root(file: RepoSibling) -> bool:
-    name = file.rfilename
-    return name not in ("", ".", "..") and not set(name) & set("/\\") and name.isprintable()
-
-
-def _hub_file(file: RepoSibling) -> _HubFile:
-    """`TypeError` if the Hub did not tell the size."""
-    if type(file.size) is not int or file.size < 0:
-        raise TypeError("size")
-    lfs = file.lfs
-    return _HubFile(file.size, prefixed(lfs.sha256 if lfs is not None else file.blob_id))
-
-
-def _cached_file(path: Path) -> _HubFile:
-    return _HubFile(path.stat().st_size, digest_in_cache(path))
 
 
 def _counter_class(report: Callable[[int], None]) -> type[Any]:

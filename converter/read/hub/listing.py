@@ -1,0 +1,48 @@
+"""The files of a repository, as the Hub lists them or as its cache holds them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from converter.read.hub.record import digest_in_cache, prefixed
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+    from converter.read.folder import LocalFolder
+
+
+class HubFile(NamedTuple):
+    size: int
+    digest: str | None
+    """`sha256:…` of a file in large-file storage, `git-sha1:…` (a blob id) of others; None if unknown."""
+
+
+def listed_files(files: Iterable[RepoSibling]) -> dict[str, HubFile]:
+    """Those at the root, and in the folders there, by name. `TypeError` if the Hub did not tell a size."""
+    return {file.rfilename: _listed(file) for file in files if _is_seen(file.rfilename)}
+
+
+def cached_files(snapshot: LocalFolder) -> dict[str, HubFile]:
+    """The same of a commit that the Hub's cache holds, in part or whole."""
+    names = set(snapshot.names())
+    for entry in os.scandir(snapshot.path):
+        if entry.is_dir(follow_symlinks=False):
+            names |= snapshot.names_in(entry.name)
+    paths = {name: snapshot.path / name for name in sorted(names)}
+    return {name: HubFile(path.stat().st_size, digest_in_cache(path)) for name, path in paths.items()}
+
+
+def _is_seen(name: str) -> bool:
+    parts = name.split("/")
+    is_plain = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+    return len(parts) <= 2 and is_plain and name.isprintable()
+
+
+def _listed(file: RepoSibling) -> HubFile:
+    if type(file.size) is not int or file.size < 0:
+        raise TypeError("size")
+    lfs = file.lfs
+    return HubFile(file.size, prefixed(lfs.sha256 if lfs is not None else file.blob_id))
