@@ -47,17 +47,19 @@ WITHOUT_A_ROOM = {
     "compare": LOOP,
     "verification": LOOP,
     "health": LOOP,
+    "page": LOOP,
     "public": "cli",
     "": "cli",
     "__main__": "cli",
 }
 
-COMMANDS = ("config", "convert", "verify", "batch", "doctor", "completion")
+COMMANDS = ("config", "convert", "verify", "batch", "report", "doctor", "completion")
 ONLY_IN = {
     "transformers": {"model.meta_model"},
     "bitsandbytes": {"quantize.bnb"},
     "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login"},
     "numba": {"quantize.jit"},
+    "jinja2": {"page"},
     "packaging": {"health"},
     "platformdirs": {"read.cache"},
     "click": {f"cli.{name}" for name in ("main", "options", "values", *COMMANDS)},

@@ -15,7 +15,7 @@ from converter.cli.values import Place
 
 OF_THIS_RUN = {"config", "print_config", "dry_run", "as_json", "progress", "quiet", "verbose", "version", "help"}
 """Parameters that are no part of a conversion."""
-PLACES = {"base", "adapters", "out", "card", "against"}
+PLACES = {"base", "adapters", "out", "card", "against", "report"}
 """Parameters with paths: relative to the folder of the file."""
 
 
@@ -115,7 +115,7 @@ def _placed(folder: Path, text: str, name: str | None = "adapters") -> str:
     from converter.batch.job_file import referred
     from converter.batch.jobs import split_name
 
-    if name in ("out", "card", "against"):
+    if name in ("out", "card", "against", "report"):
         return str(folder / Path(text).expanduser())
     called, text = split_name(text) if name == "adapters" else (None, text)
     there = str(folder / text) if names_several(text, folder) else referred(text, folder)

@@ -36,6 +36,7 @@ from converter.cli.options import (
     with_resume,
     with_strict,
 )
+from converter.cli.report import write_report
 from converter.cli.values import Place
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Commands(cloup.Group):
         metavar="FILE",
         help="Your own text for the model card: Markdown, without metadata.",
     ),
+    cloup.option("--report", type=Place("file"), metavar="FILE", help="Write a report of the output: one HTML file."),
     *LINKS,
 )
 @cloup.option_group("Quality", *QUALITY, *GATES)
@@ -135,13 +137,18 @@ def cli(context: click.Context, /, **options: Any) -> None:
         return
     del options["config"], options["print_config"]
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
+    report_file = options.pop("report")
     options["card"], options["gates"] = card_text(options["card"]), gates_from(options)
     if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not dry_run:
         raise click.UsageError("Give --out, or --dry-run.")
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
+    if report_file is not None and dry_run:
+        raise click.UsageError("--report needs an output, and --dry-run makes none.")
     if is_named(adapters) or of_batch["against"] is not None:
+        if report_file is not None:
+            raise click.UsageError("--report goes with one output; `convert report OUT` writes it for each.")
         jobs = jobs_from(adapters, options)
         run_batch(context.obj, jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
         return
@@ -161,6 +168,8 @@ def cli(context: click.Context, /, **options: Any) -> None:
     keep_small()
     with display(printing.progress) as shown:
         report = convert(**what, **options, progress=shown.progress, stop=context.obj)
+    if report_file is not None:
+        write_report(report.out, Path(report_file).expanduser(), options["gates"])
     if printing.as_json:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:

@@ -1,0 +1,68 @@
+"""`convert report OUT`: one HTML file about a finished output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import cloup
+
+from converter.cli.options import GATES, gates_from, with_help
+from converter.cli.values import Place
+
+EXAMPLES = """\b
+Examples:
+  convert report OUT
+  convert report OUT --out report.html
+  convert report OUT --min-survival 0.9
+"""
+
+
+@cloup.command(short_help="Write one HTML file about a finished output.", epilog=EXAMPLES)
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@cloup.option_group(
+    "Output",
+    cloup.option(
+        *("--out", "-o", "--output", "file"),
+        type=Place("file"),
+        metavar="FILE",
+        help="File to write.  [default: OUT-report.html, beside OUT]",
+    ),
+)
+@cloup.option_group("Quality", *GATES, help="What the report holds the figures against.")
+@cloup.option_group("Behaviour", with_help)
+def report(folder: Path, file: str | None, **options: Any) -> None:
+    """Write a report: verdict, gates, inputs, sizes, error and survival by layer and module, the worst tensors.
+
+    The file needs nothing else: no script, no font, no network.
+    """
+    from converter.cli.printing import print_text
+    from converter.cli.show.words import text_of
+
+    target = Path(file).expanduser() if file is not None else beside(folder)
+    write_report(folder, target, gates_from(options))
+    print_text(text_of([f"{target}: open it in a browser"]))
+
+
+def beside(out: Path) -> Path:
+    """Where the report of an output lies: not in it, whose files a receipt lists."""
+    whole = out.expanduser().resolve()
+    return whole.with_name(f"{whole.name}-report.html")
+
+
+def write_report(out: Path, file: Path, gates: Any) -> None:
+    """Write the report of a finished output. `ConversionRefused` if it has no receipt, `WriteFailed`."""
+    from converter.errors import ConversionRefused
+    from converter.page import page
+    from converter.read.folder import LocalFolder
+    from converter.seal.receipt import RECEIPT, read_receipt
+    from converter.write.durable import writing
+
+    folder = LocalFolder(out.expanduser()).path
+    receipt = read_receipt(folder)
+    if receipt is None:
+        raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
+    text = page(receipt, folder.resolve().name, gates)
+    with writing(file, len(text)):
+        file.write_text(text, "utf-8")
