@@ -74,7 +74,7 @@ def compare_with(
             sources.adapter,
             sources.base_revision,
             sources.adapter_revision,
-            offline=options.offline,
+            **options.of_inputs(),
         ) as inputs:
             plan = make_plan(inputs.base, inputs.adapter, recipe, **options.of_plan())
             problems = _another_adapter(plan, given)

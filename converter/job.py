@@ -50,6 +50,12 @@ class RunOptions:
     """Copy the Python files that the base names; they are never run."""
     resume: bool = True
     """Resume an interrupted run of the same job."""
+    allow_pickle: bool = False
+    """Read pickled weights of an adapter, as weights only: no code that they name is run."""
+
+    def of_inputs(self) -> dict[str, Any]:
+        """Those that opening base and adapter depends on."""
+        return {"offline": self.offline, "allow_pickle": self.allow_pickle}
 
     def of_plan(self) -> dict[str, Any]:
         """Those that a plan depends on."""

@@ -72,6 +72,7 @@ def convert(
     offline: bool = False,
     trust_remote_code: bool = False,
     resume: bool = True,
+    allow_pickle: bool = False,
     card: str = "",
     gates: Gates = Gates(),
     progress: Callable[[Progress], None] = lambda _: None,
@@ -82,13 +83,14 @@ def convert(
     `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
     `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
     earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
-    interrupted run of the same job. `stop` is asked before each tile, and while the sha256 of the base is checked; once
-    it gives the number of a signal, the conversion ends with `Interrupted`.
+    interrupted run of the same job. `allow_pickle`: read pickled weights of an adapter, as weights only. `stop` is
+    asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the
+    conversion ends with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
-    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle)
     return convert_job(job, options, Observer(progress, stop))
 
 
@@ -163,6 +165,7 @@ def plan_conversion(
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> DryRun:
     """What `convert` would do with the same arguments: its plan, and its refusals.
 
@@ -170,7 +173,7 @@ def plan_conversion(
     samples of reading and computing.
     """
     job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
-    options = RunOptions(resources, device, overwrite, offline, trust_remote_code)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
     return plan_job(job, options, with_out=out is not None)
 
 

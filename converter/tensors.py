@@ -46,6 +46,12 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def stored_dtype(value: Tensor) -> str | None:
+    """The name that safetensors has for a tensor's dtype; None if it has none."""
+    own = str(value.dtype).removeprefix("torch.")
+    return next((name for name, torch_name in _TORCH_NAMES.items() if torch_name == own), None)
+
+
 def torch_device(name: str) -> torch.device:
     """The device of this name; auto is an accelerator if there is one. `ConversionRefused` if it can't be used."""
     import torch

@@ -82,6 +82,7 @@ def verify(
     resources: Resources = Resources(),
     device: str = "auto",
     offline: bool = False,
+    allow_pickle: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Verification:
     """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
@@ -113,7 +114,10 @@ def verify(
             if base is not None or adapter is not None or compare:
                 recipe = _recipe_of(written, receipt, quantized)
                 given = Sources(base, adapter, base_revision, adapter_revision, origin)
-                options = RunOptions(resources, device, offline=offline, trust_remote_code=True)  # none of it is run
+                # None of the code is run.
+                options = RunOptions(
+                    resources, device, offline=offline, trust_remote_code=True, allow_pickle=allow_pickle
+                )
                 problems, figures = compare_with(written, recipe, given, options, sample, Observer(progress))
                 found.problems += problems
                 found.recomputed = len(figures)

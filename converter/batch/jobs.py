@@ -11,8 +11,9 @@ from pathlib import Path
 
 from converter.batch.adapters import adapters_of, names_several
 from converter.errors import BadRecipe, ConverterError
-from converter.job import Job, Reference
-from converter.plan.inputs import base_of_adapter, open_adapter
+from converter.job import Job, Reference, RunOptions
+from converter.plan.adapters import open_adapter
+from converter.plan.inputs import base_of_adapter
 from converter.read.folder import is_folder
 from converter.recipe import Recipe
 
@@ -88,7 +89,7 @@ def group_key(job: Job) -> tuple[str, str, str]:
 
 
 def grouped(
-    jobs: Sequence[Job], refuse: Callable[[int, ConverterError], None], *, offline: bool = False
+    jobs: Sequence[Job], refuse: Callable[[int, ConverterError], None], options: RunOptions = RunOptions()
 ) -> list[dict[int, Job]]:
     """Groups of jobs of one base and recipe, by their indices, each job with its base named.
 
@@ -101,18 +102,18 @@ def grouped(
     for index, job in enumerate(jobs):
         if index not in clashes:
             try:
-                named = with_base(job, offline=offline)
+                named = with_base(job, options)
                 groups.setdefault(group_key(named), {})[index] = named
             except ConverterError as exc:
                 refuse(index, exc)
     return list(groups.values())
 
 
-def with_base(job: Job, *, offline: bool = False) -> Job:
+def with_base(job: Job, options: RunOptions = RunOptions()) -> Job:
     """The job with the base that its adapter names, if it names none itself."""
     if job.base is not None or job.adapter is None:
         return job
-    adapter = open_adapter(job.adapter, job.adapter_revision, offline=offline).adapter
+    adapter = open_adapter(job.adapter, job.adapter_revision, **options.of_inputs()).adapter
     adapter.folder.close()
     base, revision = base_of_adapter(adapter, job.base_revision)
     return replace(job, base=base, base_revision=revision)

@@ -96,7 +96,7 @@ def plan_groups(jobs: Sequence[Job], run: BatchRun) -> list[JobGroup]:
     outcomes, options = run.outcomes, run.options
     groups = []
     done = len(outcomes)
-    for some in grouped(jobs, outcomes.refuse, offline=options.offline):
+    for some in grouped(jobs, outcomes.refuse, options):
         try:
             group = _open_group(next(iter(some.values())), run)
         except ConverterError as exc:
@@ -123,7 +123,7 @@ def _open_group(job: Job, run: BatchRun) -> JobGroup:
 
 
 def _planned(job: Job, base: Base, options: BatchOptions) -> PlannedJob:
-    inputs = Inputs(None, job.adapter, adapter_revision=job.adapter_revision, offline=options.offline, opened=base)
+    inputs = Inputs.of(job, options, base)
     try:
         return PlannedJob(job, inputs, options)
     except BaseException:

@@ -25,6 +25,7 @@ from converter.cli.options import (
     with_help,
     with_offline,
     with_overwrite,
+    with_pickle,
     with_resume,
     with_strict,
 )
@@ -56,6 +57,7 @@ A line of a job file:
     ),
     with_offline,
     with_foreign_files,
+    with_pickle,
 )
 @cloup.option_group("Output", with_overwrite, *LINKS)
 @cloup.option_group("Quality, of jobs that state none", *GATES)

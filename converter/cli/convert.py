@@ -33,6 +33,7 @@ from converter.cli.options import (
     with_help,
     with_offline,
     with_overwrite,
+    with_pickle,
     with_resume,
     with_strict,
 )
@@ -91,6 +92,7 @@ class Commands(cloup.Group):
     *REVISIONS.values(),
     with_offline,
     with_foreign_files,
+    with_pickle,
 )
 @cloup.option_group(
     "Output",

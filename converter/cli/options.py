@@ -36,6 +36,7 @@ with_overwrite = flag("--overwrite", text="Replace an earlier conversion, once t
 with_resume = cloup.option("--resume/--no-resume", default=True, show_default="on", help="Resume an interrupted run.")
 with_strict = flag("--strict", text="With several adapters: convert none if one is refused.")
 with_foreign_files = flag("--trust-remote-code", text="Copy the Python files that the base names; never run them.")
+with_pickle = flag("--allow-pickle", text="Read pickled weights of an adapter, as weights only; never run them.")
 with_help = click.help_option("-h", "--help", help="Print this help.")
 
 REVISIONS: dict[str, Decorator] = {
@@ -204,7 +205,8 @@ def run_options_from(options: dict[str, Any]) -> RunOptions:
     from converter.job import RunOptions
 
     resources = _resources(**take(options, "memory", "threads", "journal_seconds"))
-    return RunOptions(resources, **take(options, "device", "overwrite", "offline", "trust_remote_code", "resume"))
+    of_run = take(options, "device", "overwrite", "offline", "trust_remote_code", "resume", "allow_pickle")
+    return RunOptions(resources, **of_run)
 
 
 def _resources(**given: Any) -> Resources:

@@ -19,6 +19,7 @@ from converter.cli.options import (
     with_device,
     with_help,
     with_offline,
+    with_pickle,
 )
 from converter.cli.values import Place, Share
 
@@ -45,6 +46,7 @@ Exit code:
     cloup.option("--adapter", **REFERENCE, help="The adapter that is merged in."),
     *REVISIONS.values(),
     with_offline,
+    with_pickle,
 )
 @cloup.option_group(
     "Behaviour",

@@ -18,10 +18,13 @@ from converter.read.folder import is_folder
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+TRAINED_BESIDE = "non_lora_trainables.bin"
+"""LLaVA's whole tensors that were trained with a LoRA, named as PEFT names them."""
 
 _WITHOUT_EFFECT = (
     WEIGHTS,
     PICKLED,
+    "adapter_model.pt",  # torchtune's, of which it writes PEFT's files, too
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*", "trainer_state*"),
 )
 """Files beside an adapter with the endings of weights, which hold none that was trained: a Trainer's checkpoint."""
@@ -87,17 +90,23 @@ def inner_folders(path: Path | None) -> list[str]:
     return [f"{name}/{CONFIG}" if (path / name / CONFIG).is_file() else name for name in folders]
 
 
-def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str) -> None:
+def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str, *, allow_pickle: bool = False) -> None:
     """Refuse a folder that lacks PEFT's two files, as what it is.
 
     `names` are those of its files; `inner` those of the folders in it, with `/adapter_config.json` where they have one.
+    With `allow_pickle` its weights may be pickled.
     """
     files, folders = set(names), sorted(inner)
+    if allow_pickle and PICKLED in files:
+        files.add(WEIGHTS)
     if CONFIG in files and WEIGHTS in files:
         return
     what = _what_it_is(files, folders, label)
     if what is None and CONFIG in files and PICKLED in files:
-        what = f'only pickled weights ({PICKLED}); convert them with `python -c "{_TO_SAFETENSORS}"`'
+        what = (
+            f"only pickled weights ({PICKLED}); give `allow_pickle` to read them without running any code, or "
+            f'convert them with `python -c "{_TO_SAFETENSORS}"`'
+        )
     missing = CONFIG if CONFIG not in files else WEIGHTS
     raise BadAdapter(f"{label}: no {missing}" if what is None else f"{label}: {what}")
 
@@ -133,6 +142,8 @@ def whole_model_beside(names: Iterable[str]) -> str | None:
 
 
 def _step(name: str) -> str:
+    if name == TRAINED_BESIDE:
+        return "give `allow_pickle` to take them, or move it elsewhere to convert without them"
     if re.match(r"(value|v|reward)_?head\.", name):
         return "a value head is not part of any merged model; move it elsewhere to convert without it"
     return "put its tensors into the adapter's file, with modules_to_save, or move it elsewhere to convert without it"

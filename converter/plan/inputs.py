@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from converter.errors import (
     BadAdapter,
-    BadCheckpoint,
     ConversionRefused,
     ConverterError,
-    HubFailed,
-    HubRefused,
     InputChanged,
 )
 from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
-from converter.merge.files import inner_folders, refuse_other_formats, refuse_weights_beside
+from converter.plan.adapters import OpenedAdapter, open_adapter, open_folder
 from converter.read.checkpoint import CONFIG, Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
-from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.side_files import wanted_from_base
 
 Show = Callable[[str, int, int, str], None]
@@ -37,7 +32,7 @@ class Base:
     """An opened base. On the Hub, config, index and headers are read by range; `fetch` downloads the shards."""
 
     def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
-        self._opened = _open(reference, revision, offline=offline)
+        self._opened = open_folder(reference, revision, offline=offline)
         self.checkpoint = Checkpoint(self._opened)
         self.commit = self._opened.commit
         self.id = self._opened.repo_id
@@ -97,6 +92,7 @@ class Inputs:
         adapter_revision: str | None = None,
         *,
         offline: bool = False,
+        allow_pickle: bool = False,
         opened: Base | None = None,
     ) -> None:
         if base is None and adapter is None and opened is None:
@@ -104,7 +100,7 @@ class Inputs:
         self._adapter: OpenedAdapter | None = None
         if adapter is not None:
             try:
-                self._adapter = open_adapter(adapter, adapter_revision, offline=offline)
+                self._adapter = open_adapter(adapter, adapter_revision, offline=offline, allow_pickle=allow_pickle)
             except BadAdapter:
                 if base is not None and _are_swapped(base, adapter, offline=offline):
                     raise BadAdapter(f"{adapter} is a model and {base} an adapter: swap `base` and `adapter`") from None
@@ -118,9 +114,10 @@ class Inputs:
         self.opened = opened
 
     @classmethod
-    def of(cls, job: Job, options: RunOptions) -> Self:
-        """Those of a job."""
-        return cls(job.base, job.adapter, job.base_revision, job.adapter_revision, offline=options.offline)
+    def of(cls, job: Job, options: RunOptions, opened: Base | None = None) -> Self:
+        """Those of a job; `opened` is its base, if that is open."""
+        base = job.base if opened is None else None
+        return cls(base, job.adapter, job.base_revision, job.adapter_revision, **options.of_inputs(), opened=opened)
 
     @property
     def base(self) -> Checkpoint:
@@ -212,42 +209,10 @@ class Inputs:
         self.close()
 
 
-class OpenedAdapter(NamedTuple):
-    """An adapter; of one on the Hub, its commit and its id there."""
-
-    adapter: Adapter
-    commit: str | None
-    id: str | None
-    checked: dict[str, str]
-    """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
-
-
-def open_adapter(reference: Reference, revision: str | None = None, *, offline: bool = False) -> OpenedAdapter:
-    """Open an adapter, downloaded if it is on the Hub. `BadAdapter` if its sha256 is not the known one.
-
-    That costs little, for planning reads its values, too.
-    """
-    opened = _open(reference, revision, offline=offline)
-    refuse_other_formats(opened.names(), inner_folders(opened.path), opened.label)
-    refuse_weights_beside(opened.names(), opened.label)
-    wanted = [name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if name in opened.names()]
-    digest = opened.digest(ADAPTER_WEIGHTS) if ADAPTER_WEIGHTS in wanted else None
-    folder = opened.fetch([*wanted, *wanted_from_base(opened)])
-    adapter = Adapter(folder)
-    try:
-        known = stated(folder, [ADAPTER_WEIGHTS], {} if digest is None else {ADAPTER_WEIGHTS: digest})
-        with Hashing() as hashing:
-            hashing.check(folder, known)
-    except BadCheckpoint as exc:
-        folder.close()
-        raise BadAdapter(str(exc)) from exc
-    return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
-
-
 def _are_swapped(base: Reference, adapter: Reference, *, offline: bool) -> bool:
     try:
-        has_model = CONFIG in _open(adapter, None, offline=offline).names()
-        return has_model and ADAPTER_CONFIG in _open(base, None, offline=offline).names()
+        has_model = CONFIG in open_folder(adapter, None, offline=offline).names()
+        return has_model and ADAPTER_CONFIG in open_folder(base, None, offline=offline).names()
     except ConverterError:
         return False
 
@@ -269,16 +234,3 @@ def open_base_of_adapter(adapter: Adapter, revision: str | None = None, *, offli
         raise type(exc)(
             f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give `base`"
         ) from exc
-
-
-def _open(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
-    text = os.fspath(reference)
-    if isinstance(reference, str) and is_hub_id(text):
-        try:
-            return HubFolder(text, revision, offline=offline)
-        except (HubRefused, HubFailed) as exc:
-            raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
-    try:
-        return LocalFolder(Path(text).expanduser())
-    except RuntimeError as exc:  # a home folder of nobody
-        raise ConversionRefused(f"{text}: {exc}") from exc

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from converter.batch.jobs import are_named, clashing, grouped, named_jobs, slice_of
 from converter.errors import BadRecipe
-from converter.job import Job
+from converter.job import Job, RunOptions
 from converter.recipe import Recipe
 from tests.limits import cpu_below
 
@@ -92,7 +92,7 @@ def test_a_path_with_an_equals_sign_that_exists_is_a_path(tmp_path: Path, monkey
 
 def test_a_name_too_long_for_a_folder_is_an_id_or_nothing() -> None:
     refused: dict[int, Exception] = {}
-    assert grouped([Job(Path("z"), "a" * 300)], refused.__setitem__, offline=True) == []
+    assert grouped([Job(Path("z"), "a" * 300)], refused.__setitem__, RunOptions(offline=True)) == []
     assert "no such folder" in str(refused[0])
 
 

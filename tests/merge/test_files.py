@@ -35,7 +35,10 @@ FORMATS = {
     "llama.cpp": (["lora-f16.gguf"], "an adapter for llama.cpp; give the one of PEFT that it was made from"),
     "several files": ([CONFIG, f"{WEIGHTS}.index.json"], "an adapter in several files, which PEFT never writes; join"),
     "a whole model": (["config.json", "model.safetensors"], "a whole model, no adapter; give it as `base`"),
-    "pickled": ([CONFIG, PICKLED], 'only pickled weights (adapter_model.bin); convert them with `python -c "from'),
+    "pickled": (
+        [CONFIG, PICKLED],
+        "only pickled weights (adapter_model.bin); give `allow_pickle` to read them without",
+    ),
     "nothing": (["README.md"], f"no {CONFIG}"),
     "no weights": ([CONFIG, "training_args.bin"], f"no {WEIGHTS}"),
     "no config": ([WEIGHTS], f"no {CONFIG}"),
@@ -64,7 +67,7 @@ A_VALUE_HEAD = "a value head is not part of any merged model; move it elsewhere 
 TRAINED_BESIDE = {
     "value_head.safetensors": A_VALUE_HEAD,
     "v_head.bin": A_VALUE_HEAD,
-    "non_lora_trainables.bin": INTO_THE_FILE,
+    "non_lora_trainables.bin": "give `allow_pickle` to take them, or move it elsewhere to convert without them",
     "non_lora_state_dict.bin": INTO_THE_FILE,
     "vit.safetensors": INTO_THE_FILE,
     "new_embeddings.safetensors": INTO_THE_FILE,
@@ -87,7 +90,8 @@ def test_weights_beside_an_adapter_are_never_left_out_in_silence(name: str, step
 
 TRAINERS_FILES = """
     optimizer.pt optimizer.bin scheduler.pt scaler.pt rng_state_0.pth rng_state.pth random_states_0.pkl
-    training_args.bin trainer_state.json adapter_model.bin sentencepiece.bpe.model tokenizer.model README.md
+    training_args.bin trainer_state.json adapter_model.bin adapter_model.pt
+    sentencepiece.bpe.model tokenizer.model README.md
 """
 
 

@@ -180,7 +180,7 @@ def _groups(jobs: list[Job], options: BatchOptions, outcomes: Outcomes) -> list[
     Their bases get named in `jobs`. Those that are refused have their outcome then.
     """
     groups = []
-    for named in grouped(jobs, outcomes.refuse, offline=options.offline):
+    for named in grouped(jobs, outcomes.refuse, options):
         indices = list(named)
         for index in indices:
             jobs[index] = named[index]

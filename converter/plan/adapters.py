@@ -1,0 +1,84 @@
+"""An adapter as the user named it, opened: a local folder, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused
+from converter.job import Reference
+from converter.merge.adapter import Adapter
+from converter.merge.files import (
+    CONFIG,
+    PICKLED,
+    TRAINED_BESIDE,
+    WEIGHTS,
+    inner_folders,
+    refuse_other_formats,
+    refuse_weights_beside,
+)
+from converter.merge.pickled import unpickled
+from converter.read.checksums import Hashing, Stated, stated
+from converter.read.folder import Folder, LocalFolder
+from converter.read.hub.folder import HubFolder, is_hub_id
+from converter.read.side_files import wanted_from_base
+
+
+class OpenedAdapter(NamedTuple):
+    """An adapter; of one on the Hub, its commit and its id there."""
+
+    adapter: Adapter
+    commit: str | None
+    id: str | None
+    checked: dict[str, str]
+    """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
+
+
+def open_adapter(
+    reference: Reference, revision: str | None = None, *, offline: bool = False, allow_pickle: bool = False
+) -> OpenedAdapter:
+    """Open an adapter, downloaded if it is on the Hub. `BadAdapter` if its sha256 is not the known one.
+
+    That costs little, for planning reads its values, too. With `allow_pickle` its weights may be pickled: they are
+    read as weights only.
+    """
+    opened = open_folder(reference, revision, offline=offline)
+    names = opened.names()
+    refuse_other_formats(names, inner_folders(opened.path), opened.label, allow_pickle=allow_pickle)
+    refuse_weights_beside(names, opened.label, taken=[TRAINED_BESIDE] if allow_pickle else [])
+    weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
+    weights += [name for name in [TRAINED_BESIDE] if allow_pickle and name in names]
+    folder = opened.fetch([*(name for name in [CONFIG] if name in names), *weights, *wanted_from_base(opened)])
+    try:
+        known = _checked(folder, {name: opened.digest(name) for name in weights})
+        adapter = Adapter(unpickled(folder) if allow_pickle else folder)
+    except BaseException:
+        folder.close()
+        raise
+    return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
+
+
+def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, Stated]:
+    """What is known of the sha256 of some files; `BadAdapter` names one that has another. `digests`: the Hub's."""
+    try:
+        known = stated(folder, digests, {name: digest for name, digest in digests.items() if digest is not None})
+        with Hashing() as hashing:
+            hashing.check(folder, known)
+    except BadCheckpoint as exc:
+        raise BadAdapter(str(exc)) from exc
+    return known
+
+
+def open_folder(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
+    """A folder of this machine, or a repository on the Hub. Raises a `ConversionRefused` if there is none."""
+    text = os.fspath(reference)
+    if isinstance(reference, str) and is_hub_id(text):
+        try:
+            return HubFolder(text, revision, offline=offline)
+        except (HubRefused, HubFailed) as exc:
+            raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
+    try:
+        return LocalFolder(Path(text).expanduser())
+    except RuntimeError as exc:  # a home folder of nobody
+        raise ConversionRefused(f"{text}: {exc}") from exc
