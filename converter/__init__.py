@@ -11,8 +11,14 @@ if TYPE_CHECKING:
     from converter.public import *  # noqa: F403  (its `__all__` is the list)
     from converter.public import __all__ as __all__
 
+    __version__: str
+
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("nf4-converter")
     import converter.public as public
 
     if name == "__all__" or name in public.__all__:
@@ -23,4 +29,4 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     import converter.public as public
 
-    return [*globals(), *public.__all__]
+    return [*globals(), "__version__", *public.__all__]

@@ -80,10 +80,10 @@ class Gates:
     def hold(self, figures: Mapping[str, Figures], where: str) -> None:
         """`GateFailed` unless every tensor of the output at `where` reaches every gate."""
         if misses := self.misses(figures):
-            raise GateFailed(f"{where}: {summary_of(misses)}")
+            raise GateFailed(f"{where}: {in_words(misses)}")
 
 
-def summary_of(misses: list[Miss]) -> str:
+def in_words(misses: list[Miss]) -> str:
     """The worst one, and how many there are."""
     rest = "" if len(misses) == 1 else f", the worst of {len(misses)} that miss a gate"
     return f"{misses[0]}{rest}"

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from converter.errors import BadCheckpoint
-from converter.gates import Gates, summary_of
+from converter.gates import Gates, in_words
 from converter.quantize.measure import Fidelity, figures_of
 from converter.seal.receipt import RECEIPT, fidelity_of
 
@@ -52,7 +52,7 @@ def _head(receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
     figures = fidelity_of(receipt)
     made, misses = _Figures(receipt, figures), gates.misses(figures)
     if misses:
-        verdict = f"a gate is missed: {summary_of(misses)}"
+        verdict = f"a gate is missed: {in_words(misses)}"
     else:
         verdict = "complete" + (", and every gate is reached" if gates else "; no gate was asked for")
     rows = [("architecture", receipt["architecture"]), ("format", receipt["recipe"]["quant_type"])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +18,9 @@ from typing import Any
 import xxhash
 
 from converter.errors import ConverterError, GateFailed, Interrupted
-from converter.gates import Gates, report_of, summary_of
+from converter.gates import in_words, report_of
 from converter.job import Job, Reference, RunOptions
-from converter.observer import Observer, Progress
+from converter.observer import Observer
 from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
 from converter.plan.inputs import Inputs
@@ -34,7 +34,7 @@ from converter.resources import Resources
 from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination, already_made
 from converter.seal.production import Made, Production, Target
-from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of
+from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of, read_receipt, summary_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
@@ -42,7 +42,7 @@ from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read
 from converter.write.journal import job_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a conversion did."""
 
@@ -57,45 +57,31 @@ class Report:
     """base or adapter → weights file → who stated the sha256 that it has: `checksums.HUB`, `CACHE`, `DOWNLOAD` or
     `SUMS`. Files without a known sha256 are absent."""
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts of tensors, mean and worst error and survival: as at the head of the receipt, without bytes."""
+        return summary_of(self.plan, self.fidelity)
 
-def convert(
-    base: Reference | None,
-    adapter: Reference | None,
-    out: Reference,
-    recipe: Recipe = Recipe(),
-    resources: Resources = Resources(),
-    *,
-    base_revision: str | None = None,
-    adapter_revision: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    resume: bool = True,
-    allow_pickle: bool = False,
-    card: str = "",
-    gates: Gates = Gates(),
-    progress: Callable[[Progress], None] = lambda _: None,
-    stop: Callable[[], int | None] = lambda: None,
-) -> Report:
-    """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`.
+    def __repr__(self) -> str:
+        if self.nothing_to_do:
+            return f"Report({str(self.out)!r}: nothing to do)"
+        found = self.summary
+        parts = [f"{count} {what}" for what, count in found["tensors"].items() if count]
+        for key, said in (("relative_error", "error"), ("survival", "survival")):
+            if found[key] is not None:
+                parts.append(f"{said} {found[key]['mean']:.4f}")
+        return f"Report({str(self.out)!r}: {', '.join(parts)})"
 
-    `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
-    `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
-    earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
-    interrupted run of the same job. `allow_pickle`: read pickled weights of an adapter, as weights only. `stop` is
-    asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the
-    conversion ends with `Interrupted`.
+    def _repr_html_(self) -> str | None:
+        """For notebooks: the head of the report of what lies at `out`."""
+        from converter.page import head
 
-    Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
-    """
-    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
-    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle)
-    return convert_job(job, options, Observer(progress, stop))
+        receipt = read_receipt(self.out)
+        return None if receipt is None else head(receipt)
 
 
 def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer = Observer()) -> Report:
-    """`convert`, from values."""
+    """Merge an adapter into a base and write the result: `converter.convert`, from values."""
     with Inputs.of(job, options) as inputs:
         if inputs.adapter is None:
             job.gates.refuse_without_adapter()
@@ -136,7 +122,7 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     if misses := job.gates.misses(fidelity):
         found = json.dumps(report_of(job.gates, misses), indent=2, sort_keys=True)
         output.staging.put(GATES, f"{found}\n".encode())
-        raise GateFailed(f"{job.out}: {summary_of(misses)}; {output.staging.folder / GATES} lists them")
+        raise GateFailed(f"{job.out}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
     adapter = inputs.adapter.folder if inputs.adapter else None
     cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
     side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}

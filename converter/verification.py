@@ -41,7 +41,7 @@ from converter.tensors import all_finite
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """What was checked, and what is wrong."""
 
@@ -62,6 +62,11 @@ class Verification:
     """The adapter, as the receipt names it."""
     missed: list[str] = field(default_factory=list)
     """Tensors that don't reach a gate, one line each, the worst first."""
+
+    def __repr__(self) -> str:
+        wrong = [*self.problems, *self.missed]
+        verdict = f"{len(wrong)} problems, the first: {wrong[0]}" if wrong else "good"
+        return f"Verification({self.files} files, {self.tensors} tensors, {self.recomputed} made again: {verdict})"
 
     @property
     def is_good(self) -> bool:

@@ -48,6 +48,7 @@ WITHOUT_A_ROOM = {
     "verification": LOOP,
     "health": LOOP,
     "page": LOOP,
+    "api": "cli",
     "public": "cli",
     "": "cli",
     "__main__": "cli",

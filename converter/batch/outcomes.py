@@ -13,7 +13,7 @@ from converter.quantize.measure import Fidelity
 Status = Literal["made", "nothing to do", "planned", "refused", "failed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     """The outcome of one job."""
 
@@ -37,6 +37,9 @@ class Outcome:
     """Refused because another process is writing it."""
     is_below_gate: bool = False
     """Failed because a figure of it does not reach its gate."""
+
+    def __repr__(self) -> str:
+        return f"Outcome({self.job.label!r}: {self.status}{self.message and f': {self.message}'})"
 
     @property
     def is_good(self) -> bool:

@@ -160,12 +160,12 @@ def cli(context: click.Context, /, **options: Any) -> None:
         print_plan(printing, what | options)
         return
 
+    from converter.api import convert
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
     from converter.cli.show.summary import summary, summary_json
     from converter.cli.show.words import json_text
-    from converter.pipeline import convert
 
     keep_small()
     with display(printing.progress) as shown:

@@ -144,7 +144,7 @@ class ShardPlan:
         return whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Everything that will happen."""
 
@@ -176,6 +176,13 @@ class Plan:
     def output_bytes(self) -> int:
         """Bytes of the shards; a few bytes too many for each quantized weight."""
         return sum(shard.layout.size for shard in self.shards)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {what}" for what, count in sorted(self.counts().items()) if count)
+        return (
+            f"Plan({self.class_name}, {self.recipe.quant_type}: {counts}; {len(self.shards)} shards of at most "
+            f"{self.output_bytes:,} bytes)"
+        )
 
     def counts(self) -> dict[str, int]:
         """Tensors by what happens to them: merged, quantized, kept, replaced."""

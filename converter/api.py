@@ -1,0 +1,78 @@
+"""What people call from Python, with keywords instead of values: `convert`, `summary`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from converter.errors import ConversionRefused
+from converter.gates import Gates
+from converter.job import Job, Reference, RunOptions
+from converter.observer import Observer, Progress
+from converter.pipeline import Report, convert_job
+from converter.read.folder import LocalFolder
+from converter.recipe import Recipe
+from converter.resources import Resources
+from converter.seal.receipt import RECEIPT, read_receipt
+
+
+def convert(
+    base: Reference | None,
+    adapter: Reference | None,
+    out: Reference,
+    recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
+    *,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    resume: bool = True,
+    allow_pickle: bool = False,
+    card: str = "",
+    gates: Gates = Gates(),
+    progress: Callable[[Progress], None] | bool = False,
+    stop: Callable[[], int | None] = lambda: None,
+) -> Report:
+    """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`.
+
+    `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
+    `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
+    earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
+    interrupted run of the same job. `allow_pickle`: read pickled weights of an adapter, as weights only. `progress`:
+    True shows a bar, in a terminal or a notebook, elsewhere a line every ten seconds; a function hears of each step.
+    `stop` is asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal,
+    the conversion ends with `Interrupted`.
+
+    Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
+    """
+    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle)
+    if progress is False:
+        return convert_job(job, options, Observer(stop=stop))
+    if progress is not True:
+        return convert_job(job, options, Observer(progress, stop))
+    from converter.cli.show.progress import display
+
+    with display("bar" if _in_a_notebook() else "auto") as shown:
+        return convert_job(job, options, Observer(shown.progress, stop))
+
+
+def summary(out: Reference) -> dict[str, Any]:
+    """The summary at the head of an output's receipt: counts of tensors, mean and worst error and survival, bytes.
+
+    `ConversionRefused` for an output that has no receipt with one.
+    """
+    receipt = read_receipt(LocalFolder(Path(out).expanduser()).path)
+    found = None if receipt is None else receipt.get("summary")
+    if not isinstance(found, dict):
+        raise ConversionRefused(f"{Path(out)}: no {RECEIPT} with a summary; convert it anew")
+    return found
+
+
+def _in_a_notebook() -> bool:
+    return "ipykernel" in sys.modules
