@@ -37,6 +37,8 @@ def settings_of(source: Source) -> Settings | None:
 def settled(recipe: Recipe, sources: Sources) -> Recipe:
     """The recipe with what depends on the base decided: format, rounding and dtype."""
     own = {settings_of(source) for source in sources.stored}
+    # Where the output's code points are others than the base's, rounding to the nearest one loses no adapter.
+    on_code_points = bool(own - {None})
     if recipe.quant_type == "auto" and len(own) == 1 and (settings := own.pop()) is not None:
         quant_type, double_quant, block_size = settings
         # What is not the default was asked for, and may be what the base is not in.
@@ -44,7 +46,7 @@ def settled(recipe: Recipe, sources: Sources) -> Recipe:
             recipe = replace(recipe, quant_type=quant_type, double_quant=double_quant, block_size=block_size)
     recipe = recipe.resolved(_dtype_of(sources))
     if sources.stored and recipe.rounding == "auto":
-        kept = recipe.merge_precision == "float32" and recipe.quant_type in ROUNDED
+        kept = on_code_points and recipe.merge_precision == "float32" and recipe.quant_type in ROUNDED
         recipe = replace(recipe, rounding="adapter" if kept else "nearest")
     return recipe
 
@@ -64,7 +66,9 @@ def notes_on(sources: Sources, recipe: Recipe, *, touched: int) -> list[str]:
             )
         )
         notes.append(f"the base is {listed}, the output isn't: all its weights are quantized again")
-    elif own:
+    elif not own:
+        notes.append("all its weights are quantized again")
+    else:
         notes.append(f"{len(sources.stored) - touched} quantized weights of the base are copied as they are")
     return notes
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import BadCheckpoint
 from converter.read.stored.bnb_4bit import STATE, four_bit_weights
 from converter.read.stored.bnb_8bit import eight_bit_weights
+from converter.read.stored.compressed_tensors import compressed_weights
+from converter.read.stored.fp8 import fp8_weights
 from converter.read.stored.stored import Source, Stored
 
 if TYPE_CHECKING:
@@ -22,7 +24,11 @@ def _bitsandbytes(base: Checkpoint, _: Mapping[str, Any]) -> Mapping[str, Stored
     return {**four_bit_weights(base.tensors, base.folder), **eight_bit_weights(base.tensors, base.folder)}
 
 
-SCHEMES: dict[str, Opener] = {"bitsandbytes": _bitsandbytes}
+SCHEMES: dict[str, Opener] = {
+    "bitsandbytes": _bitsandbytes,
+    "fp8": fp8_weights,
+    "compressed-tensors": compressed_weights,
+}
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,13 @@ def _sorted(sources: Sequence[Source] | Any) -> dict[str, Source]:
 
 
 def _quantization(base: Checkpoint) -> Mapping[str, Any]:
-    """What the base's config says of quantization."""
+    """What the base's config says of quantization. Old versions of compressed-tensors called it otherwise."""
     text = base.config.get("text_config")
     for part in (base.config, text if isinstance(text, dict) else {}):
-        stated = part.get("quantization_config")
-        if isinstance(stated, dict) and stated:
-            return stated
+        for key in ("quantization_config", "compression_config"):
+            stated = part.get(key)
+            if isinstance(stated, dict) and stated:
+                return stated
     return {}
 
 

@@ -1,0 +1,166 @@
+"""Weights that are codes times a scale: FP8 and whole numbers of 8 or 4 bits.
+
+A scale is for the whole weight, a row, a group of a row, or a block of rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from converter.errors import BadCheckpoint
+from converter.read.stored.stored import LUT_BYTES, Parts, as_uint8, read_codes, read_whole
+from converter.tensors import torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from converter.read.folder import Folder
+    from converter.read.header import TensorHeader
+    from converter.threads import Buffers
+
+Codes = Literal["F8_E4M3", "I8", "packed 4", "packed 8"]
+"""What lies on disk. packed: whole numbers of so many bits plus half of what these can tell apart, packed into I32, the
+lowest bits first; a row begins with a word."""
+SCALES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class ScaledWeight(Parts):
+    """A weight of codes and scales.
+
+    Its parts: codes, scale, zero points if it has some, and what belongs to it but isn't needed to read it, such as the
+    scale of its module's inputs.
+    """
+
+    scheme: str
+    codes: Codes
+    extent: tuple[int, int]
+    """Rows and columns that share a scale."""
+    has_zeros: bool = False
+    block: int = 1
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[1].dtype
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of scales."""
+        return -(self.shape[0] // -self.extent[0]), -(self.columns // -self.extent[1])
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes == "packed 4" else 8
+
+    @property
+    def row_bytes(self) -> int:
+        """Of codes."""
+        return -(self.columns * self.bits // -32) * 4 if self.codes.startswith("packed") else self.columns
+
+    @property
+    def opened_bytes(self) -> int:
+        rows, columns = self.grid
+        return sum(part.nbytes for part in self.parts[1:]) + rows * columns * (8 if self.has_zeros else 4)
+
+    @property
+    def tile_bytes(self) -> float:
+        return self.bits / 8
+
+    def open(self, folder: Folder) -> OpenedScaled:
+        tensors = [read_whole(part, folder) for part in self.parts[1:]]
+        scales = tensors[0][0].float().reshape(self.grid)
+        if not bool(scales.isfinite().all()):
+            raise BadCheckpoint(f"{self.parts[1].name}: holds a NaN or an infinity")
+        zeros = self._zeros(tensors[1][0]) if self.has_zeros else None
+        return OpenedScaled(self, folder, scales, zeros, tuple(raw for _, raw in tensors))
+
+    def _zeros(self, packed: Tensor) -> Tensor:
+        """What a code of zero stands for: float32, of the shape of the scales. They are packed along the rows."""
+        import torch
+
+        unpacked = _whole_numbers(packed.T.contiguous().view(torch.uint8), self.bits)
+        return unpacked[:, : self.shape[0]].T.contiguous()
+
+
+@dataclass(frozen=True)
+class OpenedScaled:
+    """`scales` and `zeros` are float32, (rows, columns) of the grid."""
+
+    weight: ScaledWeight
+    folder: Folder
+    scales: Tensor
+    zeros: Tensor | None
+    raw: Sequence[memoryview]
+
+    def read(self, start: int, end: int, buffers: Buffers) -> memoryview:
+        row_bytes = self.weight.row_bytes
+        return read_codes(self.weight.parts[0], self.folder, (start * row_bytes, end * row_bytes), buffers)
+
+    def decode(self, start: int, end: int, raw: memoryview, buffers: Buffers) -> Tensor:
+        """(code − zero) · scale in float32, rounded once.
+
+        `compressed_tensors.quantization.lifecycle.forward.dequantize`, bit for bit: the difference is exact in the
+        dtype of each scale.
+        """
+        import torch
+
+        weight, columns = self.weight, self.weight.columns
+        codes = as_uint8(raw).view(end - start, weight.row_bytes)
+        decoded = buffers.take("decoded", torch_dtype(weight.dtype), end - start, columns)
+        step = max(1, LUT_BYTES // columns)
+        for first in range(start, end, step):
+            rows = torch.arange(first, min(first + step, end))
+            values = self._values(codes[first - start : first - start + len(rows)])
+            of_rows = rows.div_(weight.extent[0], rounding_mode="floor")
+            if self.zeros is not None:
+                self._spread(values, torch.Tensor.sub_, self.zeros[of_rows])
+            self._spread(values, torch.Tensor.mul_, self.scales[of_rows])
+            decoded[first - start : first - start + len(rows)].copy_(values)
+        return decoded
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """What codes stand for before they are scaled: float32 (rows, columns)."""
+        import torch
+
+        if self.weight.codes == "F8_E4M3":
+            return codes.view(torch.float8_e4m3fn).float()
+        if self.weight.codes == "I8":
+            return codes.view(torch.int8).float()
+        return _whole_numbers(codes, self.weight.bits)[:, : self.weight.columns].contiguous()
+
+    def _spread(self, values: Tensor, how: Callable[[Tensor, Tensor], Tensor], by: Tensor) -> None:
+        """Change values in place by what columns of an extent share."""
+        width = self.weight.extent[1]
+        whole = values.shape[1] // width
+        how(values[:, : whole * width].unflatten(1, (whole, width)), by[:, :whole, None])
+        if whole < by.shape[1]:
+            how(values[:, whole * width :], by[:, whole:])
+
+
+def _whole_numbers(packed: Tensor, bits: int) -> Tensor:
+    """Codes of bytes, (rows, bytes) → float32 (rows, codes)."""
+    import torch
+
+    if bits == 8:
+        return packed.float().sub_(128)
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
+    return halves.flatten(1).float().sub_(8)
+
+
+def shares_of(shape: tuple[int, ...], scale: TensorHeader, extents: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Which of some extents, in rows and columns, one value of `scale` has. `BadCheckpoint` if none fits.
+
+    Where one value is for the whole weight or a whole row, its shape may be said with fewer sizes.
+    """
+    rows, columns = shape
+    for high, wide in extents:
+        grid = (-(rows // -high), -(columns // -wide))
+        spelled = [grid, *([grid[:1]] if grid[1] == 1 else []), *([()] if grid == (1, 1) else [])]
+        if scale.shape in spelled and scale.dtype in SCALES:
+            return high, wide
+    raise BadCheckpoint(
+        f"{scale.name}: {scale.dtype} {list(scale.shape)}, expected one of {', '.join(SCALES)} for blocks of "
+        f"{' or '.join(f'{high} × {wide}' for high, wide in extents)} of a weight of {rows} × {columns}"
+    )
