@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.metadata import version
@@ -18,6 +19,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
 ROUNDED = ("nf4", "fp4", "int8")
 """Quant types whose codes may be chosen by more than the nearest value."""
+MOST_SCALE = 1000.0
 GROUP_SIZES = (32, 64, 128)
 """What servers' kernels for compressed-tensors' integers accept."""
 
@@ -68,6 +70,8 @@ class Recipe:
     rounding: RoundingRule = "auto"
     """nearest: to the nearest code. adapter: so that what the adapter does survives (nf4, fp4, int8). auto: adapter for
     a quantized base, else nearest."""
+    scale: float = 1.0
+    """What the adapter's change is multiplied by."""
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
@@ -94,6 +98,8 @@ class Recipe:
             raise BadRecipe(
                 f"`rounding` adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
             )
+        if not (math.isfinite(self.scale) and abs(self.scale) <= MOST_SCALE and self.scale):
+            raise BadRecipe(f"`scale` {self.scale:g}: expected a number that is not 0, at most {MOST_SCALE:g}")
         if self.keep and self.quant_type == "none":
             raise BadRecipe("`keep` has no meaning with `quant_type` none: nothing is quantized")
 
@@ -126,15 +132,17 @@ class Recipe:
             # Python compares numbers of any length, but prints none of thousands of digits.
             if type(stated.get(key, 0)) is not int or stated.get(key, 0) >= 2**63:
                 raise BadRecipe(f"{key} is not {what}")
+        if type(stated.get("scale", 1.0)) not in (int, float) or abs(stated.get("scale", 1.0)) >= 2**63:
+            raise BadRecipe("scale is not a number")
         try:
             return cls(**stated | {"keep": tuple(keep)})
         except RecursionError as exc:
             raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, without a group size if there is none, and without the rounding if the base isn't quantized."""
+        """JSON values, without those choices that came later and are not made."""
         stated = asdict(self) | {"keep": sorted(self.keep)}
-        unsaid = {"group_size": None, "rounding": "auto"}
+        unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

@@ -144,6 +144,14 @@ QUALITY: tuple[Decorator, ...] = (
         help="nearest: to the nearest code. adapter: so that the adapter survives (nf4, fp4, int8). auto: adapter for "
         "a quantized base, else nearest.",
     ),
+    cloup.option(
+        "--scale",
+        type=float,
+        metavar="X",
+        default=1.0,
+        show_default=True,
+        help="Multiply the adapter's change: 0.8 merges 80 % of it.",
+    ),
     cloup.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts."),
 )
 

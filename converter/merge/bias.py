@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from converter.merge.change import Change, MergedTile, Rounding, add
 
@@ -41,6 +41,9 @@ class LoraBias(Change):
 
     def as_json(self) -> dict[str, Any]:
         return {"lora_bias": {"module": self.module, "scaling": self.scaling}}
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, scaling=self.scaling * factor)
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> LoraBiasMerge:
         [bias] = self.read(folder, device)

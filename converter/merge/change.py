@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+from converter.errors import Unsupported
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ class Change(ABC):
     @abstractmethod
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> Merge | None:
         """Read its parts; None where there is nothing to merge. Raises what reading raises."""
+
+    def scaled(self, factor: float) -> Change:
+        """The same change, `factor` times as large. `Unsupported` for a kind that has no size of its own."""
+        raise Unsupported(f"{self.module}: {self.label}: `scale` has no meaning for this kind of adapter")
 
     def read(self, folder: Folder, device: torch.device) -> list[Tensor]:
         """Its parts in float32, on the device."""

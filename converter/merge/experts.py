@@ -5,8 +5,8 @@ All factors are stored together: A is (experts · rank, in), one expert below th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from converter.merge.change import Change, MergedTile, Rounding, add_rounded, read_stored
 
@@ -91,6 +91,9 @@ class StackedExperts(Change):
     def as_json(self) -> dict[str, Any]:
         return {"experts_lora": {"module": self.module} | self.factors.as_json()}
 
+    def scaled(self, factor: float) -> Self:
+        return replace(self, factors=replace(self.factors, scaling=self.factors.scaling * factor))
+
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> StackedMerge:
         a, b = self.read(folder, device)
         factors = self.factors
@@ -128,6 +131,9 @@ class OneExpert(Change):
     def as_json(self) -> dict[str, Any]:
         place = {"expert": self.expert, "first": self.first}
         return {"experts_lora": {"module": self.module} | self.factors.as_json() | place}
+
+    def scaled(self, factor: float) -> Self:
+        return replace(self, factors=replace(self.factors, scaling=self.factors.scaling * factor))
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> OneMerge:
         factors, stored = self.factors, [read_stored(part, folder) for part in self.parts]

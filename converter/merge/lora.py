@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from converter.merge.change import Change, Merge, MergedTile, Rounding, add
 
@@ -42,6 +42,10 @@ class Factors(Change):
 
     def settings(self) -> dict[str, Any]:
         return {"module": self.module, "rank": self.rank, "scaling": self.scaling}
+
+    def scaled(self, factor: float) -> Self:
+        """As PEFT's `set_scale` has it: the lengths that DoRA learned stay what they are."""
+        return replace(self, scaling=self.scaling * factor)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
 from converter.merge.adapter import Adapter
@@ -77,6 +77,21 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
     if factors and all(adapter.is_zero(factor) for factor in factors):
         found.notes.append("every lora_B of the adapter is zero: it was never trained, and changes nothing")
     return found
+
+
+def scaled(found: Match, adapter: Adapter, scale: float) -> Match:
+    """The same with all changes `scale` times as large. Raises `Unsupported` where one has no size of its own.
+
+    What takes the place of a tensor or of its rows stays as it is, and so do DoRA's lengths: PEFT's `set_scale`.
+    """
+    deltas = {name: change.scaled(scale) for name, change in found.deltas.items()}
+    kept = []
+    if found.replacements or any(isinstance(change, TokenRows) for change in deltas.values()):
+        kept.append("the tensors and rows that it replaces")
+    if adapter.options.variants.uses_dora:
+        kept.append("the lengths that DoRA learned")
+    notes = [f"`scale` {scale:g} multiplies the adapter's deltas, but not {' and '.join(kept)}"] if kept else []
+    return replace(found, deltas=deltas, notes=[*found.notes, *notes])
 
 
 def _refuse_left(adapter: Adapter, architecture: Architecture, names: Names) -> None:

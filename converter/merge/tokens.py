@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from converter.merge.change import Change, MergedTile, Rounding, transform
 
@@ -43,6 +43,10 @@ class TokenRows(Change):
 
     def as_json(self) -> dict[str, Any]:
         return {"token_rows": {"module": self.module, "tokens": list(self.tokens)}}
+
+    def scaled(self, factor: float) -> Self:
+        """As PEFT has it: rows take the place of others as they are."""
+        return self
 
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> TokenMerge:
         import torch

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from converter.errors import AdapterMismatch, BadCheckpoint, Unsupported
+from converter.errors import AdapterMismatch, BadCheckpoint, BadRecipe, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
 from converter.merge.experts import StackedExperts
-from converter.merge.match import Match, match
+from converter.merge.match import Match, match, scaled
 from converter.model.architecture import Architecture, Role, Shape
 from converter.model.ask import check_output, describe, dismiss, parameters
 from converter.plan.budget import cut_into_tiles
@@ -87,6 +87,10 @@ def make_plan(
         return parameters(base_config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
 
     found = match(adapter, architecture, plain_shapes, ask) if adapter is not None else Match()
+    if recipe.scale != 1.0:
+        if adapter is None:
+            raise BadRecipe("`scale` has no meaning without an `adapter`")
+        found = scaled(found, adapter, recipe.scale)
     tensors = [
         _plan_tensor(source, architecture.roles[name], recipe, found, same_format)
         for name, source in sources.by_name.items()
