@@ -31,8 +31,9 @@ fix: .venv/ready  ## let ruff mend what it can
 fixtures: .venv/ready  ## train the bundled model and adapter anew; about ten minutes
 	$(BIN)/python fixtures/make_tiny.py
 
-golden: .venv/ready  ## write the expected receipts anew; read the diff before you commit it
+golden: .venv/ready  ## write the expected receipts and screens anew; read the diff before you commit it
 	$(BIN)/python fixtures/make_golden.py
+	PYTHONPATH=. $(BIN)/python -m tests.cli.screens
 
 real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py

@@ -108,7 +108,7 @@ def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str,
             f'convert them with `python -c "{_TO_SAFETENSORS}"`'
         )
     missing = CONFIG if CONFIG not in files else WEIGHTS
-    raise BadAdapter(f"{label}: no {missing}" if what is None else f"{label}: {what}")
+    raise BadAdapter(f"{label}: {what or f'no {missing}; give the folder of an adapter that PEFT saved'}")
 
 
 def _what_it_is(files: set[str], folders: list[str], label: str) -> str | None:

@@ -36,6 +36,10 @@ class Terminal:
         """What is on the screen now, and above it."""
         return re.sub(r"[ \n]+\Z", "\n", self._tmux("capture-pane", "-p", "-S", "-"))
 
+    def lines(self) -> str:
+        """The same, with the lines in one piece that the terminal broke."""
+        return re.sub(r" *\n", "\n", self._tmux("capture-pane", "-p", "-J", "-S", "-")).rstrip("\n") + "\n"
+
     def type(self, *keys: str) -> None:
         self._tmux("send-keys", *keys)
 

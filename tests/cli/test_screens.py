@@ -1,0 +1,33 @@
+"""What people see is what the golden files have. After an intended change: `make golden`, and read the diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.screens import COMMANDS, WIDTHS, golden, made_before, prepared, screen
+
+
+@pytest.fixture(scope="module", params=WIDTHS, ids=str)
+def place(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int | None, Path, dict[str, str]]:
+    """Columns, the folder that the commands are run in, their environment."""
+    environment = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    folder = prepared(tmp_path_factory.mktemp("screens").resolve())
+    made_before(folder, environment)
+    return request.param, folder, environment
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_terminal_shows_what_it_showed_before(name: str, place: tuple[int | None, Path, dict[str, str]]) -> None:
+    columns, folder, environment = place
+
+    assert screen(name, columns, folder, environment) == golden(name, columns).read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("help") or name == "alone"])
+@pytest.mark.parametrize("columns", [80, 40])
+def test_help_that_people_see_is_not_broken_by_the_terminal(name: str, columns: int) -> None:
+    assert max(map(len, golden(name, columns).read_text().splitlines())) < columns
