@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.cli.terminal import Terminal
@@ -81,14 +81,15 @@ def golden(name: str, columns: int | None) -> Path:
     return GOLDEN / f"{name}-{columns or 'no-terminal'}.txt"
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
+    """Write the files of some commands, of all by default."""
     GOLDEN.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as cache:
         for columns in WIDTHS:
             with tempfile.TemporaryDirectory() as place:
                 folder = prepared(Path(place).resolve())
                 made_before(folder, {"XDG_CACHE_HOME": cache})
-                for name in COMMANDS:
+                for name in names or COMMANDS:
                     golden(name, columns).write_text(screen(name, columns, folder, {"XDG_CACHE_HOME": cache}))
 
 
@@ -105,4 +106,4 @@ def made_before(folder: Path, environment: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
