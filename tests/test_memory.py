@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converter import plan_conversion
+from converter import Recipe, convert, plan_conversion
 from tests.conftest import REPOSITORY
 from tests.folders import change_json
 from tests.models import save_adapter, save_base
@@ -155,6 +155,25 @@ def test_four_times_the_model_takes_the_same_memory_and_no_more_than_predicted(
 
     assert four.base > 3.5 * one.base
     assert four.written > one.written + 1.9 * TOLERANCE
+    assert four.peak <= one.peak + TOLERANCE
+    assert one.peak <= one.predicted
+    assert four.peak <= four.predicted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant_type", ["nf4", "int8", "fp8"])
+def test_four_times_a_quantized_base_takes_the_same_memory_and_no_more_than_predicted(
+    place: Path, models: dict[int, Model], tmp_path: Path, quant_type: str
+) -> None:
+    measured = []
+    for layers in (2, 8):
+        base = tmp_path / f"base{layers}"
+        convert(models[layers].base, None, base, Recipe(quant_type=quant_type))
+        model = Model(base, models[layers].adapter)
+        measured.append(measure(place, model, tmp_path / str(layers), {"threads": 2}, {"rounding": "adapter"}))
+
+    one, four = measured
+    assert four.written > 2.5 * one.written
     assert four.peak <= one.peak + TOLERANCE
     assert one.peak <= one.predicted
     assert four.peak <= four.predicted
