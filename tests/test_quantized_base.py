@@ -78,6 +78,18 @@ def test_the_adapter_survives_where_rounding_would_lose_it(kind: str, tmp_path: 
     assert max(survival(lost)) < 0.15
 
 
+def test_an_adapter_of_dora_survives_too(tmp_path: Path) -> None:
+    base, adapter = save_pair(tmp_path, "nf4", scale=0.001, use_dora=True)
+
+    kept = convert(base, adapter, tmp_path / "kept")
+    lost = convert(base, adapter, tmp_path / "lost", Recipe(rounding="nearest"))
+
+    for name, fidelity in kept.fidelity.items():
+        if fidelity.survival is not None:
+            assert fidelity.survival > 2 * (lost.fidelity[name].survival or 0.0), name
+            assert fidelity.survival > 0.5, name
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_transformers_loads_the_output(kind: str, tmp_path: Path) -> None:
     base, adapter = save_pair(tmp_path, kind)

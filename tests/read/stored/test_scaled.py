@@ -55,8 +55,11 @@ def rows(folder: Path, *bounds: int) -> torch.Tensor:
     return torch.cat(tiles)
 
 
-def scheme_of(**weights: Any) -> QuantizationScheme:
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+def scheme_of(*, with_inputs: bool = False, **weights: Any) -> QuantizationScheme:
+    inputs = QuantizationArgs(num_bits=8, type="int", dynamic=True, strategy="token")
+    return QuantizationScheme(
+        targets=["Linear"], weights=QuantizationArgs(**weights), input_activations=inputs if with_inputs else None
+    )
 
 
 def save_compressed(folder: Path, weight: torch.Tensor, scheme: QuantizationScheme) -> torch.Tensor:
@@ -87,10 +90,14 @@ SCHEMES = {
     "w4a16 asymmetric": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False},
     "w8a16": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64},
     "w8a16 asymmetric": {"num_bits": 8, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False},
+    "int8 a row": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "fp8 a row": {"num_bits": 8, "type": "float", "strategy": "channel"},
     "fp8 a weight": {"num_bits": 8, "type": "float", "strategy": "tensor"},
     "fp8 a block": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
 }
+
+
+SAID = {"w8a16": "compressed-tensors 8-bit", "int8": "compressed-tensors int8", "fp8": "compressed-tensors fp8"}
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
@@ -98,9 +105,12 @@ SCHEMES = {
 def test_weights_of_compressed_tensors_are_read_as_it_restores_them(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    expected = save_compressed(tmp_path, random(192, 256, dtype=dtype), scheme_of(**SCHEMES[name]))
+    expected = save_compressed(
+        tmp_path, random(192, 256, dtype=dtype), scheme_of(**SCHEMES[name], with_inputs=name == "int8 a row")
+    )
 
     assert expected.dtype is dtype
+    assert opened(tmp_path).scheme == SAID.get(name.split()[0], "compressed-tensors 4-bit")
     assert torch.equal(rows(tmp_path), expected)
     assert torch.equal(rows(tmp_path, 1, 64, 70, 190), expected)
 
