@@ -9,7 +9,7 @@ import json
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew
-from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, survey_tile
+from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
 from converter.write.journal import job_of
 
 
@@ -199,6 +199,8 @@ def convert_tensors(
         opened = open_tensor(tensor, folder)
         for raw in opened.raw:
             current.digest.update(raw)
+        for conversion in current.conversions:
+            _find_largest(conversion, base, crew, observer)
         if any(conversion.surveys for conversion in current.conversions):
             for start, end in tensor.spans():
                 _stop_if_asked(observer, tensor.name)
@@ -215,6 +217,24 @@ def convert_tensors(
             yield from under_way.popleft().finish()
     while under_way:
         yield from under_way.popleft().finish()
+
+
+def _find_largest(conversion: Conversion, base: Folder, crew: Crew, observer: Observer) -> None:
+    """Find the largest value of all weights that share a scale with a tensor, if it isn't known yet."""
+    target = conversion.target
+    found: list[Future[float]] = []
+    for part, merge in conversion.unseen():
+        folder = base if part.origin == "base" else target.adapter
+        assert folder is not None  # noqa: S101  (what comes from an adapter has one)
+        opened = open_tensor(part, folder)
+        for start, end in spans_of_part(part, target.tensor):
+            _stop_if_asked(observer, target.tensor.name)
+            buffers = crew.buffers()
+            tile, _ = read_tile(part, opened, start, end, buffers)
+            found.append(crew.submit(buffers, conversion.largest_of, part, merge, tile))
+        wait(found)
+    if found:
+        conversion.note_largest([tile.result() for tile in found])
 
 
 def _stop_if_asked(observer: Observer, name: str) -> None:

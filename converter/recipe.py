@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from converter.errors import BadRecipe
 
-QuantType = Literal["auto", "nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16"]
+QuantType = Literal["auto", "nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
 RoundingRule = Literal["auto", "nearest", "adapter"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from converter.errors import ConverterError
 from converter.merge.change import Rounding, Surveying
 from converter.merge.lora import Lora
-from converter.quantize.format import Encoded, Rows
+from converter.quantize.cut import tile_bounds
+from converter.quantize.format import Encoded, Rows, Sharing
 from converter.quantize.formats import format_of
 from converter.quantize.measure import Fidelity, Tally
 from converter.quantize.rounding.encoders import with_rounding
@@ -41,6 +44,8 @@ class Encoding:
         self._quantized = self._of_dtype(None)
         dtypes = {tensor.dtype for tensor in plan.tensors() if tensor.action == "quantize"}
         self._by_dtype = {dtype: self._of_dtype(dtype) for dtype in dtypes}
+        self.largest: dict[tuple[int, tuple[str, ...]], float] = {}
+        """The largest absolute value of weights that share a scale, by their adapter and names."""
 
     def _of_dtype(self, dtype: str | None) -> Encoder:
         """The encoder whose quant states name a dtype; None: the recipe's."""
@@ -90,6 +95,36 @@ class Conversion:
         """Whether it must see all tiles, in order, before it converts the first."""
         return self._failure is None and isinstance(self._merge, Surveying)
 
+    @property
+    def _shared(self) -> tuple[int, tuple[str, ...]]:
+        tensor = self.target.tensor
+        return id(self.target.adapter) if tensor.is_touched else 0, tuple(part.name for part in tensor.fused)
+
+    def unseen(self) -> Iterator[tuple[TensorPlan, Merge | None]]:
+        """What shares a scale with the tensor, and what is merged into it, until the largest value is known."""
+        tensor, encoding = self.target.tensor, self._encoding
+        if self._failure is not None or not tensor.fused or self._shared in encoding.largest:
+            return
+        try:
+            for part in tensor.fused:
+                merge = None
+                if part.change is not None and self.target.adapter is not None:
+                    merge = part.change.load(self.target.adapter, encoding.device, encoding.rounding(part))
+                yield part, merge
+        except ConverterError as exc:
+            self._failure = exc
+
+    def largest_of(self, part: TensorPlan, merge: Merge | None, tile: Tile) -> float:
+        """The largest absolute value of a tile of something that shares a scale with the tensor."""
+        encoding = self._encoding
+        stored = tile.values().to(encoding.device, non_blocking=True)
+        rows = Rows(part.name, tile.start, stored, merge, encoding.rounding(part), part.dtype, part.transpose)
+        return self.encoder.largest(rows) if isinstance(self.encoder, Sharing) else 0.0
+
+    def note_largest(self, values: Sequence[float]) -> None:
+        """Note the largest value of all; a NaN among them counts as the largest."""
+        self._encoding.largest[self._shared] = max(values, key=lambda value: math.inf if math.isnan(value) else value)
+
     def survey(self, start: int, stored: Tensor) -> None:
         """See rows from `start` on."""
         merge: object = self._merge
@@ -137,7 +172,8 @@ class Conversion:
         tensor, encoding = self.target.tensor, self._encoding
         stored = stored.to(encoding.device, non_blocking=True)
         how = encoding.rounding(tensor)
-        rows = Rows(tensor.name, start, stored, self._merge, how, tensor.dtype, tensor.transpose)
+        largest = encoding.largest[self._shared] if tensor.fused else 0.0
+        rows = Rows(tensor.name, start, stored, self._merge, how, tensor.dtype, tensor.transpose, largest)
         encoded = self.encoder.encode(rows, buffers)
         for name, first, values in encoded.pieces:
             self.target.writer.write(name, first, as_bytes(values))
@@ -182,6 +218,13 @@ def read_tile(_: TensorPlan, opened: Opened, start: int, end: int, buffers: Buff
     """Rows `start` to `end` of a tensor's source, and their bytes."""
     raw = opened.read(start, end, buffers)
     return Tile(opened, start, end, raw, buffers), raw
+
+
+def spans_of_part(part: TensorPlan, tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Rows `start` to `end` of what shares a scale with a tensor, in tiles as large as the tensor's."""
+    block = part.source.block if isinstance(part.source, Stored) else 1
+    most = part.rows * part.columns if part.whole else tensor.largest_tile
+    yield from pairwise(tile_bounds(part.rows, part.columns, block=block, most=most))
 
 
 def convert_tile(conversions: Sequence[Conversion], tile: Tile) -> None:

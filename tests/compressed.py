@@ -62,25 +62,34 @@ def scales_of(
     return scales | {"weight_scale": scale.to(weight.dtype)}  # the parameter that it is copied into has that dtype
 
 
-def compress(weight: torch.Tensor, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
+def compress(
+    weight: torch.Tensor, scheme: QuantizationScheme, largest: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The tensors of one linear layer, by their names in it."""
     layout = infer_module_format(torch.nn.Linear, scheme)
     compressor = BaseCompressor.get_value_from_registry(layout.value)
-    compressed: dict[str, torch.Tensor] = compressor.compress({"weight": weight} | scales_of(weight, scheme), scheme)
+    compressed: dict[str, torch.Tensor] = compressor.compress(
+        {"weight": weight} | scales_of(weight, scheme, largest), scheme
+    )
     return compressed
 
 
 def compress_experts(file: Path, scheme: QuantizationScheme) -> None:
     """Compress the experts of a shard, as llm-compressor does without data: transformers wrote them as they were."""
     tensors = load_file(file)
-    for name in [name for name in tensors if ".experts." in name]:
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    for name, weight in experts.items():
         module = name.removesuffix(".weight")
-        for part, value in compress(tensors.pop(name), scheme).items():
+        parent, _, last = module.rpartition(".")
+        fused = next((names for names in FUSED if last in names), (last,))
+        largest = torch.stack([experts[f"{parent}.{part}.weight"].abs().max() for part in fused]).max().reshape(1)
+        del tensors[name]
+        for part, value in compress(weight, scheme, largest).items():
             tensors[f"{module}.{part}"] = value
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers of one module that servers fuse."""
 
 

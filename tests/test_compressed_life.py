@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, save_adapter(folder / "adapter", base, "llama", target_modules=["q_proj", "gate_proj", "down_proj"])
 
 
-@pytest.mark.parametrize("name", [*NAMES, "fp8-block", "mxfp4a16"])
+@pytest.mark.parametrize("name", [*NAMES, "fp8-block", "nvfp4a16", "mxfp4a16"])
 def test_tiles_threads_and_kernels_change_no_byte(name: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = Recipe(quant_type=name)
     expected = contents(convert(*inputs, tmp_path / "out", recipe).out)
@@ -54,7 +54,7 @@ def test_tiles_threads_and_kernels_change_no_byte(name: str, inputs: tuple[Path,
         assert different <= ({"conversion.json", "SHA256SUMS"} if not resources.kernels else set())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4a16"])
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(name: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     recipe = Recipe(quant_type=name, max_shard_size=1_000_000)
     expected = contents(convert(*inputs, tmp_path / "whole", recipe).out)
@@ -69,8 +69,26 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(name: str, inputs: tupl
     assert "converting" in seen
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_what_servers_fuse_has_one_global_scale_also_where_it_lies_in_different_shards(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = convert(*inputs, tmp_path / "out", Recipe(quant_type="nvfp4a16", max_shard_size=200_000)).out
+    tensors = tensors_of(out)
+    shards = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+
+    def scales(parent: str, *parts: str) -> list[float]:
+        return [float(tensors[f"model.layers.0.{parent}.{part}.weight_global_scale"]) for part in parts]
+
+    gate, up = (f"model.layers.0.mlp.{part}.weight_packed" for part in ("gate_proj", "up_proj"))
+    assert shards[gate] != shards[up]
+    for fused in (scales("self_attn", "q_proj", "k_proj", "v_proj"), scales("mlp", "gate_proj", "up_proj")):
+        assert len(set(fused)) == 1
+    assert scales("mlp", "down_proj") != scales("mlp", "up_proj")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4a16"])
 def test_a_batch_makes_what_single_conversions_make(name: str, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """An adapter changes q alone: k and v, which share its scale in NVFP4, are no longer the same in both outputs."""
     recipe = Recipe(quant_type=name)
     other = save_adapter(tmp_path / "other", inputs[0], "llama", scale=0.1, target_modules=["q_proj"])
     adapters = [inputs[1], other]
@@ -82,7 +100,7 @@ def test_a_batch_makes_what_single_conversions_make(name: str, inputs: tuple[Pat
         assert differences(tmp_path / f"batch{number}", alone) == []
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mxfp4a16"])
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4a16", "mxfp4a16"])
 def test_verify_makes_an_output_again_and_finds_what_was_changed(
     name: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -142,7 +160,7 @@ def test_embeddings_and_heads_stay_in_sixteen_bits_with_what_the_adapter_changes
     assert tensors_of(out)["lm_head.weight"].dtype is BF16
 
 
-@pytest.mark.parametrize("name", [*NAMES, "fp8-block", "mxfp4a16"])
+@pytest.mark.parametrize("name", [*NAMES, "fp8-block", "nvfp4a16", "mxfp4a16"])
 def test_by_default_the_exact_sum_is_quantized_and_the_rest_as_the_library_does_it(
     name: str, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -235,7 +253,7 @@ def test_the_model_card_says_how_to_serve_it(inputs: tuple[Path, Path], tmp_path
     assert "| group size | 128 |" in card
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mxfp4a16"])
+@pytest.mark.parametrize("name", [*NAMES, "nvfp4a16", "mxfp4a16"])
 def test_a_value_too_large_for_the_dtype_is_refused_by_name(name: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", torch.float16)
     (file,) = base.glob("*.safetensors")

@@ -54,7 +54,7 @@ class Part(click.ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2])
 
 
-FORMATS = ("nf4", "fp4", "int8", "bf16", "fp16", "w4a16", "w8a16", "fp8", "fp8-block", "mxfp4a16")
+FORMATS = ("nf4", "fp4", "int8", "bf16", "fp16", "w4a16", "w8a16", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16")
 """As the help lists them."""
 
 

@@ -147,4 +147,6 @@ def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
 def _factors(tensor: TensorPlan) -> int:
     """Bytes of an adapter's factors; of the input directions that error feedback makes of them, three times as many."""
     feedback = 4 if isinstance(tensor.source, Stored) else 1
-    return 0 if tensor.change is None else tensor.change.nbytes * feedback
+    changes = [part.change for part in tensor.fused if part.change is not None]
+    surveyed = max((change.nbytes for change in changes), default=0)  # those of one part at a time
+    return surveyed + (0 if tensor.change is None else tensor.change.nbytes * feedback)

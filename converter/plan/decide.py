@@ -32,7 +32,8 @@ from converter.plan.quantized_base import (
 )
 from converter.plan.rope import in_words_of_all_versions
 from converter.quantize.format import Output
-from converter.quantize.formats import fit, format_of, notes_for_servers
+from converter.quantize.formats import fit, format_of, notes_for_servers, sharing
+from converter.quantize.schemes import FUSED
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
@@ -107,7 +108,7 @@ def make_plan(
     _check_names(tensors, limits)
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
-    tensors, memory, notes = cut_into_tiles(tensors, recipe, resources)
+    tensors, memory, notes = cut_into_tiles(_fused(tensors, recipe), recipe, resources)
     if any(tensor.action == "quantize" and isinstance(tensor.source, Stored) for tensor in tensors):
         notes += proved(sources, base.folder, recipe, kernels=resources.kernels)
     untied = bool(found.untied) or found.parted
@@ -201,6 +202,14 @@ def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_
         outputs=outputs,
         checked=role.parameter is not None,
     )
+
+
+def _fused(tensors: list[TensorPlan], recipe: Recipe) -> list[TensorPlan]:
+    """The tensors, those that share a scale each with all of them."""
+    quantized = {tensor.name: tensor for tensor in tensors if tensor.action == "quantize"}
+    groups = sharing(recipe, quantized)
+    parts = {name: tuple(quantized[other] for other in group) for name, group in groups.items()}
+    return [replace(tensor, fused=parts.get(tensor.name, ())) for tensor in tensors]
 
 
 def _change(delta: Change | None, replacement: TensorHeader | None) -> Change | None:
@@ -305,7 +314,7 @@ def _notes_for_servers(tensors: list[TensorPlan], recipe: Recipe) -> list[str]:
     """What servers make of the shapes. VLLM fuses some weights: all parts of such a group are quantized, or none."""
     notes = notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.is_quantized})
     actions = {tensor.name: tensor.is_quantized for tensor in tensors}
-    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+    for parts in FUSED:
         for name, action in actions.items():
             head, dot, tail = name.partition(f".{parts[0]}.")
             if dot and any(actions.get(f"{head}.{part}.{tail}", action) != action for part in parts):

@@ -77,7 +77,8 @@ def estimate(plan: Plan, base: Checkpoint) -> Estimate:
 
 def computed(tensors: Iterable[TensorPlan]) -> int:
     """Weights that are merged or quantized, and not just copied."""
-    return sum(tensor.rows * tensor.columns for tensor in tensors if not tensor.is_copy)
+    # What shares a scale is merged twice: once for that scale, once to be quantized.
+    return sum(tensor.rows * tensor.columns * (2 if tensor.fused else 1) for tensor in tensors if not tensor.is_copy)
 
 
 def _unchecked(base: Checkpoint) -> int:

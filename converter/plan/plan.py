@@ -50,6 +50,8 @@ class TensorPlan:
     outputs: tuple[Output, ...]
     checked: bool
     """Whether a NaN or an infinity in it is an error. It is none in a tensor that the model doesn't have."""
+    fused: tuple[TensorPlan, ...] = ()
+    """What shares a scale with it, itself included, not cut into tiles: the largest value of all gives that scale."""
 
     @property
     def rows(self) -> int:
@@ -74,8 +76,8 @@ class TensorPlan:
 
     @property
     def is_touched(self) -> bool:
-        """Whether the adapter has a part in it."""
-        return self.change is not None
+        """Whether the adapter has a part in it, or in what shares a scale with it."""
+        return self.change is not None or any(part.change is not None for part in self.fused)
 
     @property
     def is_merged(self) -> bool:
@@ -265,7 +267,8 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
             for o in tensor.outputs
         ],
     }
-    return entry | ({} if tensor.change is None else tensor.change.as_json())
+    fused = {"fused": [part.name for part in tensor.fused]} if tensor.fused else {}
+    return entry | fused | ({} if tensor.change is None else tensor.change.as_json())
 
 
 def _scheme(source: Source) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadRecipe, NotFinite
-from converter.merge.change import Additive, Rounding
+from converter.merge.change import Additive, MergedTile, Rounding
 from converter.quantize import formulas
 from converter.quantize.compressed_files import find_weights
 from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
@@ -67,6 +67,10 @@ def server_notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         what = "inputs are not divided by 128, which vLLM needs"
     if unfit:
         notes.append(f"{unfit[0]}: its {what} ({len(unfit)} of {len(shapes)} weights)")
+    if scheme.kind == "float" and scheme.bits == 4 and recipe.dtype == "float16":
+        notes.append(
+            "transformers restores these weights in bfloat16 and can't run them in float16: use `dtype` bfloat16"
+        )
     if any(".experts." in name for name in shapes):
         notes.append("experts are quantized one by one, as vLLM serves them; transformers restores them as it loads")
     return notes
@@ -140,18 +144,36 @@ class CompressedEncoder:
         """Nothing is compiled."""
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
-        merged = replace(rows, rounding=self._rounding(rows)).merged()
+        merged = self._merged(rows)
         self._refuse_too_large(rows.name, float(merged.values.abs().amax()))
-        quantized = formulas.quantize(merged.values.contiguous(), self._scheme, torch_dtype(self._dtype))
+        shared = self._global_scale(rows)
+        values = merged.values.contiguous()
+        quantized = formulas.quantize(values, self._scheme, torch_dtype(self._dtype), shared)
         pieces = self._pieces(rows, quantized.packed, quantized.scales)
-        return Encoded(pieces, sums=row_sums(merged, quantized.restored))
+        return Encoded(pieces, shared, row_sums(merged, quantized.restored))
+
+    def largest(self, rows: Rows) -> float:
+        return float(self._merged(rows).values.abs().amax())
 
     def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> dict[str, Tensor]:
         import torch
 
-        if self._scheme.layout != "pack-quantized":
-            return {}
-        return {f"{name.removesuffix('.weight')}.weight_shape": torch.tensor(shape, dtype=torch.int64)}
+        module = name.removesuffix(".weight")
+        if self._scheme.has_global_scale:
+            return {f"{module}.weight_global_scale": scales[0].cpu()}
+        if self._scheme.layout == "pack-quantized":
+            return {f"{module}.weight_shape": torch.tensor(shape, dtype=torch.int64)}
+        return {}
+
+    def _merged(self, rows: Rows) -> MergedTile:
+        return replace(rows, rounding=self._rounding(rows)).merged()
+
+    def _global_scale(self, rows: Rows) -> Tensor | None:
+        """Float32 [1], where the scheme has one; computed in the recipe's dtype, as the library does."""
+        if not self._scheme.has_global_scale:
+            return None
+        self._refuse_too_large(rows.name, rows.largest)
+        return formulas.global_scale_of(rows.largest, torch_dtype(self._dtype)).to(self._device)
 
     def _refuse_too_large(self, name: str, largest: float) -> None:
         """Refuse what a loader, which computes in the recipe's dtype, would restore as an infinity; and NaN."""
@@ -205,6 +227,8 @@ class CompressedKernels(CompressedEncoder):
         dtype = jit.BFLOAT16 if self._dtype == "bfloat16" else jit.FLOAT16
         rounding = dtype if self._rounding(rows).precision == "reference" else jit.EXACT
         height = scheme.extent(columns)[0]
+        shared = self._global_scale(rows)
+        global_scale = 1.0 if shared is None else float(shared)
         # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
         for first, last in pairwise(tile_bounds(count, columns, block=height * columns, most=STRIP_ELEMENTS)):
             delta = None
@@ -222,11 +246,11 @@ class CompressedKernels(CompressedEncoder):
                 strip,
                 scheme,
                 dtype,
-                1.0,
+                global_scale,
                 packed[first:last].numpy().ravel(),
                 scales[first // height : -(last // -height)].numpy().ravel(),
                 sums[first:last],
             )
             self._refuse_too_large(rows.name, largest)
         pieces = self._pieces(rows, packed, formulas.stored_scales(scales, scheme, torch_dtype(self._dtype)))
-        return Encoded(pieces, sums=sums if merge is not None else sums[:, :2])
+        return Encoded(pieces, shared, sums if merge is not None else sums[:, :2])

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from converter.merge.change import Merge, MergedTile, Rounding, add
 from converter.read.header import DTYPE_BYTES
@@ -64,6 +64,8 @@ class Rows:
     """That of the output, where the weight stays as it is; safetensors' name."""
     transposed: bool = False
     """Whether the output has rows and columns exchanged; such a weight comes as a whole."""
+    largest: float = 0.0
+    """The largest absolute value of all weights that share a scale for their scales, where the format has one."""
 
     @property
     def end(self) -> int:
@@ -88,7 +90,7 @@ class Encoded:
     pieces: tuple[tuple[str, int, Tensor], ...]
     """Output name, the byte of it at which these values begin, the values."""
     scales: Tensor | None = None
-    """What `Encoder.finish` needs of each tile: float32, one a block, or one a row."""
+    """What `Encoder.finish` needs of each tile: float32, one a block, one a row, or one in all."""
     sums: np.ndarray[Any, Any] | None = None
     """The sums of the rows, as `measure.row_sums` gives them."""
 
@@ -111,6 +113,14 @@ class Encoder(Protocol):
         The mean of absmax is taken as torch takes it on one thread; the caller sees to that. Raises `NotFinite` where a
         loader would restore an infinity.
         """
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """An encoder whose weights share a scale for their scales, which the largest value of all of them gives."""
+
+    def largest(self, rows: Rows) -> float:
+        """The largest absolute value of some rows as they are quantized; a NaN where one is."""
 
 
 @dataclass

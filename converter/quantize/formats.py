@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from converter.quantize.compressed import Compressed, fitted, server_notes
 from converter.quantize.eight_bit import EightBit
 from converter.quantize.four_bit import FourBit
+from converter.quantize.schemes import SCHEMES, fused_with
 from converter.quantize.sixteen_bit import SixteenBit
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ FORMATS: dict[str, Callable[[Recipe], Format]] = {
     "w8a16": Compressed,
     "fp8": Compressed,
     "fp8-block": Compressed,
+    "nvfp4a16": Compressed,
     "mxfp4a16": Compressed,
 }
 
@@ -46,6 +48,12 @@ def fit(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
 def notes_for_servers(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     """What servers make of weights to quantize; `shapes` are (out_features, in_features)."""
     return server_notes(recipe, shapes) if FORMATS[recipe.quant_type] is Compressed else []
+
+
+def sharing(recipe: Recipe, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Weight → the weights to quantize that share a scale with it, itself included; empty where none do."""
+    scheme = SCHEMES.get(recipe.quant_type)
+    return fused_with(names) if scheme is not None and scheme.has_global_scale else {}
 
 
 def all_formats() -> list[Format]:

@@ -5,6 +5,7 @@ https://github.com/vllm-project/compressed-tensors: `quantization/quant_scheme.p
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,10 @@ GROUP_SIZES = (128, 64, 32)
 """Values that may share a scale in the integer schemes, those first that more servers' kernels take."""
 LARGEST_E4M3, SMALLEST_E4M3, LARGEST_E2M1 = 448.0, 0.125, 6.0
 """The largest values of both floating-point types; what a scale in E4M3 is where it would be zero."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Layers beside each other that servers fuse into one: they share what a fused layer has once. vLLM's
+`packed_modules_mapping`s; llm-compressor's `DEFAULT_FUSED_MAPPINGS`."""
 
 Shape = tuple[int, ...]
 
@@ -146,3 +151,13 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp4a16": Scheme("MXFP4A16", "mxfp4-pack-quantized", 4, "float", "group", 32, scale_dtype="torch.uint8"),
 }
 """By the name that a recipe gives it."""
+
+
+def fused_with(names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Weight → the weights among `names` that servers fuse with it, itself included, in their order in `names`."""
+    parts: dict[tuple[str, int | str], list[str]] = {}
+    for name in names:
+        module, _, last = name.removesuffix(".weight").rpartition(".")
+        number = next((number for number, group in enumerate(FUSED) if last in group), last)
+        parts.setdefault((module, number), []).append(name)
+    return {name: tuple(group) for group in parts.values() for name in group}
