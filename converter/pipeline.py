@@ -234,7 +234,7 @@ def _find_largest(conversion: Conversion, base: Folder, crew: Crew, observer: Ob
             found.append(crew.submit(buffers, conversion.largest_of, part, merge, tile))
         wait(found)
     if found:
-        conversion.note_largest([tile.result() for tile in found])
+        conversion.note_largest(found)
 
 
 def _stop_if_asked(observer: Observer, name: str) -> None:

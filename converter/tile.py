@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -121,9 +121,12 @@ class Conversion:
         rows = Rows(part.name, tile.start, stored, merge, encoding.rounding(part), part.dtype, part.transpose)
         return self.encoder.largest(rows) if isinstance(self.encoder, Sharing) else 0.0
 
-    def note_largest(self, values: Sequence[float]) -> None:
-        """Note the largest value of all; a NaN among them counts as the largest."""
-        self._encoding.largest[self._shared] = max(values, key=lambda value: math.inf if math.isnan(value) else value)
+    def note_largest(self, found: Sequence[Future[float]]) -> None:
+        """Note the largest value of all that share a scale, once those of all tiles are there."""
+        try:
+            self._encoding.largest[self._shared] = max(tile.result() for tile in found)
+        except ConverterError as exc:
+            self._failure = exc
 
     def survey(self, start: int, stored: Tensor) -> None:
         """See rows from `start` on."""

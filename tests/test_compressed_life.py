@@ -69,10 +69,10 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(name: str, inputs: tupl
     assert "converting" in seen
 
 
-def test_what_servers_fuse_has_one_global_scale_also_where_it_lies_in_different_shards(
-    inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = convert(*inputs, tmp_path / "out", Recipe(quant_type="nvfp4a16", max_shard_size=200_000)).out
+def test_what_servers_fuse_has_one_global_scale_also_where_it_lies_in_different_shards(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", hidden_size=256, intermediate_size=4096)
+    adapter = save_adapter(tmp_path / "adapter", base, "llama", target_modules=["k_proj", "up_proj"])
+    out = convert(base, adapter, tmp_path / "out", Recipe(quant_type="nvfp4a16", max_shard_size=1_000_000)).out
     tensors = tensors_of(out)
     shards = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
 
@@ -168,13 +168,15 @@ def test_by_default_the_exact_sum_is_quantized_and_the_rest_as_the_library_does_
 
     weights, factors, written = tensors_of(inputs[0]), tensors_of(inputs[1]), tensors_of(out)
     scheme, layer = SCHEMES[name], "model.layers.0.mlp"
-    untouched = compress(weights[f"{layer}.up_proj.weight"], library_scheme(scheme))
+    a, b = (factors[f"base_model.model.{layer}.gate_proj.lora_{half}.weight"] for half in "AB")
+    exact, up = weights[f"{layer}.gate_proj.weight"].float() + (b @ a) * 2.0, weights[f"{layer}.up_proj.weight"]
+    largest = max(float(exact.abs().max()), float(up.abs().max()))
+    untouched = compress(up, library_scheme(scheme), torch.tensor([largest], dtype=BF16))
     for part, value in untouched.items():
         found = written[f"{layer}.up_proj.{part}"]
         assert torch.equal(value.view(torch.uint8), found.view(torch.uint8))
-    a, b = (factors[f"base_model.model.{layer}.gate_proj.lora_{half}.weight"] for half in "AB")
-    exact = weights[f"{layer}.gate_proj.weight"].float() + (b @ a) * 2.0
-    expected = formulas.quantize(exact, scheme, BF16)
+    shared = formulas.global_scale_of(largest, BF16) if scheme.has_global_scale else None
+    expected = formulas.quantize(exact, scheme, BF16, shared)
     codes = written.get(f"{layer}.gate_proj.weight_packed", written.get(f"{layer}.gate_proj.weight"))
     assert codes is not None
     assert torch.equal(codes.view(torch.uint8), expected.packed.view(torch.uint8))

@@ -69,7 +69,7 @@ def server_notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
         notes.append(f"{unfit[0]}: its {what} ({len(unfit)} of {len(shapes)} weights)")
     if scheme.kind == "float" and scheme.bits == 4 and recipe.dtype == "float16":
         notes.append(
-            "transformers restores these weights in bfloat16 and can't run them in float16: use `dtype` bfloat16"
+            "transformers restores such weights in bfloat16, and can't run the rest in float16: use `dtype` bfloat16"
         )
     if any(".experts." in name for name in shapes):
         notes.append("experts are quantized one by one, as vLLM serves them; transformers restores them as it loads")
@@ -153,7 +153,9 @@ class CompressedEncoder:
         return Encoded(pieces, shared, row_sums(merged, quantized.restored))
 
     def largest(self, rows: Rows) -> float:
-        return float(self._merged(rows).values.abs().amax())
+        largest = float(self._merged(rows).values.abs().amax())
+        self._refuse_too_large(rows.name, largest)
+        return largest
 
     def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> dict[str, Tensor]:
         import torch
@@ -172,7 +174,6 @@ class CompressedEncoder:
         """Float32 [1], where the scheme has one; computed in the recipe's dtype, as the library does."""
         if not self._scheme.has_global_scale:
             return None
-        self._refuse_too_large(rows.name, rows.largest)
         return formulas.global_scale_of(rows.largest, torch_dtype(self._dtype)).to(self._device)
 
     def _refuse_too_large(self, name: str, largest: float) -> None:

@@ -120,7 +120,7 @@ class Sharing(Protocol):
     """An encoder whose weights share a scale for their scales, which the largest value of all of them gives."""
 
     def largest(self, rows: Rows) -> float:
-        """The largest absolute value of some rows as they are quantized; a NaN where one is."""
+        """The largest absolute value of some rows as they are quantized. Raises what `encode` raises."""
 
 
 @dataclass
