@@ -63,6 +63,39 @@ def _head(receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
     return {"verdict": verdict, "reached": not misses, "rows": rows}
 
 
+def batch_page(receipts: Mapping[str, Mapping[str, Any]], name: str, gates: Gates = Gates()) -> str:
+    """A report of several outputs, by their names. `BadCheckpoint` for a receipt that can't be understood."""
+    try:
+        outputs = [_output(called, receipt, gates) for called, receipt in sorted(receipts.items())]
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise BadCheckpoint(f"{RECEIPT}: can't be understood: {type(exc).__name__}: {exc}") from exc
+    most = max(one["own"] + one["shared"] for one in outputs) or 1
+    for one in outputs:
+        one |= {f"{key}_width": round(200 * one[key] / most) for key in ("own", "shared")}
+    missed = sum(one["missed"] for one in outputs)
+    verdict = f"{len(outputs)} outputs are complete" + (f"; {missed} of them miss a gate" if missed else "")
+    return str(_template("batch.html").render(name=name, verdict=verdict, reached=not missed, outputs=outputs))
+
+
+def _output(name: str, receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
+    figures, origin = fidelity_of(receipt), receipt["origin"]
+    made = _Figures(receipt, figures)
+    survival, error = figures_of(made.survivals, min), figures_of(made.errors, max)
+    linked = [file for file, shard in receipt["of_the_base_alone"].items() if "link" in shard]
+    whole = sum(file["bytes"] for file_name, file in receipt["files"].items() if file_name.endswith(".safetensors"))
+    shared = sum(receipt["files"][file]["bytes"] for file in linked)
+    return {
+        "name": name,
+        "adapter": origin["adapter_name"] or (f"sha256 {origin['adapter'][:12]}…" if origin["adapter"] else "none"),
+        "mean": f"{survival['mean']:.4f}" if survival else "–",
+        "worst": f"{survival['worst']:.4f}" if survival else "–",
+        "error": f"{error['worst']:.4f}" if error else "–",
+        "missed": bool(gates.misses(figures)),
+        "own": whole - shared,
+        "shared": shared,
+    }
+
+
 class _Figures:
     """What a receipt says of its tensors."""
 

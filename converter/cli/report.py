@@ -15,11 +15,11 @@ EXAMPLES = """\b
 Examples:
   convert report OUT
   convert report OUT --out report.html
-  convert report OUT --min-survival 0.9
+  convert report OUTS --min-survival 0.9
 """
 
 
-@cloup.command(short_help="Write one HTML file about a finished output.", epilog=EXAMPLES)
+@cloup.command(short_help="Write one HTML file about an output, or a folder of outputs.", epilog=EXAMPLES)
 @click.argument("folder", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
 @cloup.option_group(
     "Output",
@@ -35,7 +35,8 @@ Examples:
 def report(folder: Path, file: str | None, **options: Any) -> None:
     """Write a report: verdict, gates, inputs, sizes, error and survival by layer and module, the worst tensors.
 
-    The file needs nothing else: no script, no font, no network.
+    Of a folder of outputs: survival by adapter, own and shared bytes. The file needs nothing else: no script, no font,
+    no network.
     """
     from converter.cli.printing import print_text
     from converter.cli.show.words import text_of
@@ -52,17 +53,23 @@ def beside(out: Path) -> Path:
 
 
 def write_report(out: Path, file: Path, gates: Any) -> None:
-    """Write the report of a finished output. `ConversionRefused` if it has no receipt, `WriteFailed`."""
+    """Write the report of a finished output, or of the outputs that a folder holds. `ConversionRefused` without a
+    receipt, `WriteFailed`."""
     from converter.errors import ConversionRefused
-    from converter.page import page
+    from converter.page import batch_page, page
     from converter.read.folder import LocalFolder
     from converter.seal.receipt import RECEIPT, read_receipt
     from converter.write.durable import writing
 
     folder = LocalFolder(out.expanduser()).path
-    receipt = read_receipt(folder)
-    if receipt is None:
-        raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
-    text = page(receipt, folder.resolve().name, gates)
+    receipt, name = read_receipt(folder), folder.resolve().name
+    if receipt is not None:
+        text = page(receipt, name, gates)
+    else:
+        inner = {path.name: read_receipt(path) for path in folder.iterdir() if path.is_dir()}
+        several = {called: found for called, found in inner.items() if found is not None}
+        if not several:
+            raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
+        text = batch_page(several, name, gates)
     with writing(file, len(text)):
         file.write_text(text, "utf-8")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from converter import convert, verify
+from tests.batch.scenes import adapters
 from tests.cli.conftest import Run, is_one_line
+from tests.test_page import Page
 
 
 def test_the_report_of_an_output_lies_beside_it_and_leaves_it_as_it_was(
@@ -32,6 +35,29 @@ def test_a_conversion_writes_the_same_report(run: Run, base: Path, adapter: Path
     assert made.code == again.code == 0
     one, two, three = ((tmp_path / name).read_text() for name in ("one.html", "two.html", "again.html"))
     assert one == two == three
+
+
+def test_a_folder_of_outputs_has_a_report_of_all_by_adapter(run: Run, base: Path, tmp_path: Path) -> None:
+    adapters(tmp_path / "ads", base)
+    run("--base", base, "--adapter", tmp_path / "ads" / "*", "--out", tmp_path / "outs", "-q")
+
+    ran = run("report", tmp_path / "outs", "--min-survival", "0.9999")
+
+    found = Page((tmp_path / "outs-report.html").read_text())
+    rows = found.table("output")
+    assert ran.code == 0
+    assert [row[0] for row in rows[1:]] == ["a0", "a1", "a2"]
+    for row in rows[1:]:
+        out = tmp_path / "outs" / row[0]
+        receipt = json.loads((out / "conversion.json").read_text())
+        survival = receipt["summary"]["survival"]
+        assert row[1] == f"sha256 {receipt['origin']['adapter'][:12]}…"
+        assert row[2:4] == [f"{survival['mean']:.4f}", f"{survival['worst']:.4f}"]
+        shared = sum((out / file).stat().st_size for file, of in receipt["of_the_base_alone"].items() if "link" in of)
+        whole = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        assert shared > 0
+        assert [int(cell.replace(",", "")) for cell in row[6:8]] == [whole - shared, shared]
+    assert "3 outputs are complete; 3 of them miss a gate" in found.text
 
 
 def test_what_has_no_receipt_has_no_report(run: Run, base: Path, tmp_path: Path) -> None:
