@@ -9,7 +9,7 @@ from typing import Any
 
 from converter.errors import ConversionRefused
 from converter.gates import Gates
-from converter.job import Job, Reference, RunOptions
+from converter.job import Adapters, Job, Reference, RunOptions
 from converter.observer import Observer, Progress
 from converter.pipeline import Report, convert_job
 from converter.read.folder import LocalFolder
@@ -20,7 +20,7 @@ from converter.seal.receipt import RECEIPT, read_receipt
 
 def convert(
     base: Reference | None,
-    adapter: Reference | None,
+    adapter: Adapters | None,
     out: Reference,
     recipe: Recipe = Recipe(),
     resources: Resources = Resources(),
@@ -40,8 +40,9 @@ def convert(
 ) -> Report:
     """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`.
 
-    `base` and `adapter` are folders or ids on the Hub. Without `base`, the one that the adapter names is taken; without
-    `adapter`, the base is quantized as it is. `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
+    `base` and `adapter` are folders or ids on the Hub; several adapters become one as `recipe.combine` says. Without
+    `base`, the one that the adapter names is taken; without `adapter`, the base is quantized as it is.
+    `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
     earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
     interrupted run of the same job. `allow_pickle`: read pickled weights of an adapter, as weights only. `progress`:
     True shows a bar, in a terminal or a notebook, elsewhere a line every ten seconds; a function hears of each step.

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from converter.errors import ConversionFailed, ConverterError, Interrupted, Undecided
-from converter.job import Reference, RunOptions
+from converter.job import Adapters, Reference, RunOptions
 from converter.observer import Observer
-from converter.pipeline import Result, convert_tensors, crew_of, one_thread
+from converter.pipeline import Result, convert_tensors, crew_of
+from converter.plan.adapters import wanted
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan, TensorPlan
@@ -20,6 +21,7 @@ from converter.quantize.measure import Fidelity
 from converter.read.checkpoint import Checkpoint
 from converter.recipe import Recipe
 from converter.seal.production import Target
+from converter.threads import one_thread
 from converter.tile import Encoding
 
 T = TypeVar("T")
@@ -30,7 +32,7 @@ class Sources:
     """Base and adapter that an output is compared with."""
 
     base: Reference | None = None
-    adapter: Reference | None = None
+    adapter: Adapters | None = None
     base_revision: str | None = None
     adapter_revision: str | None = None
     origin: Mapping[str, Any] | None = None
@@ -71,7 +73,7 @@ def compare_with(
     try:
         with Inputs(
             sources.base,
-            sources.adapter,
+            wanted(sources.adapter, recipe.combine),
             sources.base_revision,
             sources.adapter_revision,
             **options.of_inputs(),

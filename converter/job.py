@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from converter.resources import Resources
 
 Reference = str | os.PathLike[str]
 """A folder, or an id on the Hub."""
+Adapters = Reference | Sequence[Reference]
+"""One adapter, or several that the recipe's `combine` makes one of."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Job:
     """One checkpoint to be made."""
 
     out: Path
-    adapter: Reference | None
+    adapter: Adapters | None
     base: Reference | None = None
     """None: the one that the adapter names."""
     recipe: Recipe = Recipe()

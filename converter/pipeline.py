@@ -10,7 +10,6 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import xxhash
 
 from converter.errors import ConverterError, GateFailed, Interrupted
 from converter.gates import in_words, report_of
-from converter.job import Job, Reference, RunOptions
+from converter.job import Adapters, Job, Reference, RunOptions
 from converter.observer import Observer
 from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
@@ -37,7 +36,7 @@ from converter.seal.production import Made, Production, Target
 from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of, read_receipt, summary_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
-from converter.threads import Crew
+from converter.threads import Crew, one_thread
 from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
 from converter.write.journal import job_of
 
@@ -140,7 +139,7 @@ def _figures(made: Destination) -> dict[str, Fidelity]:
 
 def plan_conversion(
     base: Reference | None,
-    adapter: Reference | None,
+    adapter: Adapters | None,
     out: Reference | None = None,
     recipe: Recipe = Recipe(),
     resources: Resources = Resources(),
@@ -271,16 +270,3 @@ def crew_of(plan: Plan, encoding: Encoding) -> Crew:
     encoding.load(plan)
     # Only from pinned memory do copies to an accelerator overlap its work.
     return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread. The mean of absmax, and so the output's bytes, depend on their number."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -5,6 +5,7 @@ from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
 from converter.batch.outcomes import Outcome
+from converter.combination import Combination
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError, GateFailed
 from converter.gates import Gates
 from converter.job import Job
@@ -25,6 +26,7 @@ __all__ = [
     "Adapter",
     "BatchOptions",
     "Checkpoint",
+    "Combination",
     "ConversionFailed",
     "ConversionRefused",
     "ConverterError",

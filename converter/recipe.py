@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
+from converter.combination import Combination
 from converter.errors import BadRecipe
 
 QuantType = Literal["auto", "nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8", "fp8-block", "nvfp4a16", "mxfp4a16"]
@@ -72,6 +73,8 @@ class Recipe:
     a quantized base, else nearest."""
     scale: float = 1.0
     """What the adapter's change is multiplied by."""
+    combine: Combination | None = None
+    """How several adapters become the one that is merged."""
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
@@ -134,15 +137,17 @@ class Recipe:
                 raise BadRecipe(f"{key} is not {what}")
         if type(stated.get("scale", 1.0)) not in (int, float) or abs(stated.get("scale", 1.0)) >= 2**63:
             raise BadRecipe("scale is not a number")
+        combine = None if stated.get("combine") is None else Combination.from_json(stated["combine"])
         try:
-            return cls(**stated | {"keep": tuple(keep)})
+            return cls(**stated | {"keep": tuple(keep), "combine": combine})
         except RecursionError as exc:
             raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, without those choices that came later and are not made."""
-        stated = asdict(self) | {"keep": sorted(self.keep)}
-        unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0}
+        combined = None if self.combine is None else self.combine.as_json()
+        stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined}
+        unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

@@ -21,7 +21,7 @@ from converter.errors import (
     Undecided,
 )
 from converter.gates import Gates
-from converter.job import Reference, RunOptions
+from converter.job import Adapters, Reference, RunOptions
 from converter.model.ask import check_output
 from converter.observer import Observer, Progress
 from converter.quantize.format import Found
@@ -76,7 +76,7 @@ class Verification:
 def verify(
     out: Reference,
     base: Reference | None = None,
-    adapter: Reference | None = None,
+    adapter: Adapters | None = None,
     *,
     base_revision: str | None = None,
     adapter_revision: str | None = None,

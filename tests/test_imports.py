@@ -35,6 +35,7 @@ ROOMS = (FOUNDATION, "read", "model", "merge", "quantize", "plan", "write", "sea
 WITHOUT_A_ROOM = {
     "errors": FOUNDATION,
     "recipe": FOUNDATION,
+    "combination": FOUNDATION,
     "resources": FOUNDATION,
     "gates": FOUNDATION,
     "job": FOUNDATION,

@@ -12,7 +12,7 @@ from pathlib import Path
 from converter.batch.adapters import adapters_of, names_several
 from converter.errors import BadRecipe, ConverterError
 from converter.job import Job, Reference, RunOptions
-from converter.plan.adapters import open_adapter
+from converter.plan.adapters import open_adapters, wanted
 from converter.plan.inputs import base_of_adapter
 from converter.read.folder import is_folder
 from converter.recipe import Recipe
@@ -111,9 +111,10 @@ def grouped(
 
 def with_base(job: Job, options: RunOptions = RunOptions()) -> Job:
     """The job with the base that its adapter names, if it names none itself."""
-    if job.base is not None or job.adapter is None:
+    meant = wanted(job.adapter, job.recipe.combine)
+    if job.base is not None or meant is None:
         return job
-    adapter = open_adapter(job.adapter, job.adapter_revision, **options.of_inputs()).adapter
+    adapter = open_adapters(meant, job.adapter_revision, **options.of_inputs()).adapter
     adapter.folder.close()
     base, revision = base_of_adapter(adapter, job.base_revision)
     return replace(job, base=base, base_revision=revision)

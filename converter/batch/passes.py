@@ -14,12 +14,13 @@ from converter.batch.run import BatchRun
 from converter.batch.shared_shards import SharedShards
 from converter.batch.sharing import EarlierShard, Layout, lay_out
 from converter.errors import ConverterError, Interrupted
-from converter.pipeline import convert_tensors, crew_of, one_thread, seal
+from converter.pipeline import convert_tensors, crew_of, seal
 from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
 from converter.read.digests import remember_digests
 from converter.seal.production import Made, Production, Target
 from converter.seal.receipt import read_receipt
+from converter.threads import one_thread
 from converter.tile import Encoding
 from converter.write.journal import job_of
 

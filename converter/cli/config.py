@@ -85,6 +85,8 @@ def _of_receipt(path: Path) -> dict[str, Any]:
     if receipt is None:
         raise click.UsageError(f"--config {path}: no receipt of this tool, and no TOML file")
     recipe, origin = Recipe.from_json(receipt.get("recipe")).as_json(), receipt.get("origin")
+    other_names = {"kind": "combine", "weights": "weight", "rank": "svd_rank"}
+    recipe |= {other_names.get(key, key): value for key, value in recipe.pop("combine", {}).items()}
     origin = origin if isinstance(origin, dict) else {}
     named = {
         option: origin.get(key)

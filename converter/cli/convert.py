@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from converter.cli.batch import run_batch
 from converter.cli.config import config_text, with_config, with_print_config
 from converter.cli.options import (
+    COMBINATION,
     GATES,
     LINKS,
     MAX_SHARD_SIZE,
@@ -41,7 +42,8 @@ from converter.cli.report import write_report
 from converter.cli.values import Place
 
 if TYPE_CHECKING:
-    from converter.job import Job
+    from converter.job import Adapters, Job
+    from converter.recipe import Recipe
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".tif", ".tiff", ".bmp")
 EXAMPLES = """\b
@@ -87,7 +89,8 @@ class Commands(cloup.Group):
         type=Place(),
         metavar="[NAME=]PATH|ID",
         multiple=True,
-        help="PEFT adapter. Without one, only quantize. Give several, or a glob, to make OUT/NAME for each.",
+        help="PEFT adapter. Without one, only quantize. Give several, or a glob, to make OUT/NAME for each; "
+        "--combine makes one output of them.",
     ),
     *REVISIONS.values(),
     with_offline,
@@ -113,6 +116,7 @@ class Commands(cloup.Group):
     cloup.option("--report", type=Place("file"), metavar="FILE", help="Write a report of the output: one HTML file."),
     *LINKS,
 )
+@cloup.option_group("Several adapters into one", *COMBINATION)
 @cloup.option_group("Quality", *QUALITY, *GATES)
 @cloup.option_group("Resources", *RESOURCES)
 @cloup.option_group(
@@ -148,13 +152,14 @@ def cli(context: click.Context, /, **options: Any) -> None:
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
     if report_file is not None and dry_run:
         raise click.UsageError("--report needs an output, and --dry-run makes none.")
-    if is_named(adapters) or of_batch["against"] is not None:
+    if (is_named(adapters) and options["combine"] is None) or of_batch["against"] is not None:
         if report_file is not None:
             raise click.UsageError("--report goes with one output; `convert report OUT` writes it for each.")
         jobs = jobs_from(adapters, options)
         run_batch(context.obj, jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
         return
-    what: dict[str, Any] = {"adapter": adapters[0] if adapters else None, "recipe": recipe_from(options)}
+    recipe = recipe_from(options)
+    what: dict[str, Any] = {"adapter": adapter_of(adapters, recipe), "recipe": recipe}
     what |= vars(run_options_from(options))
     if dry_run:
         print_plan(printing, what | options)
@@ -204,6 +209,13 @@ def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
         print_text(plan_text(dry_run, verbose=printing.verbose))
 
 
+def adapter_of(adapters: Sequence[str], recipe: Recipe) -> Adapters | None:
+    """The one that is merged, or all that are combined."""
+    if recipe.combine is not None:
+        return tuple(adapters)
+    return adapters[0] if adapters else None
+
+
 def is_named(adapters: Sequence[str]) -> bool:
     """Whether each adapter's output lies under OUT by the adapter's name."""
     if len(adapters) == 1 and set("=*?[") & set(adapters[0]):  # of a folder of adapters, one is meant
@@ -225,10 +237,10 @@ def jobs_from(adapters: Sequence[str], options: dict[str, Any]) -> list[Job]:
     if of_adapter is not None and len(adapters) > 1:
         raise click.UsageError("--adapter-revision goes with one --adapter; `convert batch` takes one for each.")
     folder = Path(out or "OUT")
-    if is_named(adapters):
+    if is_named(adapters) and recipe.combine is None:
         jobs = named_jobs(adapters, folder, base, recipe, of_base, of_adapter)
         return [replace(job, card=card, gates=gates) for job in jobs]
-    return [Job(folder, adapters[0] if adapters else None, base, recipe, of_base, of_adapter, card, gates)]
+    return [Job(folder, adapter_of(adapters, recipe), base, recipe, of_base, of_adapter, card, gates)]
 
 
 def card_text(file: str | None) -> str:

@@ -13,6 +13,7 @@ from converter.cli.values import FORMATS, Format, Place, Size
 
 if TYPE_CHECKING:
     from converter.cli.show.progress import Kind
+    from converter.combination import Combination
     from converter.gates import Gates
     from converter.job import RunOptions
     from converter.recipe import Recipe
@@ -155,6 +156,28 @@ QUALITY: tuple[Decorator, ...] = (
     cloup.option("--keep", metavar="PATTERN", multiple=True, help="Modules to leave in 16 bits: glob, or last parts."),
 )
 
+COMBINATION: tuple[Decorator, ...] = (
+    cloup.option(
+        "--combine",
+        metavar="KIND",
+        help="Make one output of several adapters, as PEFT's add_weighted_adapter: cat (the weighted sum), linear, "
+        "svd, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd.",
+    ),
+    cloup.option(
+        "--weight", "weights", type=float, metavar="X", multiple=True, help="Of each --adapter, in their order."
+    ),
+    cloup.option(
+        "--density", type=float, metavar="SHARE", help="Share of values that ties, dare and magnitude_prune leave."
+    ),
+    cloup.option(
+        "--majority-sign",
+        metavar="HOW",
+        help="Which sign wins in ties: total (of the sum, the default) or frequency.",
+    ),
+    cloup.option("--svd-rank", type=int, metavar="N", help="Rank of the result.  [default: the adapters' largest]"),
+    cloup.option("--seed", type=int, metavar="N", help="Of what dare drops by chance.  [default: 0]"),
+)
+
 GATES: tuple[Decorator, ...] = (
     cloup.option(
         "--min-survival",
@@ -197,8 +220,24 @@ def recipe_from(options: dict[str, Any]) -> Recipe:
     """What `QUALITY` and `MAX_SHARD_SIZE` add, taken out of the options."""
     from converter.recipe import Recipe, choices_of_format
 
-    stated = take(options, *(field.name for field in fields(Recipe)))
+    stated = take(options, *({field.name for field in fields(Recipe)} - {"combine"}))
+    stated["combine"] = combination_from(options)
     return Recipe(**stated | choices_of_format(stated["quant_type"], stated["dtype"]))
+
+
+def combination_from(options: dict[str, Any]) -> Combination | None:
+    """What `COMBINATION` adds, taken out of the options."""
+    from converter.combination import Combination
+
+    kind, weights = take(options, "combine", "weights").values()
+    others = take(options, "density", "majority_sign", "svd_rank", "seed")
+    given = {name: value for name, value in others.items() if value is not None}
+    if kind is None:
+        if odd := sorted(["weight"] if weights else given):
+            raise click.UsageError(f"--{odd[0].replace('_', '-')} has no meaning without --combine.")
+        return None
+    rank = {"rank": given.pop("svd_rank")} if "svd_rank" in given else {}
+    return Combination(kind, weights, **given, **rank)
 
 
 def gates_from(options: dict[str, Any]) -> Gates:

@@ -43,7 +43,13 @@ Exit code:
     "Input",
     cloup.option("--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."),
     cloup.option("--base", "--model", "base", **REFERENCE, help="Make OUT again from this base, and compare."),
-    cloup.option("--adapter", **REFERENCE, help="The adapter that is merged in."),
+    cloup.option(
+        "--adapter",
+        "adapters",
+        **REFERENCE,
+        multiple=True,
+        help="The adapter that is merged in; all that are combined, in their order.",
+    ),
     *REVISIONS.values(),
     with_offline,
     with_pickle,
@@ -74,7 +80,8 @@ def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
     from converter.verification import verify as look
 
     refuse_without_memory()
-    printing = printing_from(options)
+    printing, adapters = printing_from(options), options.pop("adapters")
+    options["adapter"] = adapters if len(adapters) > 1 else adapters[0] if adapters else None
     with display(printing.progress) as shown:
         found = look(out, gates=gates_from(options), progress=shown.progress, **options)
     if printing.as_json:

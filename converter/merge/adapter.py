@@ -35,8 +35,10 @@ class Adapter:
     that this tool does not reproduce.
     """
 
-    def __init__(self, folder: Folder, *, seconds: float = SECONDS) -> None:
+    def __init__(self, folder: Folder, *, seconds: float = SECONDS, members: tuple[Adapter, ...] = ()) -> None:
         self.folder = folder
+        self.members = members
+        """The adapters that this one was made of; none, as a rule."""
         self.notes: list[str] = []
         """What a user should know of the folder."""
         self._look_around()

@@ -46,10 +46,11 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
 
     Raises `AdapterMismatch` naming the first tensor without a place, or with one that it doesn't fit.
     """
+    of_members = [note for member in adapter.members for note in match(member, architecture, shapes, ask).notes]
     names = Names(architecture, adapter.modules, adapter.replacements, ask)
     _refuse_left(adapter, architecture, names)
     adapter.options.learn(module for name in _changeable(architecture) for module in names.spellings(name))
-    found = Match(notes=list(adapter.notes))
+    found = Match(notes=[*adapter.notes, *of_members])
     for name, tensor in adapter.replacements.items():
         target = names.tensor(name)
         assert target is not None  # noqa: S101  (it has a place)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from converter.errors import BadAdapter, BadCheckpoint, ConversionRefused, HubFailed, HubRefused
-from converter.job import Reference
+from converter.combination import Combination
+from converter.errors import BadAdapter, BadCheckpoint, BadRecipe, ConversionRefused, HubFailed, HubRefused
+from converter.job import Adapters, Reference
 from converter.merge.adapter import Adapter
+from converter.merge.combine import combined
 from converter.merge.files import (
     CONFIG,
     PICKLED,
@@ -57,6 +60,39 @@ def open_adapter(
         folder.close()
         raise
     return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
+
+
+class Several(NamedTuple):
+    """Adapters, and how they become the one that is merged; without that they are refused."""
+
+    adapters: Sequence[Reference]
+    combine: Combination | None
+
+
+def wanted(adapter: Adapters | None, combine: Combination | None) -> Reference | Several | None:
+    """What a job says of its adapter, as one value."""
+    if adapter is None or isinstance(adapter, str | os.PathLike):
+        return adapter if combine is None else Several([] if adapter is None else [adapter], combine)
+    return Several(adapter, combine)
+
+
+def open_adapters(
+    adapter: Reference | Several, revision: str | None = None, *, offline: bool = False, allow_pickle: bool = False
+) -> OpenedAdapter:
+    """Open one adapter, or make one of several."""
+    if not isinstance(adapter, Several):
+        return open_adapter(adapter, revision, offline=offline, allow_pickle=allow_pickle)
+    if adapter.combine is None:
+        raise BadRecipe("several adapters become one output only by `combine`; jobs of a batch take one each")
+    if revision is not None:
+        raise BadRecipe("`adapter_revision` goes with one adapter")
+    opened = [open_adapter(one, offline=offline, allow_pickle=allow_pickle) for one in adapter.adapters]
+    try:
+        made = combined([one.adapter for one in opened], adapter.combine)
+    finally:
+        for one in opened:
+            one.adapter.folder.close()
+    return OpenedAdapter(made, None, None, {})
 
 
 def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, Stated]:

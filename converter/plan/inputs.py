@@ -18,7 +18,7 @@ from converter.job import Job, Reference, RunOptions
 from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
-from converter.plan.adapters import OpenedAdapter, open_adapter, open_folder
+from converter.plan.adapters import OpenedAdapter, Several, open_adapters, open_folder, wanted
 from converter.read.checkpoint import CONFIG, Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
@@ -87,7 +87,7 @@ class Inputs:
     def __init__(
         self,
         base: Reference | None,
-        adapter: Reference | None,
+        adapter: Reference | Several | None,
         base_revision: str | None = None,
         adapter_revision: str | None = None,
         *,
@@ -100,9 +100,13 @@ class Inputs:
         self._adapter: OpenedAdapter | None = None
         if adapter is not None:
             try:
-                self._adapter = open_adapter(adapter, adapter_revision, offline=offline, allow_pickle=allow_pickle)
+                self._adapter = open_adapters(adapter, adapter_revision, offline=offline, allow_pickle=allow_pickle)
             except BadAdapter:
-                if base is not None and _are_swapped(base, adapter, offline=offline):
+                if (
+                    base is not None
+                    and not isinstance(adapter, Several)
+                    and _are_swapped(base, adapter, offline=offline)
+                ):
                     raise BadAdapter(f"{adapter} is a model and {base} an adapter: swap `base` and `adapter`") from None
                 raise
         self._owns_base = opened is None
@@ -116,8 +120,8 @@ class Inputs:
     @classmethod
     def of(cls, job: Job, options: RunOptions, opened: Base | None = None) -> Self:
         """Those of a job; `opened` is its base, if that is open."""
-        base = job.base if opened is None else None
-        return cls(base, job.adapter, job.base_revision, job.adapter_revision, **options.of_inputs(), opened=opened)
+        base, adapter = job.base if opened is None else None, wanted(job.adapter, job.recipe.combine)
+        return cls(base, adapter, job.base_revision, job.adapter_revision, **options.of_inputs(), opened=opened)
 
     @property
     def base(self) -> Checkpoint:
@@ -191,8 +195,9 @@ class Inputs:
     @property
     def folders(self) -> list[Path]:
         """The local folders that are read."""
-        folders = [self.base.folder, self.adapter.folder if self.adapter else None]
-        return [folder.path for folder in folders if folder is not None and folder.path is not None]
+        adapters = [] if self.adapter is None else [self.adapter, *self.adapter.members]
+        folders = [self.base.folder, *(adapter.folder for adapter in adapters)]
+        return [folder.path for folder in folders if folder.path is not None]
 
     def close(self) -> None:
         if self._owns_base:

@@ -74,14 +74,23 @@ class MadeFolder:
     Closing it closes the other; what is made lasts as long as the folder, for a batch reads what it closed before.
     """
 
-    def __init__(self, around: Folder, made: Mapping[str, MadeFile], hidden: Iterable[str] = ()) -> None:
-        self._around = around
+    def __init__(
+        self,
+        around: Folder,
+        made: Mapping[str, MadeFile],
+        hidden: Iterable[str] = (),
+        label: str | None = None,
+        others: Sequence[Folder] = (),
+    ) -> None:
+        """`others` are closed with it."""
+        self._around, self._others = around, others
+        self._label = label
         self._made = dict(made)
         self._hidden = frozenset(hidden)
 
     @property
     def label(self) -> str:
-        return self._around.label
+        return self._label or self._around.label
 
     @property
     def path(self) -> Path | None:
@@ -132,4 +141,5 @@ class MadeFolder:
             self._around.expect(name, offset)
 
     def close(self) -> None:
-        self._around.close()
+        for folder in (self._around, *self._others):
+            folder.close()

@@ -131,6 +131,11 @@ def _recipe(plan: Plan) -> list[str]:
     settings |= format_of(recipe).settings
     if recipe.keep:
         settings["kept in 16 bits"] = ", ".join(recipe.keep)
+    if recipe.scale != 1.0:
+        settings["scale of the adapter"] = f"{recipe.scale:g}"
+    if recipe.combine is not None:
+        weights = ", ".join(f"{weight:g}" for weight in recipe.combine.weights)
+        settings["adapters combined"] = f"{recipe.combine.kind}, weights {weights}"
     return [f"| {key} | {value} |" for key, value in settings.items()]
 
 

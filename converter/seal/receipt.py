@@ -101,7 +101,8 @@ def identity(shard: ShardPlan, recipe: Recipe, base: Mapping[str, str], device: 
     # Of a base on the Hub its files' digests are known, not those of its tensors.
     names = [tensor.name for tensor in shard.tensors]
     read = {name: base[name] for name in names} if all(name in base for name in names) else dict(base)
-    choices = {key: value for key, value in recipe.as_json().items() if key not in ("keep", "max_shard_size", "scale")}
+    of_others = ("keep", "max_shard_size", "scale", "combine")
+    choices = {key: value for key, value in recipe.as_json().items() if key not in of_others}
     return _sha256_of({"shard": whole, "base": read, "recipe": choices, "device": device, **versions()})
 
 

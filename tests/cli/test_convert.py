@@ -293,3 +293,59 @@ def test_json_is_json_where_a_config_has_an_infinity(run: Run, base: Path, tmp_p
         raise AssertionError(f"{text} is no JSON")
 
     assert json.loads(ran.out, parse_constant=constant)["config"]["time_step_limit"] == [0.0, "Infinity"]
+
+
+# Several adapters into one output
+
+
+def test_several_adapters_are_combined_into_one_output(run: Run, base: Path, adapter: Path, out: Path) -> None:
+    both = ("--adapter", adapter, "--adapter", adapter)
+    ran = run("--base", base, *both, "--combine", "cat", "--weight", "0.75", "--weight", "0.25", "--out", out)
+
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[1] == "14 merged, 14 quantized, 7 kept"
+    recipe = json.loads((out / "conversion.json").read_text())["recipe"]
+    assert recipe["combine"] == {"kind": "cat", "weights": [0.75, 0.25]}
+    assert run("verify", out, "--base", base, *both).code == 0
+
+
+def test_how_adapters_are_combined_is_taken_from_a_receipt(
+    run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path
+) -> None:
+    both = ("--base", base, "--adapter", adapter, "--adapter", adapter)
+    how = ("--combine", "ties_svd", "--weight", "1", "--weight", "-0.5", "--density", "0.5", "--svd-rank", "4")
+    assert run(*both, *how, "--out", out).code == 0
+
+    again = run(*both, "--config", out, "--out", tmp_path / "again")
+
+    assert (again.code, again.err) == (0, "")
+    receipts = [json.loads((place / "conversion.json").read_text()) for place in (out, tmp_path / "again")]
+    assert receipts[0] == receipts[1]
+    printed = run("--config", out, "--print-config").out
+    for line in ('combine = "ties_svd"', "weight = [1.0, -0.5]", "density = 0.5", "svd_rank = 4"):
+        assert line in printed.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--weight", "1"), "--weight has no meaning without --combine."),
+        (("--density", "0.5"), "--density has no meaning without --combine."),
+        (("--combine", "cat", "--weight", "1"), "--combine takes two adapters or more, and one --weight for each"),
+        (("--combine", "dog", "--weight", "1", "--weight", "1"), "--combine dog: expected one of cat, linear"),
+        (
+            ("--combine", "cat", "--weight", "1", "--weight", "1"),
+            "2 --weight for 3 adapters: give one for each",
+        ),
+    ],
+)
+def test_options_that_combine_nothing_are_refused(
+    run: Run, base: Path, adapter: Path, out: Path, options: tuple[str, ...], expected: str
+) -> None:
+    three = [word for _ in range(3) for word in ("--adapter", adapter)]
+
+    ran = run("--base", base, *three, *options, "--out", out)
+
+    assert ran.code == 2
+    assert expected in ran.err
+    assert not out.exists()

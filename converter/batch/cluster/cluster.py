@@ -25,7 +25,7 @@ from converter.batch.observer import BatchObserver
 from converter.batch.options import BatchOptions
 from converter.batch.outcomes import Outcome, Outcomes
 from converter.errors import ConverterError, Interrupted
-from converter.job import Job
+from converter.job import Adapters, Job
 from converter.observer import Progress
 from converter.read.folder import is_folder
 
@@ -197,7 +197,12 @@ def _groups(jobs: list[Job], options: BatchOptions, outcomes: Outcomes) -> list[
 
 def _placed(job: Job) -> Job:
     """The job with paths that mean the same on every node."""
-    return replace(job, out=_absolute(job.out), adapter=_reference(job.adapter), base=_reference(job.base))
+    adapter: Adapters | None = job.adapter
+    if adapter is not None and not isinstance(adapter, str | os.PathLike):
+        adapter = [one for one in map(_reference, adapter) if one is not None]
+    else:
+        adapter = _reference(adapter)
+    return replace(job, out=_absolute(job.out), adapter=adapter, base=_reference(job.base))
 
 
 def _absolute(path: Path) -> Path:
