@@ -17,6 +17,7 @@ from converter.errors import ConverterError, Interrupted
 from converter.pipeline import convert_tensors, crew_of, seal
 from converter.plan.budget import recut, with_tiles
 from converter.plan.inputs import Inputs
+from converter.plan.plan import CutAs
 from converter.read.digests import remember_digests
 from converter.seal.production import Made, Production, Target
 from converter.seal.receipt import read_receipt
@@ -161,7 +162,8 @@ class Pass:
                     self._drop(output, exc)
                     continue
                 if target is not None and target.tensor.origin == "base":
-                    alike.setdefault((target.tensor.source, target.tensor.tiles), []).append(target)
+                    like = (target.tensor.source, target.tensor.cut_as, target.tensor.tiles)
+                    alike.setdefault(like, []).append(target)
             yield from alike.values()
             if not self._outputs:
                 return
@@ -233,10 +235,9 @@ class Pass:
 
 def _cut_alike(layouts: Mapping[int, Layout]) -> dict[int, Layout]:
     """A tensor that one adapter changes and others copy gets one set of tiles, the smallest: it is read once."""
-    smallest: dict[tuple[str, int], tuple[int, ...]] = {}
+    smallest: dict[CutAs, tuple[int, ...]] = {}
     for layout in layouts.values():
         for tensor in layout.plan.tensors():
             if tensor.whole is None:
-                key = (tensor.name, tensor.rows)
-                smallest[key] = max(smallest.get(key, ()), tensor.tiles, key=len)
+                smallest[tensor.cut_as] = max(smallest.get(tensor.cut_as, ()), tensor.tiles, key=len)
     return {index: replace(layout, plan=with_tiles(layout.plan, smallest)) for index, layout in layouts.items()}

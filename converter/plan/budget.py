@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from converter.errors import BadRecipe
-from converter.plan.plan import Plan, TensorPlan
+from converter.plan.plan import CutAs, Plan, TensorPlan
 from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, longest_strip, tile_bounds
 from converter.quantize.format import BY_TORCH
 from converter.quantize.formats import format_of
@@ -84,10 +84,10 @@ def cut_into_tiles(
     return cut, memory, notes
 
 
-def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> Plan:
-    """The plan with other tiles for some tensors, by (name, rows). No byte of the output changes."""
+def with_tiles(plan: Plan, tiles: Mapping[CutAs, tuple[int, ...]]) -> Plan:
+    """The plan with other tiles for some tensors, by what they are cut as. No byte of the output changes."""
     shards = tuple(
-        replace(s, tensors=tuple(replace(t, tiles=tiles.get((t.name, t.rows), t.tiles)) for t in s.tensors))
+        replace(s, tensors=tuple(replace(t, tiles=tiles.get(t.cut_as, t.tiles)) for t in s.tensors))
         for s in plan.shards
     )
     return replace(plan, shards=shards)
@@ -96,13 +96,13 @@ def with_tiles(plan: Plan, tiles: Mapping[tuple[str, int], tuple[int, ...]]) -> 
 def recut(plan: Plan, reserved: int) -> Plan:
     """The plan with tiles that leave `reserved` bytes of the budget: the same for all outputs of a pass."""
     cut, memory, _ = cut_into_tiles(list(plan.tensors()), plan.recipe, plan.resources, reserved)
-    return replace(with_tiles(plan, {(tensor.name, tensor.rows): tensor.tiles for tensor in cut}), memory=memory)
+    return replace(with_tiles(plan, {tensor.cut_as: tensor.tiles for tensor in cut}), memory=memory)
 
 
 def in_flight(tensors: Sequence[TensorPlan], recipe: Recipe, resources: Resources) -> int:
     """Bytes that one output takes besides its tiles: of tensors that are not finished, and of the adapter's factors."""
     statistics = sorted((_statistics(tensor, recipe) for tensor in tensors), reverse=True)
-    factors = sorted((_factors(tensor) for tensor in tensors), reverse=True)
+    factors = sorted((_factors(tensor, recipe) for tensor in tensors), reverse=True)
     # Two tensors can be between their first tile and their last; the factors of as many as there are slots.
     return sum(statistics[:2]) + sum(factors[: resources.slots + 1])
 
@@ -144,9 +144,9 @@ def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
     return state + (0 if tensor.is_copy else 80 * tensor.rows)
 
 
-def _factors(tensor: TensorPlan) -> int:
+def _factors(tensor: TensorPlan, recipe: Recipe) -> int:
     """Bytes of an adapter's factors; of the input directions that error feedback makes of them, three times as many."""
-    feedback = 4 if isinstance(tensor.source, Stored) else 1
+    feedback = 4 if recipe.rounding == "adapter" else 1
     changes = [part.change for part in tensor.fused if part.change is not None]
     surveyed = max((change.nbytes for change in changes), default=0)  # those of one part at a time
     return surveyed + (0 if tensor.change is None else tensor.change.nbytes * feedback)

@@ -27,6 +27,10 @@ LAYOUT_VERSION = 1
 """Part of the fingerprint: raise it when equal plans would give other bytes."""
 
 
+CutAs = tuple[str, int, bool]
+"""Name, rows, and whether the rows are bytes: where these are the same, the tiles of one tensor fit the other."""
+
+
 @dataclass(frozen=True)
 class TensorPlan:
     """What happens to one tensor."""
@@ -56,6 +60,10 @@ class TensorPlan:
     @property
     def rows(self) -> int:
         return self.tiles[-1]
+
+    @property
+    def cut_as(self) -> CutAs:
+        return self.name, self.rows, self.action == "copy"
 
     @property
     def columns(self) -> int:

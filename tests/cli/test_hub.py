@@ -49,6 +49,23 @@ def test_a_conversion_from_the_hub_equals_that_of_the_folders(
         assert contents(out)[name] == contents(local)[name]
 
 
+def test_a_quantized_base_on_the_hub_is_planned_without_its_shards_and_converted_as_the_folder(
+    run: Run, hub: StandInHub, tiny_base: Path, tiny_adapter: Path, out: Path, tmp_path: Path
+) -> None:
+    quantized, local = tmp_path / "quantized", tmp_path / "local"
+    run("--base", tiny_base, "--out", quantized)
+    hub.push("maker/four-bit", quantized)
+    run("--base", quantized, "--adapter", tiny_adapter, "--out", local)
+
+    planned = run("--base", "maker/four-bit", "--adapter", "maker/lora", "--dry-run", "--json")
+
+    assert (planned.code, planned.err) == (0, "")
+    assert json.loads(planned.out)["counts"]["quantize"] == 28
+    assert not list((tmp_path / "hub").rglob("model*.safetensors"))
+    assert run("--base", "maker/four-bit", "--adapter", "maker/lora", "--out", out).code == 0
+    assert differences(out, local) == []
+
+
 def test_the_receipt_of_a_conversion_from_the_hub_names_the_commits(run: Run, hub: StandInHub, out: Path) -> None:
     ran = run("--base", "maker/base", "--adapter", "maker/lora", "--out", out)
 
