@@ -66,7 +66,7 @@ class Adapter:
         self.replacements: dict[str, TensorHeader] = self._replacements(keys)
         """Whole tensors that take the place of the base's, by tensor name: modules_to_save, biases, embeddings."""
         self.options.learn(self.modules)
-        scalings = [self.options.scaling(module)[1] for module in self.modules if not self.options.is_bridged]
+        scalings = [self.options.scaling(module)[1] for module in self.modules if self.options.has_scaling]
         if scalings and not any(scalings) and not self.replacements:
             raise BadAdapter(
                 f"{where}: {CONFIG}: lora_alpha is 0, so that the adapter changes nothing; set it to what was trained"

@@ -109,7 +109,7 @@ def _add_part(found: Keys, module: str, part: str, tensor: TensorHeader, where: 
 def _add_whole(found: Keys, path: str, tensor: TensorHeader, adapters: set[str], where: str) -> None:
     saved = _SAVED.fullmatch(path)
     name = path if saved is None else f"{saved['module']}.{_without(saved['rest'], adapters)}"
-    name = re.sub(r"\.base_layer(\.[^.]+)$", r"\1", name)
+    name = re.sub(r"\.(?:base_layer|ln_tuning_layers)(\.[^.]+)$", r"\1", name)
     if saved is None:
         place = found.replacements
     else:

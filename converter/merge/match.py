@@ -86,6 +86,8 @@ def scaled(found: Match, adapter: Adapter, scale: float) -> Match:
     What takes the place of a tensor or of its rows stays as it is, and so do DoRA's lengths: PEFT's `set_scale`.
     """
     deltas = {name: change.scaled(scale) for name, change in found.deltas.items()}
+    if all(isinstance(change, TokenRows) for change in deltas.values()):
+        raise Unsupported("`scale` has no meaning for this adapter: it only replaces tensors and rows")
     kept = []
     if found.replacements or any(isinstance(change, TokenRows) for change in deltas.values()):
         kept.append("the tensors and rows that it replaces")
@@ -256,7 +258,7 @@ def _check_saved_whole(adapter: Adapter, architecture: Architecture, names: Name
     for name in _changeable(architecture):
         whole = any(adapter.options.is_saved_whole(module) for module in names.spellings(name))
         if whole and name not in found.replacements:
-            raise BadAdapter(f"{name}: modules_to_save names it, but the adapter's file doesn't have it")
+            raise BadAdapter(f"{name}: {adapter.options.replaces_by} names it, but the adapter's file doesn't have it")
     saved = adapter.options.saved
     if saved and not any(adapter.options.is_saved_whole(name.rpartition(".")[0]) for name in adapter.replacements):
         raise BadAdapter(

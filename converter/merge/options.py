@@ -38,6 +38,11 @@ TUNERS = {
     "SUPERTUNING": "supertuning_", "VBLORA": "vblora_", "VERA": "vera_", "WAVEFT": "waveft_",
 }  # fmt: skip
 """Tuners that PEFT merges one module at a time → with what the names of their tensors begin."""
+REPLACING = {
+    "LN_TUNING": frozenset(["target_modules", "exclude_modules", "modules_to_save"]),
+    "TRAINABLE_TOKENS": frozenset(["target_modules", "token_indices", "init_weights"]),
+}
+"""Tuners that put whole tensors or rows in the place of the base's → their options."""
 _LARGEST = float(2**128 - 2**104)
 """What float32 holds, in which deltas are computed."""
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -83,6 +88,16 @@ class Options:
         """With what the names of the parts of a module begin; None: LoRA's."""
         return TUNERS.get(str(self._config.get("peft_type")))
 
+    @property
+    def replaces_by(self) -> str:
+        """The option that names what the adapter has whole."""
+        return "target_modules" if self._config.get("peft_type") == "LN_TUNING" else "modules_to_save"
+
+    @property
+    def has_scaling(self) -> bool:
+        """Whether what it adds is scaled by alpha and rank."""
+        return self._config.get("peft_type") == "LORA" and not self.is_bridged
+
     def learn(self, modules: Iterable[str]) -> None:
         """Match all patterns against modules that will be asked for, which is faster than one by one."""
         self._patterns.learn(modules)
@@ -107,6 +122,8 @@ class Options:
         PEFT wraps every module whose path ends with the name, without regard to dots: `norm` means input_layernorm,
         too (`peft.utils.other._set_trainable`).
         """
+        if self._config.get("peft_type") == "LN_TUNING" and self.targets(module):
+            return True
         return self._excluded(module) or any(module.endswith(pattern.written) for pattern in self._saved)
 
     def targets(self, module: str) -> bool:
@@ -162,31 +179,37 @@ class Options:
         kind = str(config.get("peft_type"))
         if kind in METHODS:
             raise Unsupported(f"{where}: {kind} {METHODS[kind]}")
-        if kind != "LORA" and kind not in TUNERS:
+        if kind != "LORA" and kind not in TUNERS and kind not in REPLACING:
             raise Unsupported(
                 f"{where}: peft_type {config.get('peft_type')!r}; this tool merges LORA and what PEFT merges one "
                 "module at a time"
             )
         self._check_names()
-        if kind != "LORA":
+        if kind in TUNERS:
             return  # PEFT's own class knows its options
+        if kind in REPLACING:
+            self._refuse_unknown(frozenset(_WITHOUT_EFFECT.split()) | REPLACING[kind])
+            return
         init = config.get("init_lora_weights", True)
         if init not in (*_PLAIN_INITIALISATIONS, *_OF_THE_BASE):
             raise Unsupported(
                 f"{where}: init_lora_weights {init!r} may change the base that the adapter was trained on; convert the "
                 "adapter to plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
             )
-        for key, value in config.items():
-            if key in UNDERSTOOD or value in (None, False, 0) or value in ({}, [], ""):
-                continue
-            if key in OPTIONS:
-                raise Unsupported(f"{where}: {key}: {OPTIONS[key]}")
-            raise Unsupported(f"{where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
+        self._refuse_unknown(UNDERSTOOD)
         bias = config.get("bias", "none")
         if bias not in ("none", "all", "lora_only"):
             raise BadAdapter(f"{where}: bias {bias!r}, expected none, all or lora_only")
         if not isinstance(config.get("use_rslora", False), bool | None):
             raise BadAdapter(f"{where}: use_rslora {config['use_rslora']!r}, expected true or false")
+
+    def _refuse_unknown(self, understood: frozenset[str]) -> None:
+        for key, value in self._config.items():
+            if key in understood or value in (None, False, 0) or value in ({}, [], ""):
+                continue
+            if key in OPTIONS:
+                raise Unsupported(f"{self._where}: {key}: {OPTIONS[key]}")
+            raise Unsupported(f"{self._where}: {key} = {str(value)[:60]!r} is not an option that this tool understands")
 
     def _check_names(self) -> None:
         """The options that name modules or layers."""

@@ -46,7 +46,9 @@ class Variants:
         """Whether lora_B of experts is grouped by expert; None: the config doesn't say."""
         version = config.get("peft_version")
         self.peft_version = version if isinstance(version, str) else None
-        self._tokens = config.get("trainable_token_indices")
+        alone = config.get("peft_type") == "TRAINABLE_TOKENS"
+        self._tokens_option = "token_indices" if alone else "trainable_token_indices"
+        self._tokens = config.get(self._tokens_option)
         blocks = config.get("use_bdlora") or None
         if blocks is not None and not isinstance(blocks, Mapping):
             raise BadAdapter(f"{where}: use_bdlora is not a mapping")
@@ -81,7 +83,7 @@ class Variants:
 
         A list is of the input embedding; a mapping names modules by the ends of their paths.
         """
-        value, where = self._tokens, f"{self._where}: trainable_token_indices"
+        value, where = self._tokens, f"{self._where}: {self._tokens_option}"
         if isinstance(value, Mapping):
             named = [tokens for name, tokens in value.items() if f".{module}".endswith(f".{name}")]
             if len(named) != 1:

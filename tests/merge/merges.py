@@ -22,7 +22,7 @@ from converter.plan.decide import make_plan
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import LocalFolder
 from converter.threads import Buffers
-from converter.tile import read_tile
+from converter.tile import open_tensor, read_tile
 from tests.models import load
 from tests.reference import tensors_of
 
@@ -103,7 +103,8 @@ def save_exact(base: Path, adapter: Path, work: Path) -> Path:
     tensors = {}
     for tensor in plan.tensors():
         folder = opened.folder if tensor.origin == "adapter" else checkpoint.folder
-        stored, _ = read_tile(tensor, folder, 0, tensor.rows, Buffers(pinned=False))
+        tile, _ = read_tile(tensor, open_tensor(tensor, folder), 0, tensor.rows, Buffers(pinned=False))
+        stored = tile.values()
         merge = None if tensor.change is None else tensor.change.load(opened.folder, torch.device("cpu"), FLOAT32)
         values = stored
         if merge is not None:

@@ -22,7 +22,8 @@ def by_formulas() -> str:
 def targets(kind: str) -> list[str]:
     config = KINDS[kind][1]
     named = config.target_modules or []
-    return sorted(named if not isinstance(named, str) else [named]) + sorted(config.target_parameters or [])
+    parameters = getattr(config, "target_parameters", None) or []
+    return sorted(named if not isinstance(named, str) else [named]) + sorted(parameters)
 
 
 def by_peft() -> str:
@@ -35,11 +36,28 @@ def by_peft() -> str:
     return "\n".join(["| tuner | `peft_type` | layers |", "| --- | --- | --- |", *sorted(rows)])
 
 
-@pytest.mark.parametrize(
-    ("mark", "table"), [("formulas", by_formulas()), ("peft", by_peft())], ids=["formulas", "peft"]
-)
-def test_the_page_has_the_table_of_what_is_tried(mark: str, table: str) -> None:
-    found = re.search(rf"<!-- {mark} -->\n\n((?:\|.*\n)+)", PAGE.read_text())
+TABLES = {"formulas": by_formulas(), "peft": by_peft()}
 
-    assert found is not None, f"expected:\n{table}"
-    assert found[1].strip() == table
+
+def with_tables(page: str) -> str:
+    """The page with the tables as they should be."""
+    for mark, table in TABLES.items():
+        page, count = re.subn(rf"(<!-- {mark} -->\n\n)(?:\|.*\n)*", lambda found, t=table: f"{found[1]}{t}\n", page)
+        assert count == 1, f"{PAGE}: no <!-- {mark} -->"
+    return page
+
+
+def test_the_page_has_the_tables_of_what_is_tried() -> None:
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make adapters`, and read the diff"
+
+
+def test_another_table_is_written_anew_and_nothing_else() -> None:
+    page = PAGE.read_text()
+
+    assert with_tables(page.replace("| LoRA | llama |", "| LoRA | opt |")) == page
+    with pytest.raises(AssertionError, match="no <!-- peft -->"):
+        with_tables(page.replace("<!-- peft -->", ""))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))

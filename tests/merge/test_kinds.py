@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig, TrainableTokensConfig
 from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
 
 from converter import Recipe, Resources, convert
-from converter.errors import Unsupported
+from converter.errors import BadAdapter, Unsupported
 from tests.merge.merges import (
     different,
     edit_config,
@@ -27,6 +27,8 @@ from tests.merge.merges import (
 from tests.models import load, save_base
 from tests.reference import tensors_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # of norms, by PEFT
+
 DTYPES = [torch.bfloat16, torch.float32]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -36,7 +38,7 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 8, "lora_alpha": 12, "task_type": "CAUSAL_LM", "target_modules": ATTENTION, **settings})
 
 
-KINDS: dict[str, tuple[str, LoraConfig]] = {
+KINDS: dict[str, tuple[str, Any]] = {
     "LoRA": ("llama", lora()),
     "DoRA": ("llama", lora(use_dora=True, use_rslora=True)),
     "DoRA on Conv1D": ("gpt2", lora(use_dora=True, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
@@ -57,6 +59,12 @@ KINDS: dict[str, tuple[str, LoraConfig]] = {
     "convolution": ("vit", lora(task_type=None, target_modules=["projection"])),
     "DoRA on a convolution": ("vit", lora(task_type=None, target_modules=["projection"], use_dora=True)),
     "MiCA": ("llama", lora(init_lora_weights="mica")),
+    "LN tuning": ("llama", LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm", "norm", "q_proj"])),
+    "LN tuning with a bias": ("gpt2", LNTuningConfig(task_type="CAUSAL_LM", target_modules=["ln_1", "ln_f"])),
+    "trained tokens alone": (
+        "llama",
+        TrainableTokensConfig(token_indices=[5, 17, 250], target_modules=["embed_tokens"]),
+    ),
 }
 
 
@@ -75,6 +83,37 @@ def test_an_adapter_is_merged_to_pefts_bits(kind: str, dtype: torch.dtype, tmp_p
     theirs = merged_by_peft(base, tmp_path / "adapter", dtype, tmp_path / "theirs")
     assert different(ours, theirs) == []
     assert different(ours, tensors_of(base)) != []
+
+
+def test_norms_that_lack_a_layer_are_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_tuned(tmp_path / "adapter", base, KINDS["LN tuning"][1])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1.input" not in name}, file)
+
+    with pytest.raises(BadAdapter, match=r"layers\.1\.input_layernorm\.weight: .* names it, but the adapter's file"):
+        convert(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["LN tuning", "trained tokens alone"])
+def test_an_option_that_such_a_tuner_does_not_have_is_refused(kind: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_tuned(tmp_path / "adapter", base, KINDS[kind][1])
+    edit_config(tmp_path / "adapter", an_option_of_next_year=True)
+
+    with pytest.raises(
+        Unsupported, match="an_option_of_next_year = 'True' is not an option that this tool understands"
+    ):
+        convert(base, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["LN tuning", "trained tokens alone"])
+def test_what_only_replaces_has_no_scale(kind: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    save_tuned(tmp_path / "adapter", base, KINDS[kind][1])
+
+    with pytest.raises(Unsupported, match="`scale` has no meaning for this adapter: it only replaces tensors and rows"):
+        convert(base, tmp_path / "adapter", tmp_path / "out", Recipe(scale=0.8))
 
 
 # Where PEFT merges something else than what it trained

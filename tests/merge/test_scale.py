@@ -19,7 +19,7 @@ from tests.merge.test_kinds import KINDS, MAKERS, lora
 from tests.models import load, save_base
 from tests.reference import tensors_of
 
-LORAS = [kind for kind in KINDS if kind != "trained tokens"]
+LORAS = [kind for kind in KINDS if "tokens" not in kind and "tuning" not in kind]
 
 
 def base_for(kind: str, folder: Path) -> Path:
