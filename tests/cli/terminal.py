@@ -58,7 +58,7 @@ class Terminal:
             text=True,
             timeout=HANG,
             check=True,
-            env=None if environment is None else {**os.environ, **environment},
+            env=None if environment is None else {**without_a_size(), **environment},
         )
         return ran.stdout
 
@@ -67,6 +67,11 @@ class Terminal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def without_a_size() -> dict[str, str]:
+    """Our environment without the size of our terminal, which pytest-xdist states: programs would believe that."""
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 
 
 def shown(arguments: Sequence[object], columns: int, cwd: Path, environment: Mapping[str, str] | None = None) -> str:

@@ -109,7 +109,9 @@ def modules_of(architecture: Architecture) -> set[str]:
 
 def written(base: Base, architecture: Architecture) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], set[str]]:
     """Config, shapes and quantized weights of an output, as `check_output` takes them."""
-    config = output_config(base.config, Recipe(dtype="bfloat16"), architecture, vocabulary=None, untied=False)
+    config = output_config(
+        base.config, Recipe(quant_type="nf4", dtype="bfloat16"), architecture, vocabulary=None, untied=False
+    )
     turned = {name for name in quantized(architecture) if architecture.roles[name].kind == "conv1d"}
     shapes = {name: shape[::-1] if name in turned else shape for name, shape in base.shapes.items()}
     return config, shapes, quantized(architecture)
@@ -696,7 +698,9 @@ def test_modules_that_loading_replaces_are_refused_by_name() -> None:
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     stated = json.loads(config.to_json_string(use_diff=False)) | {"architectures": ["Llama4ForCausalLM"]}
     architecture = describe(stated, shapes, quantize=True, dtype="bfloat16")
-    output = output_config(stated, Recipe(dtype="bfloat16"), architecture, vocabulary=None, untied=False)
+    output = output_config(
+        stated, Recipe(quant_type="nf4", dtype="bfloat16"), architecture, vocabulary=None, untied=False
+    )
 
     problems = check_output(output, shapes, quantized(architecture))
 

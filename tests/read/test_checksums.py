@@ -164,8 +164,10 @@ def test_a_damaged_file_is_remembered_as_damaged_and_not_read_again(place: Path,
         assert read[SHARD] < most * (place / "base" / SHARD).stat().st_size
 
 
-def test_where_nothing_can_be_remembered_it_is_read_each_time(place: Path, read: Counter[str]) -> None:
-    cache_folder().parent.mkdir(exist_ok=True)
+def test_where_nothing_can_be_remembered_it_is_read_each_time(
+    place: Path, read: Counter[str], cold_cache: Path
+) -> None:
+    cold_cache.mkdir()
     cache_folder().write_text("a file where the folder should be")
     write_sums(place / "base")
     size = (place / "base" / SHARD).stat().st_size
