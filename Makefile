@@ -19,7 +19,7 @@ types: .venv/ready
 	$(BIN)/mypy
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report= --cov-fail-under=90
+	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report= --cov-fail-under=95
 
 slow: .venv/ready  ## the tests that take too long for each commit: samples of faults, cold starts, a cluster that loses a node
 	$(BIN)/python -m pytest -n 2 -m slow
