@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
@@ -234,12 +233,9 @@ def _worst(made: _Figures) -> list[dict[str, str]]:
 
 @cache
 def _environment() -> Any:
-    from jinja2 import Environment, FunctionLoader
+    from jinja2 import Environment, PackageLoader
 
-    def source(name: str) -> str:
-        return files("converter").joinpath(name).read_text("utf-8")
-
-    return Environment(autoescape=True, loader=FunctionLoader(source), trim_blocks=True, lstrip_blocks=True)
+    return Environment(autoescape=True, loader=PackageLoader("converter"), trim_blocks=True, lstrip_blocks=True)
 
 
 def _template(name: str) -> Any:

@@ -27,7 +27,7 @@ def test_a_wheel_has_every_module_and_can_be_imported_from_elsewhere(tmp_path: P
 
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "converter").rglob("*.py")}
     with zipfile.ZipFile(wheel) as archive:
-        pages = {f"converter/{name}.html" for name in ("page", "head", "style", "batch")}
+        pages = {f"converter/templates/{name}.html" for name in ("layout", "page", "head", "style", "batch")}
         assert modules | pages | {"converter/py.typed"} <= set(archive.namelist())
         archive.extractall(tmp_path / "installed")
     program = "import converter, converter.cli.main, sys; print(converter.__file__)"
