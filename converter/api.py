@@ -1,4 +1,4 @@
-"""What people call from Python, with keywords instead of values: `convert`, `summary`."""
+"""What people call from Python, with keywords instead of values: `convert`, `plan_conversion`, `summary`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from converter.errors import ConversionRefused
 from converter.gates import Gates
 from converter.job import Adapters, Job, Reference, RunOptions
 from converter.observer import Observer, Progress
-from converter.pipeline import Report, convert_job
+from converter.pipeline import Report, convert_job, plan_job
+from converter.plan.estimate import DryRun
 from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -42,12 +43,12 @@ def convert(
 
     `base` and `adapter` are folders or ids on the Hub; several adapters become one as `recipe.combine` says. Without
     `base`, the one that the adapter names is taken; without `adapter`, the base is quantized as it is.
-    `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an
-    earlier conversion. `out` appears only whole, and only if every tensor reaches the `gates`. `resume`: resume an
-    interrupted run of the same job. `allow_pickle`: read pickled weights of an adapter, as weights only. `progress`:
-    True shows a bar, in a terminal or a notebook, elsewhere a line every ten seconds; a function hears of each step.
-    `stop` is asked before each tile, and while the sha256 of the base is checked; once it gives the number of a signal,
-    the conversion ends with `Interrupted`.
+    `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an earlier conversion. `out` appears only whole,
+    and only if every tensor reaches the `gates`. `resume`: resume an interrupted run of the same job. `allow_pickle`:
+    read pickled weights of an adapter, as weights only. `progress`: True shows a bar in a terminal or a notebook, and
+    elsewhere prints a line every ten seconds; a function is called at each step. `stop` is asked before each tile, and
+    while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends with
+    `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
@@ -61,6 +62,31 @@ def convert(
 
     with display("bar" if _in_a_notebook() else "auto") as shown:
         return convert_job(job, options, Observer(shown.progress, stop))
+
+
+def plan_conversion(
+    base: Reference | None,
+    adapter: Adapters | None,
+    out: Reference | None = None,
+    recipe: Recipe = Recipe(),
+    resources: Resources = Resources(),
+    *,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> DryRun:
+    """What `convert` would do with the same arguments: its plan, and its refusals.
+
+    Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes from short
+    samples of reading and computing.
+    """
+    job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
+    return plan_job(job, options, with_out=out is not None)
 
 
 def summary(out: Reference) -> dict[str, Any]:

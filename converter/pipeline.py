@@ -18,7 +18,7 @@ import xxhash
 
 from converter.errors import ConverterError, GateFailed, Interrupted
 from converter.gates import in_words, report_of
-from converter.job import Adapters, Job, Reference, RunOptions
+from converter.job import Job, RunOptions
 from converter.observer import Observer
 from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
@@ -28,8 +28,6 @@ from converter.quantize.measure import Fidelity
 from converter.read.digests import remember_digests
 from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
-from converter.recipe import Recipe
-from converter.resources import Resources
 from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination, already_made
 from converter.seal.production import Made, Production, Target
@@ -137,33 +135,8 @@ def _figures(made: Destination) -> dict[str, Fidelity]:
         return {}
 
 
-def plan_conversion(
-    base: Reference | None,
-    adapter: Adapters | None,
-    out: Reference | None = None,
-    recipe: Recipe = Recipe(),
-    resources: Resources = Resources(),
-    *,
-    base_revision: str | None = None,
-    adapter_revision: str | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> DryRun:
-    """What `convert` would do with the same arguments: its plan, and its refusals.
-
-    Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes from short
-    samples of reading and computing.
-    """
-    job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
-    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
-    return plan_job(job, options, with_out=out is not None)
-
-
 def plan_job(job: Job, options: RunOptions = RunOptions(), *, with_out: bool = True) -> DryRun:
-    """`plan_conversion`, from values; `with_out`: whether OUT is looked at, too."""
+    """What `convert_job` would do: `converter.plan_conversion`, from values. `with_out`: whether to check OUT, too."""
     with Inputs.of(job, options) as inputs:
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
         if with_out:

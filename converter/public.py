@@ -1,6 +1,6 @@
 """The public names: what `from converter import …` gives."""
 
-from converter.api import convert, summary
+from converter.api import convert, plan_conversion, summary
 from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
@@ -11,7 +11,7 @@ from converter.gates import Gates
 from converter.job import Job
 from converter.merge.adapter import Adapter
 from converter.observer import Progress
-from converter.pipeline import Report, plan_conversion
+from converter.pipeline import Report
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan

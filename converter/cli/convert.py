@@ -196,10 +196,10 @@ def short_help(context: click.Context) -> str:
 
 def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
     """Print what `convert` would do."""
+    from converter.api import plan_conversion
     from converter.cli.printing import print_text
     from converter.cli.show.plan import plan_text
     from converter.cli.show.words import json_text
-    from converter.pipeline import plan_conversion
 
     del asked["resume"], asked["card"], asked["gates"]
     dry_run = plan_conversion(**asked)

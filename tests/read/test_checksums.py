@@ -18,11 +18,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import hf_hub_download
 
-from converter import Job, convert, convert_batch
+from converter import Job, convert, convert_batch, plan_conversion
 from converter.cli.main import main
 from converter.errors import BadAdapter, BadCheckpoint, InputChanged, Interrupted, ReadFailed
 from converter.observer import Progress
-from converter.pipeline import plan_conversion
 from converter.plan.inputs import Base
 from converter.read.cache import cache_folder
 from converter.read.checksums import MAX_SUMS_BYTES, Hashing, Stated, read_sums, remembered_sha256, stated
