@@ -83,10 +83,13 @@ class Conversion:
         self._counting = threading.Lock()
         self._made: Fidelity | None = None
         self._failure: ConverterError | None = None
-        change = target.tensor.change
+        tensor = target.tensor
+        # Of an untouched group the largest value is the same in every output.
+        self._group = id(target.adapter) if tensor.is_touched else 0, tuple(part.name for part in tensor.fused)
+        change = tensor.change
         if change is not None and target.adapter is not None:
             try:
-                self._merge = change.load(target.adapter, encoding.device, encoding.rounding(target.tensor))
+                self._merge = change.load(target.adapter, encoding.device, encoding.rounding(tensor))
             except ConverterError as exc:
                 self._failure = exc
 
@@ -95,15 +98,10 @@ class Conversion:
         """Whether it must see all tiles, in order, before it converts the first."""
         return self._failure is None and isinstance(self._merge, Surveying)
 
-    @property
-    def _shared(self) -> tuple[int, tuple[str, ...]]:
-        tensor = self.target.tensor
-        return id(self.target.adapter) if tensor.is_touched else 0, tuple(part.name for part in tensor.fused)
-
     def unseen(self) -> Iterator[tuple[TensorPlan, Merge | None]]:
         """What shares a scale with the tensor, and what is merged into it, until the largest value is known."""
         tensor, encoding = self.target.tensor, self._encoding
-        if self._failure is not None or not tensor.fused or self._shared in encoding.largest:
+        if self._failure is not None or not tensor.fused or self._group in encoding.largest:
             return
         try:
             for part in tensor.fused:
@@ -119,12 +117,13 @@ class Conversion:
         encoding = self._encoding
         stored = tile.values().to(encoding.device, non_blocking=True)
         rows = Rows(part.name, tile.start, stored, merge, encoding.rounding(part), part.dtype, part.transpose)
-        return self.encoder.largest(rows) if isinstance(self.encoder, Sharing) else 0.0
+        assert isinstance(self.encoder, Sharing)  # noqa: S101  (only formats that share scales have fused tensors)
+        return self.encoder.largest(rows)
 
     def note_largest(self, found: Sequence[Future[float]]) -> None:
         """Note the largest value of all that share a scale, once those of all tiles are there."""
         try:
-            self._encoding.largest[self._shared] = max(tile.result() for tile in found)
+            self._encoding.largest[self._group] = max(tile.result() for tile in found)
         except ConverterError as exc:
             self._failure = exc
 
@@ -175,7 +174,7 @@ class Conversion:
         tensor, encoding = self.target.tensor, self._encoding
         stored = stored.to(encoding.device, non_blocking=True)
         how = encoding.rounding(tensor)
-        largest = encoding.largest[self._shared] if tensor.fused else 0.0
+        largest = encoding.largest[self._group] if tensor.fused else 0.0
         rows = Rows(tensor.name, start, stored, self._merge, how, tensor.dtype, tensor.transpose, largest)
         encoded = self.encoder.encode(rows, buffers)
         for name, first, values in encoded.pieces:
