@@ -73,6 +73,16 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base and an adapter for it; modules that need others have their own."""
+    from tests.models import save_adapter, save_base
+
+    folder = tmp_path_factory.mktemp("inputs")
+    base = save_base(folder / "base", "llama")
+    return base, save_adapter(folder / "adapter", base, "llama")
+
+
 @pytest.fixture
 def base(inputs: tuple[Path, Path]) -> Path:
     """Of a module's `inputs`, which are a base and an adapter."""

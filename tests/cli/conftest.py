@@ -12,7 +12,6 @@ import pytest
 
 from converter.cli.main import main
 from tests.limits import HANG
-from tests.models import save_adapter, save_base
 
 
 class Ran(NamedTuple):
@@ -37,13 +36,6 @@ def run(capfd: pytest.CaptureFixture[str], signal_handlers: None) -> Run:
         return Ran(ended.value.code, captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama")
-    return base, save_adapter(folder / "adapter", base, "llama")
 
 
 @pytest.fixture

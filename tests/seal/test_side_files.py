@@ -10,14 +10,6 @@ import pytest
 
 from converter import convert, plan_conversion, verify
 from tests.folders import contents, copy
-from tests.models import save_adapter, save_base
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama")
-    return base, save_adapter(folder / "adapter", base, "llama")
 
 
 @pytest.fixture
