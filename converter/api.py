@@ -1,4 +1,4 @@
-"""What people call from Python, with keywords instead of values: `convert`, `plan_conversion`, `summary`."""
+"""The functions for use from Python, with keyword arguments: `convert`, `plan_conversion`, `summary`."""
 
 from __future__ import annotations
 

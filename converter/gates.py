@@ -1,4 +1,4 @@
-"""What the figures of an output must reach, or it isn't made."""
+"""Limits that the figures of an output must reach; else it isn't made."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Miss(NamedTuple):
 
 @dataclass(frozen=True)
 class Gates:
-    """What every tensor of an output must reach. It changes no byte. `BadRecipe` for what is no share."""
+    """Limits for every tensor of an output. They change no byte. Raises `BadRecipe` for a value out of range."""
 
     min_survival: float | None = None
     """Least survival of the delta, of every tensor that the adapter changes."""
@@ -53,12 +53,12 @@ class Gates:
         return self != Gates()
 
     def completed(self, others: Gates) -> Gates:
-        """With the gates of others, where these have none."""
+        """These gates, with those of `others` where these ask for nothing."""
         own = {name: value for name, value in asdict(self).items() if value is not None}
         return Gates(**asdict(others) | own)
 
     def refuse_without_adapter(self) -> None:
-        """`BadRecipe` if there must be an adapter for what these ask."""
+        """Raises `BadRecipe` if a gate needs an adapter."""
         if self.min_survival is not None:
             raise BadRecipe("`min_survival` needs an adapter: without one there is no delta that could survive")
 

@@ -1,4 +1,4 @@
-"""Is everything here that a conversion needs? Versions, devices, kernels, caches, a disk, the Hub's login."""
+"""Whether this machine has what a conversion needs: versions, devices, kernels, caches, a disk, the Hub's login."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def examine(folder: Path, *, offline: bool = False) -> Iterator[Finding]:
-    """Look at everything; `folder` is where outputs shall be, and whose disk is measured. Takes seconds."""
+    """Check everything; takes seconds. `folder`: where outputs will be written; its disk is measured."""
     yield from of_versions(requires(PACKAGE) or [], version)
     yield from of_devices()
     yield of_kernels()

@@ -15,7 +15,7 @@ from converter.resources import Resources
 Reference = str | os.PathLike[str]
 """A folder, or an id on the Hub."""
 Adapters = Reference | Sequence[Reference]
-"""One adapter, or several that the recipe's `combine` makes one of."""
+"""One adapter, or several, which the recipe's `combine` makes into one."""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Recipe:
             raise BadRecipe(f"`group_size` has no meaning with {named}: only w4a16 and w8a16 have groups")
         if self.rounding == "adapter" and self.merge_precision == "reference":
             raise BadRecipe(
-                "`rounding` adapter has no meaning with `merge_precision` reference, which does as PEFT does"
+                "`rounding` adapter has no meaning with `merge_precision` reference, which rounds as PEFT does"
             )
         if self.rounding == "adapter" and self.quant_type not in ("auto", *ROUNDED):
             raise BadRecipe(

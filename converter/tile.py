@@ -56,7 +56,7 @@ class Encoding:
         return self._by_dtype[tensor.dtype] if tensor.action == "quantize" else self._kept
 
     def rounding(self, tensor: TensorPlan) -> Rounding:
-        """To what base and sum are rounded. PEFT adds a delta to what it dequantized, and rounds nothing."""
+        """How base and sum are rounded. Onto a dequantized base, PEFT adds the delta without rounding."""
         if isinstance(tensor.source, Stored) and isinstance(tensor.change, Lora):
             return Rounding("float32", self._recipe.dtype)
         return Rounding.of(self._recipe)
@@ -99,7 +99,7 @@ class Conversion:
         return self._failure is None and isinstance(self._merge, Surveying)
 
     def unseen(self) -> Iterator[tuple[TensorPlan, Merge | None]]:
-        """What shares a scale with the tensor, and what is merged into it, until the largest value is known."""
+        """The tensors that share a scale with this one, with their merges; nothing once the largest value is known."""
         tensor, encoding = self.target.tensor, self._encoding
         if self._failure is not None or not tensor.fused or self._group in encoding.largest:
             return
@@ -113,7 +113,7 @@ class Conversion:
             self._failure = exc
 
     def largest_of(self, part: TensorPlan, merge: Merge | None, tile: Tile) -> float:
-        """The largest absolute value of a tile of something that shares a scale with the tensor."""
+        """The largest absolute value in a tile of a tensor that shares a scale with this one."""
         encoding = self._encoding
         stored = tile.values().to(encoding.device, non_blocking=True)
         rows = Rows(part.name, tile.start, stored, merge, encoding.rounding(part), part.dtype, part.transpose)
@@ -121,7 +121,7 @@ class Conversion:
         return self.encoder.largest(rows)
 
     def note_largest(self, found: Sequence[Future[float]]) -> None:
-        """Note the largest value of all that share a scale, once those of all tiles are there."""
+        """Wait for the largest values of all tiles, and note the largest of them."""
         try:
             self._encoding.largest[self._group] = max(tile.result() for tile in found)
         except ConverterError as exc:
@@ -223,7 +223,7 @@ def read_tile(_: TensorPlan, opened: Opened, start: int, end: int, buffers: Buff
 
 
 def spans_of_part(part: TensorPlan, tensor: TensorPlan) -> Iterator[tuple[int, int]]:
-    """Rows `start` to `end` of what shares a scale with a tensor, in tiles as large as the tensor's."""
+    """First row and the row after the last, for each tile of `part`, which shares a scale with `tensor`."""
     block = part.source.block if isinstance(part.source, Stored) else 1
     most = part.rows * part.columns if part.whole else tensor.largest_tile
     yield from pairwise(tile_bounds(part.rows, part.columns, block=block, most=most))

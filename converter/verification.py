@@ -140,7 +140,7 @@ def verify(
 
 
 def _stated_figures(receipt: dict[str, Any] | None, made_again: dict[str, Fidelity]) -> dict[str, Fidelity]:
-    """By the receipt. `Undecided` if there are none, and none were computed."""
+    """The figures that the receipt states. Raises `Undecided` if it has none and none were made again."""
     if receipt is None:
         if not made_again:
             raise Undecided(f"no {RECEIPT}, so error and survival are not known: give `base` and `adapter`")

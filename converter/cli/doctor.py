@@ -1,4 +1,4 @@
-"""`convert doctor`: is everything here that a conversion needs, and what to do about what isn't."""
+"""`convert doctor`: check whether this machine has what a conversion needs, and say what to do if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that several commands share: their words, and the values that they become."""
+"""The options that several commands share, and the values that they become."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ QUALITY: tuple[Decorator, ...] = (
         type=click.Choice(["auto", "nearest", "adapter"]),
         default="auto",
         show_default=True,
-        help="nearest: to the nearest code. adapter: so that the adapter survives (nf4, fp4, int8). auto: adapter for "
-        "a quantized base, else nearest.",
+        help="nearest: round to the nearest code. adapter: round so that the adapter survives (nf4, fp4, int8). auto: "
+        "adapter for a quantized base, else nearest.",
     ),
     cloup.option(
         "--scale",

@@ -47,7 +47,7 @@ def report(folder: Path, file: str | None, **options: Any) -> None:
 
 
 def beside(out: Path) -> Path:
-    """Where the report of an output lies: not in it, whose files a receipt lists."""
+    """Where the report of an output is written: beside it, because the receipt lists every file inside it."""
     whole = out.expanduser().resolve()
     return whole.with_name(f"{whole.name}-report.html")
 

@@ -38,7 +38,7 @@ class Adapter:
     def __init__(self, folder: Folder, *, seconds: float = SECONDS, members: tuple[Adapter, ...] = ()) -> None:
         self.folder = folder
         self.members = members
-        """The adapters that this one was made of; none, as a rule."""
+        """The adapters that were combined into this one; usually none."""
         self.notes: list[str] = []
         """What a user should know of the folder."""
         self._look_around()

@@ -55,7 +55,7 @@ class TensorPlan:
     checked: bool
     """Whether a NaN or an infinity in it is an error. It is none in a tensor that the model doesn't have."""
     fused: tuple[TensorPlan, ...] = ()
-    """What shares a scale with it, itself included, not cut into tiles: the largest value of all gives that scale."""
+    """The tensors that share a scale with it, itself included, without tiles. Their largest value gives the scale."""
 
     @property
     def rows(self) -> int:

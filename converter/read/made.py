@@ -1,4 +1,4 @@
-"""A folder some of whose files are made for this run: tensors that lie elsewhere in another form.
+"""A folder with files that are made for this run, from tensors that are stored elsewhere in another form.
 
 They lie in files without a name, which the system removes when the process ends, however it ends.
 """

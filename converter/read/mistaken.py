@@ -1,4 +1,4 @@
-"""What is given by mistake instead of the folder of a model, and what to give."""
+"""Things that people give by mistake instead of a model's folder, and what to give instead."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHERS = (
 
 
 def instead_of_a_folder(path: Path) -> str:
-    """What is wrong with a path at which no folder is, and what to do."""
+    """What is wrong with a path that is no folder, and what to do."""
     if not os.path.isfile(path):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
         return "no such folder"
     match path.suffix.lower():

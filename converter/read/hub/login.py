@@ -1,4 +1,4 @@
-"""Who the Hub takes us for; nothing here shows or keeps a token."""
+"""Which user of the Hub is logged in; nothing here shows or keeps a token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Login(NamedTuple):
 
 
 def login(*, offline: bool = False) -> Login:
-    """Ask the Hub whose token this is, if there is one; `offline`: look whether there is one."""
+    """Ask the Hub whose token this is, if there is one. `offline`: only check whether there is one."""
     from huggingface_hub import HfApi, constants, get_token
 
     prepare_library()
