@@ -21,8 +21,11 @@ from tests.folders import change_json
 from tests.models import save_adapter, save_base
 
 HIDDEN, INNER = 1024, 2048
-TOLERANCE = 16_000_000
-"""Bytes: what allocators keep, and names and figures of more tensors. Half of what the larger output has more."""
+FEW, MANY = 3, 12
+"""Layers of the small model and of the large one."""
+TOLERANCE = 28_000_000
+"""Bytes: what allocators keep, and names and figures of more tensors. The same run's peak differs by up to 20 MB where
+bitsandbytes quantizes; the larger output has 49 MB more."""
 
 PROGRAM = """
 import json, sys, threading
@@ -113,7 +116,7 @@ def models(place: Path) -> dict[int, Model]:
     """By number of layers."""
     small = save_base(place / "small" / "base", "llama")
     save_adapter(place / "small" / "adapter", small, "llama")
-    made = {layers: make_model(place / str(layers), layers) for layers in (2, 8)}
+    made = {layers: make_model(place / str(layers), layers) for layers in (FEW, MANY)}
     # transformers is asked now, and the processes to come find its answers.
     for base in (small, *(model.base for model in made.values())):
         plan_conversion(base, None)
@@ -151,10 +154,10 @@ def measure(
 def test_four_times_the_model_takes_the_same_memory_and_no_more_than_predicted(
     place: Path, models: dict[int, Model], tmp_path: Path, resources: dict[str, object], recipe: dict[str, object]
 ) -> None:
-    one, four = (measure(place, models[layers], tmp_path / str(layers), resources, recipe) for layers in (2, 8))
+    one, four = (measure(place, models[layers], tmp_path / str(layers), resources, recipe) for layers in (FEW, MANY))
 
     assert four.base > 3.5 * one.base
-    assert four.written > one.written + 1.9 * TOLERANCE
+    assert four.written > one.written + 1.7 * TOLERANCE
     assert four.peak <= one.peak + TOLERANCE
     assert one.peak <= one.predicted
     assert four.peak <= four.predicted
@@ -166,7 +169,7 @@ def test_four_times_a_quantized_base_takes_the_same_memory_and_no_more_than_pred
     place: Path, models: dict[int, Model], tmp_path: Path, quant_type: str
 ) -> None:
     measured = []
-    for layers in (2, 8):
+    for layers in (FEW, MANY):
         base = tmp_path / f"base{layers}"
         convert(models[layers].base, None, base, Recipe(quant_type=quant_type))
         model = Model(base, models[layers].adapter)
@@ -193,5 +196,5 @@ def test_eight_adapters_stay_within_the_memory_that_one_was_given(
 ) -> None:
     resources: dict[str, object] = {"threads": 2, "memory": 120_000_000}
     for count in (1, 8):
-        measured = measure(place, models[2], tmp_path / f"out-{count}", resources, {}, BATCH)
+        measured = measure(place, models[FEW], tmp_path / f"out-{count}", resources, {}, BATCH)
         assert measured.peak <= measured.predicted, count
