@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden adapters real bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture adapters real bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -34,6 +34,9 @@ fixtures: .venv/ready  ## train the bundled model and adapter anew; about ten mi
 golden: .venv/ready  ## write the expected receipts and screens anew; read the diff before you commit it
 	$(BIN)/python fixtures/make_golden.py
 	PYTHONPATH=. $(BIN)/python -m tests.cli.screens
+
+picture: .venv/ready  ## draw docs/report.png anew, the report that README shows; needs Chromium
+	$(BIN)/python tools/picture.py
 
 adapters: .venv/ready  ## write the tables of docs/adapters.md anew, from the tests
 	$(BIN)/python -m tests.merge.test_adapters_page

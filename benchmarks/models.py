@@ -100,6 +100,7 @@ MODELS = {
     "3.2": Llama(3072, 8192, 28, 24, 8, 128_256, 128, tied=True),  # Llama 3.2 3B
     # Two weights of 128,256 × 8,192 that transformers quantizes, 2.1 GB each; an output head it would leave alone.
     "wide": Llama(8192, 1024, 1, 128, 1, 4_096, 1002),
+    "7": Llama(4096, 11_008, 32, 32, 32, 32_000, 128, shard=5_000_000_000, hollow=True),  # Llama 2 7B
     "70": Llama(8192, 28_672, 80, 64, 8, 128_256, 128, shard=5_000_000_000, hollow=True),  # Llama 3 70B
 }
 

@@ -43,7 +43,9 @@ def report(folder: Path, file: str | None, **options: Any) -> None:
 
     target = Path(file).expanduser() if file is not None else beside(folder)
     write_report(folder, target, gates_from(options))
-    print_text(text_of([f"{target}: open it in a browser"]))
+    here = Path.cwd()
+    shown = target.relative_to(here) if target.is_relative_to(here) else target
+    print_text(text_of([f"{shown}: open it in a browser"]))
 
 
 def beside(out: Path) -> Path:
