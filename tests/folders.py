@@ -34,8 +34,8 @@ class MemoryFolder:
     def names(self) -> frozenset[str]:
         return frozenset(name for name in self.files if "/" not in name)
 
-    def names_in(self, inner: str) -> frozenset[str]:
-        return frozenset(name for name in self.files if name.startswith(f"{inner}/"))
+    def inner_names(self) -> frozenset[str]:
+        return frozenset(name for name in self.files if "/" in name)
 
     def size(self, name: str) -> int:
         if name not in self.files:

@@ -25,7 +25,7 @@ from converter.merge.pickled import unpickled
 from converter.read.checksums import Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
-from converter.read.side_files import wanted_from_base
+from converter.read.side_files import wanted_from_adapter
 
 
 class OpenedAdapter(NamedTuple):
@@ -52,7 +52,7 @@ def open_adapter(
     refuse_weights_beside(names, opened.label, taken=[TRAINED_BESIDE] if allow_pickle else [])
     weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
     weights += [name for name in [TRAINED_BESIDE] if allow_pickle and name in names]
-    folder = opened.fetch([*(name for name in [CONFIG] if name in names), *weights, *wanted_from_base(opened)])
+    folder = opened.fetch([*(name for name in [CONFIG] if name in names), *weights, *wanted_from_adapter(opened)])
     try:
         known = _checked(folder, {name: opened.digest(name) for name in weights})
         adapter = Adapter(unpickled(folder) if allow_pickle else folder)

@@ -37,7 +37,7 @@ from converter.quantize.schemes import FUSED
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
-from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token, left_behind
+from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token, left_behind, left_of_adapter
 from converter.read.stored.schemes import sources_of
 from converter.read.stored.stored import Source, Stored, named
 from converter.recipe import Recipe
@@ -139,7 +139,7 @@ def make_plan(
         notes=(
             *base.notes,
             *_notes_on_an_adapter_beside(base, adapter),
-            *_notes_on_what_is_left(base, side_files),
+            *_notes_on_what_is_left(base, adapter, side_files),
             *config_notes,
             *_notes_on_the_class(base_config, architecture),
             *found.notes,
@@ -275,10 +275,19 @@ def _notes_on_an_adapter_beside(base: Checkpoint, adapter: Adapter | None) -> li
     return ["the base's folder has an adapter (adapter_config.json), which is not merged: give it with `adapter`"]
 
 
-def _notes_on_what_is_left(base: Checkpoint, side_files: tuple[SideFile, ...]) -> list[str]:
-    left = left_behind(base.folder, side_files)
-    more = f" and {len(left) - 8} more" if len(left) > 8 else ""
-    return [f"not copied from the base's folder: {', '.join(left[:8])}{more}"] if left else []
+def _notes_on_what_is_left(base: Checkpoint, adapter: Adapter | None, side_files: tuple[SideFile, ...]) -> list[str]:
+    left = left_behind(base.folder, base.shards, side_files)
+    notes = [f"not copied from the base's folder: {_some(left)}"] if left else []
+    if adapter is not None and (left := left_of_adapter(adapter.folder, side_files)):
+        notes.append(
+            "not copied from the adapter's folder, for they belong to a tokenizer that it has no vocabulary of: "
+            f"{_some(left)}"
+        )
+    return notes
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _notes_on_the_class(config: Mapping[str, Any], architecture: Architecture) -> list[str]:

@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,11 @@ PIECE = 1 << 20
 
 Progress = Callable[[str, int], None]
 """Told a file's name and how many of its bytes are there; the count starts over where a download does."""
+
+DEPTH = 3
+"""Folders in a folder that are looked into, one in the other."""
+MOST_ENTRIES = 10_000
+"""Of a folder, that are looked at."""
 
 READ_AHEAD = 64_000_000
 """Bytes of a file that the disk may be ahead of its reader."""
@@ -48,8 +54,9 @@ class Folder(Protocol):
     def names(self) -> frozenset[str]:
         """The names of its plain files."""
 
-    def names_in(self, inner: str) -> frozenset[str]:
-        """The names, INNER/NAME, of the plain files of a folder in it. They are read as the others are."""
+    def inner_names(self) -> frozenset[str]:
+        """The names, FOLDER/NAME, of the plain files of the folders in it, `DEPTH` folders deep at the most. They are
+        read as the others are. Hidden folders are left out."""
 
     def size(self, name: str) -> int:
         """Bytes of one file; `BadCheckpoint` if it is not a plain file of this folder."""
@@ -101,14 +108,23 @@ class LocalFolder:
         except OSError as exc:
             raise BadCheckpoint(f"{self.path}: {exc.strerror}") from exc
 
-    def names_in(self, inner: str) -> frozenset[str]:
-        try:
-            if not _is_plain_name(inner) or not stat.S_ISDIR((self.path / inner).lstat().st_mode):
-                return frozenset()
-            names = [f"{inner}/{entry.name}" for entry in os.scandir(self.path / inner)]
-        except (OSError, ValueError):  # none; a name that no file can have
-            return frozenset()
-        return frozenset(name for name in names if self._is_ours(name))
+    def inner_names(self) -> frozenset[str]:
+        found: set[str] = set()
+        folders = [("", 0)]
+        while folders:
+            inside, depth = folders.pop()
+            try:
+                with os.scandir(self.path / inside) as entries:
+                    for entry in itertools.islice(entries, MOST_ENTRIES):
+                        name = f"{inside}{entry.name}"
+                        if depth and self._is_ours(name):
+                            found.add(name)
+                        is_open = not entry.name.startswith(".") and depth < DEPTH
+                        if is_open and entry.is_dir(follow_symlinks=False) and len(found) < MOST_ENTRIES:
+                            folders.append((f"{name}/", depth + 1))
+            except OSError:  # may not be read
+                continue
+        return frozenset(found)
 
     def size(self, name: str) -> int:
         return os.fstat(self._open(name)).st_size
@@ -179,11 +195,12 @@ class LocalFolder:
 
     def _is_ours(self, name: str) -> bool:
         *inner, last = name.split("/")
-        if len(inner) > 1 or not all(_is_plain_name(part) for part in (*inner, last)):
+        if len(inner) > DEPTH or not all(_is_plain_name(part) for part in (*inner, last)):
             return False
         path = self.path / name
         try:
-            if inner and not stat.S_ISDIR(path.parent.lstat().st_mode):
+            around = itertools.islice(path.parents, len(inner))
+            if not all(stat.S_ISDIR(folder.lstat().st_mode) for folder in around):
                 return False
             mode = path.lstat().st_mode
             return self._follows(path) if stat.S_ISLNK(mode) else stat.S_ISREG(mode)

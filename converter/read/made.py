@@ -107,8 +107,8 @@ class MadeFolder:
     def names(self) -> frozenset[str]:
         return (self._around.names() - self._hidden) | self._made.keys()
 
-    def names_in(self, inner: str) -> frozenset[str]:
-        return self._around.names_in(inner)
+    def inner_names(self) -> frozenset[str]:
+        return self._around.inner_names()
 
     def size(self, name: str) -> int:
         return self._made[name].size if name in self._made else self._around.size(name)

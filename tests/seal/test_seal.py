@@ -1140,7 +1140,7 @@ def save_tokenizer(source: Path, target: Path, **changes: Any) -> None:
     change_json(target / "tokenizer_config.json", **changes)
 
 
-def test_what_a_user_needs_beside_the_weights_is_copied_and_nothing_else(
+def test_all_that_is_no_weights_is_copied_and_nothing_else(
     inputs: tuple[Path, Path], out: Path, tmp_path: Path
 ) -> None:
     base = with_side_files(inputs[0], tmp_path / "base")
@@ -1157,7 +1157,7 @@ def test_what_a_user_needs_beside_the_weights_is_copied_and_nothing_else(
             "config.json",
             "conversion.json",
         ),
-        *("generation_config.json", "model.safetensors", "preprocessor_config.json"),
+        *("generation_config.json", "model.safetensors", "notes.txt", "preprocessor_config.json"),
     }
     assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
 
@@ -1221,7 +1221,8 @@ def base_with_code(inputs: tuple[Path, Path], tmp_path: Path) -> Path:
     """A base that names Python code, which leaves a trace if it runs."""
     base = copy(inputs[0], tmp_path / "base")
     change_json(base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    for name in ("modeling_own.py", "setup.py"):
+    (base / "parts").mkdir()
+    for name in ("modeling_own.py", "helper.py", "parts/inner.py"):
         (base / name).write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\nraise SystemExit\n")
     return base
 
@@ -1238,8 +1239,8 @@ def test_code_that_a_base_names_is_copied_if_trusted_and_never_run(
 ) -> None:
     convert(base_with_code, adapter, out, trust_remote_code=True)
 
-    assert (out / "modeling_own.py").read_bytes() == (base_with_code / "modeling_own.py").read_bytes()
-    assert not (out / "setup.py").exists()
+    for name in ("modeling_own.py", "helper.py", "parts/inner.py"):  # which one imports may be seen only by running it
+        assert (out / name).read_bytes() == (base_with_code / name).read_bytes()
     assert json.loads((out / "config.json").read_text())["auto_map"]
     assert not (tmp_path / "trace").exists()
 

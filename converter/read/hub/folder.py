@@ -92,9 +92,9 @@ class HubFolder:
         """The names of its root files; offline, of cached ones and of shards that the cached index names."""
         return frozenset(name for name in self._files if "/" not in name) | self._named_by_cached_index()
 
-    def names_in(self, inner: str) -> frozenset[str]:
-        """The names, INNER/NAME, of the files of a folder in it; offline, of cached ones."""
-        return frozenset(name for name in self._files if name.startswith(f"{inner}/"))
+    def inner_names(self) -> frozenset[str]:
+        """The names, FOLDER/NAME, of the files of the folders in it; offline, of cached ones."""
+        return frozenset(name for name in self._files if "/" in name)
 
     def size(self, name: str) -> int:
         """Bytes of one file."""

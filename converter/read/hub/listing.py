@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from converter.read.folder import DEPTH
 from converter.read.hub.record import digest_in_cache, prefixed
 
 if TYPE_CHECKING:
@@ -27,18 +27,15 @@ def listed_files(files: Iterable[RepoSibling]) -> dict[str, HubFile]:
 
 def cached_files(snapshot: LocalFolder) -> dict[str, HubFile]:
     """The same of a commit that the Hub's cache holds, in part or whole."""
-    names = set(snapshot.names())
-    for entry in os.scandir(snapshot.path):
-        if entry.is_dir(follow_symlinks=False):
-            names |= snapshot.names_in(entry.name)
-    paths = {name: snapshot.path / name for name in sorted(names)}
+    paths = {name: snapshot.path / name for name in sorted(snapshot.names() | snapshot.inner_names())}
     return {name: HubFile(path.stat().st_size, digest_in_cache(path)) for name, path in paths.items()}
 
 
 def _is_seen(name: str) -> bool:
     parts = name.split("/")
     is_plain = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
-    return len(parts) <= 2 and is_plain and name.isprintable()
+    is_open = not any(part.startswith(".") for part in parts[:-1])
+    return len(parts) <= DEPTH + 1 and is_open and is_plain and name.isprintable()
 
 
 def _listed(file: RepoSibling) -> HubFile:
