@@ -1,4 +1,4 @@
-"""The functions for use from Python, with keyword arguments: `convert`, `plan_conversion`, `summary`."""
+"""The functions for use from Python, with keyword arguments: `convert`, `plan_conversion`, `verify`, `summary`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from converter.compare import Sources
 from converter.errors import ConversionRefused
 from converter.gates import Gates
 from converter.job import Adapters, Job, Reference, RunOptions
@@ -17,6 +18,7 @@ from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.receipt import RECEIPT, read_receipt
+from converter.verification import Checks, Verification, verify_output
 
 
 def convert(
@@ -87,6 +89,39 @@ def plan_conversion(
     job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
     return plan_job(job, options, with_out=out is not None)
+
+
+def verify(
+    out: Reference,
+    base: Reference | None = None,
+    adapter: Adapters | None = None,
+    *,
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    compare: bool = False,
+    require_receipt: bool = False,
+    gates: Gates = Gates(),
+    sample: float = 1.0,
+    resources: Resources = Resources(),
+    device: str = "auto",
+    offline: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Verification:
+    """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
+
+    Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
+    `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
+    no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
+    the `gates`.
+
+    Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
+    """
+    sources = None
+    if base is not None or adapter is not None or compare:
+        sources = Sources(base, adapter, base_revision, adapter_revision)
+    options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
+    return verify_output(Path(out), Checks(sources, sample, gates, require_receipt), options, Observer(progress))
 
 
 def summary(out: Reference) -> dict[str, Any]:

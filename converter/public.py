@@ -1,6 +1,6 @@
 """The public names: what `from converter import …` gives."""
 
-from converter.api import convert, plan_conversion, summary
+from converter.api import convert, plan_conversion, summary, verify
 from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
@@ -20,7 +20,7 @@ from converter.read.checkpoint import Checkpoint
 from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
-from converter.verification import Verification, verify
+from converter.verification import Verification
 
 __all__ = [
     "Adapter",

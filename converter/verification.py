@@ -6,8 +6,8 @@ Works on what this tool made, and, as far as that goes, on any checkpoint that t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from converter.errors import (
     Undecided,
 )
 from converter.gates import Gates
-from converter.job import Adapters, Reference, RunOptions
+from converter.job import RunOptions
 from converter.model.ask import check_output
-from converter.observer import Observer, Progress
+from converter.observer import Observer
 from converter.quantize.format import Found
 from converter.quantize.formats import all_formats
 from converter.quantize.measure import Fidelity
@@ -32,7 +32,6 @@ from converter.read.checksums import SUMS, read_sums
 from converter.read.folder import LocalFolder
 from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
-from converter.resources import Resources
 from converter.seal.destination import sizes_in
 from converter.seal.receipt import CARD, RECEIPT, fidelity_of, read_receipt
 from converter.seal.staging import sha256_of
@@ -73,33 +72,23 @@ class Verification:
         return not self.problems and not self.missed
 
 
-def verify(
-    out: Reference,
-    base: Reference | None = None,
-    adapter: Adapters | None = None,
-    *,
-    base_revision: str | None = None,
-    adapter_revision: str | None = None,
-    compare: bool = False,
-    require_receipt: bool = False,
-    gates: Gates = Gates(),
-    sample: float = 1.0,
-    resources: Resources = Resources(),
-    device: str = "auto",
-    offline: bool = False,
-    allow_pickle: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
+@dataclass(frozen=True)
+class Checks:
+    """What is asked of an output beyond digests, structure and finite values."""
+
+    sources: Sources | None = None
+    """Make it again from these and compare; the receipt names the one that is missing. None: don't compare."""
+    sample: float = 1.0
+    """Share of each shard's tensors to make again, chosen by their names."""
+    gates: Gates = Gates()
+    require_receipt: bool = False
+
+
+def verify_output(
+    out: Path, checks: Checks = Checks(), options: RunOptions = RunOptions(), observer: Observer = Observer()
 ) -> Verification:
-    """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
-
-    Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
-    `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
-    no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
-    the `gates`.
-
-    Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
-    """
-    folder = LocalFolder(Path(out))
+    """Check a checkpoint: `converter.verify`, from values. Of `options`, those of inputs and plan count."""
+    folder = LocalFolder(out)
     receipt = read_receipt(folder.path)
     origin = receipt.get("origin") if receipt is not None else None
     origin = origin if isinstance(origin, dict) else None
@@ -108,26 +97,24 @@ def verify(
     if origin is not None:
         found.base_name, found.adapter_name = (text_or_none(origin.get(key)) for key in ("base_name", "adapter_name"))
         found.has_adapter = origin.get("adapter") is not None
-    if require_receipt and receipt is None:
+    if checks.require_receipt and receipt is None:
         found.problems.append(f"{RECEIPT}: missing, or not a receipt of this tool")
     try:
         _check_files(folder.path, receipt, found)
         with Checkpoint(folder) as written:
             found.problems += written.notes
             quantized = _check_structure(written, found)
-            _check_values(written, quantized, found, progress)
-            if base is not None or adapter is not None or compare:
+            _check_values(written, quantized, found, observer)
+            if checks.sources is not None:
                 recipe = _recipe_of(written, receipt, quantized)
-                given = Sources(base, adapter, base_revision, adapter_revision, origin)
-                # None of the code is run.
-                options = RunOptions(
-                    resources, device, offline=offline, trust_remote_code=True, allow_pickle=allow_pickle
-                )
-                problems, figures = compare_with(written, recipe, given, options, sample, Observer(progress))
+                given = replace(checks.sources, origin=origin)
+                options = replace(options, trust_remote_code=True)  # none of the code is run
+                problems, figures = compare_with(written, recipe, given, options, checks.sample, observer)
                 found.problems += problems
                 found.recomputed = len(figures)
-        if gates:
-            found.missed = [str(miss) for miss in gates.misses(_stated_figures(receipt, figures) | figures)]
+        if checks.gates:
+            figures = _stated_figures(receipt, figures) | figures
+            found.missed = [str(miss) for miss in checks.gates.misses(figures)]
     except BadCheckpoint as exc:
         if receipt is None and not found.tensors:
             raise
@@ -209,12 +196,7 @@ def _check_structure(written: Checkpoint, found: Verification) -> Found:
     return quantized
 
 
-def _check_values(
-    written: Checkpoint,
-    quantized: Found,
-    found: Verification,
-    progress: Callable[[Progress], None],
-) -> None:
+def _check_values(written: Checkpoint, quantized: Found, found: Verification, observer: Observer) -> None:
     done = 0
     for tensor in written:
         if tensor.name not in quantized.weights and tensor.dtype in ("F32", "F16", "BF16"):
@@ -222,7 +204,7 @@ def _check_values(
                 found.problems.append(f"{tensor.name}: holds a NaN or an infinity")
             found.tensors += 1
         done += tensor.nbytes
-        progress(Progress("reading", done, written.nbytes, tensor.name))
+        observer.tell("reading", done, written.nbytes, tensor.name)
 
 
 def _recipe_of(written: Checkpoint, receipt: dict[str, Any] | None, quantized: Found) -> Recipe:

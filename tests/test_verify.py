@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter import ConversionFailed, Job, Recipe, convert, convert_batch
+from converter.api import verify
 from converter.compare import all_of
-from converter.verification import verify
 from tests.folders import change_json
 from tests.limits import cpu_below
 from tests.models import save_adapter, save_base

@@ -72,12 +72,12 @@ def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
     if len(given) != 1:
         raise click.UsageError("Give one OUT: convert verify OUT")
     out = Path(given[0])
+    from converter.api import verify as look
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
     from converter.cli.show.verification import verification_json, verification_text
     from converter.cli.show.words import json_text
     from converter.cli.surroundings import refuse_without_memory
-    from converter.verification import verify as look
 
     refuse_without_memory()
     printing, adapters = printing_from(options), options.pop("adapters")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converter import BatchOptions, Job, Outcome, Recipe, Resources, convert, convert_batch
+from converter.api import verify
 from converter.batch.batch import convert_jobs
 from converter.batch.observer import BatchObserver
 from converter.errors import BadOutput
 from converter.observer import Progress
-from converter.verification import verify
 from tests.batch.scenes import (
     Reads,
     a_factor,

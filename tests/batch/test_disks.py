@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from converter import BatchOptions, Job, convert_batch
+from converter.api import verify
 from converter.batch.batch import convert_jobs
 from converter.batch.disks import Disks
 from converter.batch.run import Access
-from converter.verification import verify
 from tests.batch.scenes import interrupt, jobs_for, statuses
 
 

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from converter import BatchOptions, Inputs, Job, Plan, Recipe, convert, convert_batch
+from converter.api import verify
 from converter.batch.batch import convert_jobs
 from converter.batch.earlier import reusable_shards
 from converter.batch.run import Access
@@ -19,7 +20,6 @@ from converter.seal.destination import Destination
 from converter.seal.link import How
 from converter.seal.receipt import read_receipt
 from converter.seal.staging import Staging
-from converter.verification import verify
 from tests.batch.scenes import SMALL_SHARDS, Reads, inodes, jobs_for, once, shards, statuses
 from tests.folders import change_json, change_tensor, contents, copy
 from tests.models import save_adapter, save_base

@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from converter import BatchOptions, Inputs, Job, Recipe, Resources, convert, convert_batch, make_plan
+from converter.api import verify
 from converter.batch.batch import convert_jobs
 from converter.batch.memory import reserve_of, split_into_passes
 from converter.batch.observer import BatchObserver, PassBegun
 from converter.errors import BadRecipe
 from converter.observer import Progress
-from converter.verification import verify
 from tests.batch.scenes import Reads, inodes, jobs_for, names_in, once, overflowing, shards, statuses
 from tests.folders import contents, copy
 from tests.models import save_adapter, save_base

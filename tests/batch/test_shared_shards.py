@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from converter import Job, convert_batch
+from converter.api import verify
 from converter.batch.batch import convert_jobs
 from converter.batch.run import Access
 from converter.errors import Interrupted, WriteFailed
 from converter.seal.receipt import read_receipt
 from converter.seal.staging import Staging
-from converter.verification import verify
 from tests.batch.scenes import Reads, a_factor, inodes, interrupt, jobs_for, linked, names_in, shards, statuses
 from tests.conftest import REPOSITORY
 from tests.folders import change_tensor, contents, copy

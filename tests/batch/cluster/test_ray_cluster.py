@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from converter import Job, convert_batch
+from converter.api import verify
 from converter.batch.cluster.parts import Ask
 from converter.batch.cluster.ray_cluster import task_options
-from converter.verification import verify
 from tests.conftest import REPOSITORY
 from tests.models import four_jobs, save_four
 from tests.reference import differences
