@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import shutil
@@ -12,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 HIDDEN = (".lock", ".journal", ".partial")
 """What a run that died right after it had named OUT may leave in it until the next one."""
@@ -112,7 +112,7 @@ class Lab:
             os.dup2(os.open(self.place / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line begins, as in a new process
             signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-            self._count_tensors()
+            count_begun(lambda: self.note_made(self.made + 1))
             if held:
                 os.kill(os.getpid(), signal.SIGSTOP)
             from converter.cli.main import main
@@ -132,17 +132,6 @@ class Lab:
 
     def said(self) -> str:
         return (self.place / "said").read_text(errors="replace").strip()
-
-    def _count_tensors(self) -> None:
-        import converter.pipeline
-
-        conversion: Any = converter.pipeline.Conversion
-
-        def counted(*arguments: Any) -> Any:
-            self.note_made(self.made + 1)
-            return conversion(*arguments)
-
-        converter.pipeline.Conversion = counted  # type: ignore[misc,assignment]
 
     def traced(self, command: Sequence[str], *options: str) -> int:
         """Run a command line under strace; its exit code."""
@@ -195,6 +184,24 @@ class Lab:
 
     def _is_absent_or_whole(self, name: str, files: Files, earlier: dict[str, Files]) -> bool:
         return files == self.whole[name] or "config.json" not in files or files == earlier.get(name)
+
+
+class _Calls(logging.Handler):
+    """Calls a function for each record."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__()
+        self._function = function
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._function()
+
+
+def count_begun(count: Callable[[], None]) -> None:
+    """Call a function whenever this process begins a tensor, which the converter logs."""
+    log = logging.getLogger("converter.tile")
+    log.setLevel(logging.DEBUG)
+    log.addHandler(_Calls(count))
 
 
 def ended(pid: int, deadline: float = 60.0) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from converter.read.stored.stored import Opened
     from converter.seal.production import Target
     from converter.threads import Buffers
+
+_log = logging.getLogger(__name__)
+"""Says at level DEBUG which tensor is begun, once for each output."""
 
 
 class Encoding:
@@ -74,6 +78,7 @@ class Conversion:
     """
 
     def __init__(self, target: Target, encoding: Encoding) -> None:
+        _log.debug("begun: %s", target.tensor.name)
         self.target = target
         self.encoder = encoding.encoder(target.tensor)
         self._encoding = encoding

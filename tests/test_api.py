@@ -51,6 +51,25 @@ class Tty(io.StringIO):
         return True
 
 
+def test_the_log_says_which_tensors_are_begun_once_for_each_output(
+    inputs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, adapter = inputs
+    caplog.set_level("DEBUG", "converter.tile")
+
+    report = convert(base, adapter, tmp_path / "one")
+    of_one = caplog.messages.copy()
+    caplog.clear()
+    convert_batch([Job(tmp_path / "two", adapter, base), Job(tmp_path / "three", adapter, base)])
+
+    touched = [f"begun: {tensor.name}" for tensor in report.plan.tensors() if tensor.is_touched]
+    shared = [f"begun: {tensor.name}" for tensor in report.plan.tensors() if not tensor.is_touched]
+    assert of_one == [f"begun: {tensor.name}" for tensor in report.plan.tensors()]
+    assert touched
+    assert shared
+    assert sorted(caplog.messages) == sorted(touched + touched + shared)
+
+
 def test_representations_are_one_short_line(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     report, again = convert(*inputs, out), convert(*inputs, out)
