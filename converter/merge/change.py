@@ -101,6 +101,8 @@ class Change(ABC):
     """Why the weight must be in memory as a whole; None where some of its rows will do."""
     is_additive: ClassVar[bool] = False
     """Whether `load` gives an `Additive`, or nothing to merge."""
+    is_of_stack: ClassVar[bool] = False
+    """Whether the weight is a stack of matrices, so that its rows are those of one after the other."""
 
     @property
     @abstractmethod

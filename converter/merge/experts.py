@@ -70,6 +70,7 @@ class StackedExperts(Change):
     """A weight that holds the matrices of all experts, (experts, rows, columns)."""
 
     factors: ExpertFactors
+    is_of_stack = True
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -97,7 +98,7 @@ class StackedExperts(Change):
     def load(self, folder: Folder, device: torch.device, rounding: Rounding) -> StackedMerge:
         a, b = self.read(folder, device)
         factors = self.factors
-        experts = tuple(_Expert(*pair, factors.scaling, factors.turned) for pair in _each(*factors.split(a, b)))
+        experts = tuple(Expert(*pair, factors.scaling, factors.turned) for pair in _each(*factors.split(a, b)))
         return StackedMerge(experts, factors.matrix[0], rounding)
 
 
@@ -139,11 +140,11 @@ class OneExpert(Change):
         factors, stored = self.factors, [read_stored(part, folder) for part in self.parts]
         a, b = factors.split(stored[0], stored[1])
         pair = (a[self.expert].float().to(device), b[:, self.expert].float().contiguous().to(device))
-        return OneMerge(_Expert(*pair, factors.scaling, factors.turned), self.first, rounding)
+        return OneMerge(Expert(*pair, factors.scaling, factors.turned), self.first, rounding)
 
 
 @dataclass(frozen=True)
-class _Expert:
+class Expert:
     """One expert's factors in float32: `a` (rank, in), `b` (out, rank)."""
 
     a: Tensor
@@ -167,7 +168,7 @@ class _Expert:
 class StackedMerge:
     """All experts in memory. The weight's rows are those of one expert after the other."""
 
-    experts: tuple[_Expert, ...]
+    experts: tuple[Expert, ...]
     rows: int
     """Of one expert."""
     rounding: Rounding
@@ -186,7 +187,7 @@ class StackedMerge:
 class OneMerge:
     """One expert in memory."""
 
-    expert: _Expert
+    expert: Expert
     first: int
     rounding: Rounding
 

@@ -6,8 +6,10 @@ weight, and gives the changes of one or several of the base's tensors.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
@@ -22,8 +24,9 @@ from converter.merge.keys import Parts
 from converter.merge.lora import Lora
 from converter.merge.names import Names
 from converter.merge.options import Options
+from converter.merge.slices import ExpertSlices
 from converter.merge.tokens import TokenRows
-from converter.model.architecture import Architecture, Kind, Shape, Stack
+from converter.model.architecture import Architecture, Kind, Shape, Slice, Stack
 from converter.read.header import TensorHeader
 
 
@@ -69,10 +72,20 @@ class Site:
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The parameters of the module, if its matrices are experts', that target_parameters names."""
+        """The parameters of the module that target_parameters names: experts' matrices, or its one matrix."""
+        if not self.options.variants.parameters:
+            return ()
         module = self.names.parameter(self.module)
         inside = [one for one in self.architecture.stacks if one.parameter.rpartition(".")[0] == module]
+        tensor = self.names.tensor(f"{self.module}.weight")
+        if not inside and tensor is not None and len(self.shapes.get(tensor, ())) == 2 and self.kind != "conv1d":
+            inside = [Stack(f"{module}.weight", (1, *self.shapes[tensor]), turned=False, pieces={tensor: _ALL})]
         return tuple(one for one in inside if self.options.variants.names(self.path_of(one)))
+
+    @property
+    def slice(self) -> Slice | None:
+        """The part of a weight of all experts that the module is, where the base has no tensor for it alone."""
+        return self.architecture.slices.get(self.names.parameter(self.module))
 
     def path_of(self, stack: Stack) -> str:
         """The parameter's name in the model that was trained."""
@@ -80,7 +93,49 @@ class Site:
 
     def scaling(self) -> tuple[int, float]:
         """Rank and scaling by the config. Raises `BadAdapter` where the module's names differ in it."""
-        return self.options.scaling(self.module, self.names.spellings(self.weight))
+        others = () if self.slice is not None else self.names.spellings(self.weight)
+        return self.options.scaling(self.module, others)
+
+
+_ALL = (None, 0, False)
+"""The piece of a parameter that is all of a tensor: see `Stack.pieces`."""
+
+
+def changes_of_slices(sites: Iterable[Site]) -> dict[str, Change]:
+    """The changes that LoRA on linear layers of single experts makes, of tensors that hold those of all experts.
+
+    Each is merged as a layer of its own, as it was trained: rounded once, unlike PEFT's `ParamWrapper`.
+    Raises what `changes_of` raises.
+    """
+    layers: dict[str, list[tuple[Slice, Lora]]] = defaultdict(list)
+    shapes = {}
+    for site in sites:
+        at = site.slice
+        assert at is not None  # noqa: S101  (the caller asked)
+        _refuse_halves(site)
+        if odd := sorted(site.parts.keys() - {"lora_A", "lora_B"}):
+            raise Unsupported(f"{site.module}: {odd[0]}: not merged into a tensor that holds all experts")
+        a, b = site.parts["lora_A"], site.parts["lora_B"]
+        for factor in (a, b):
+            if len(factor.shape) != 2:
+                raise Unsupported(f"{factor.name}: {len(factor.shape)} dimensions; LoRA on this layer has 2")
+        lora = Lora(site.module, a, b, _scaling(site, a, b))
+        if lora.shape != at.shape:
+            raise AdapterMismatch(
+                f"{site.module}: lora_B·lora_A is {list(lora.shape)}, the base's layer {list(at.shape)}: "
+                "was the adapter trained on another base?"
+            )
+        layers[at.tensor].append((at, lora))
+        shapes[at.tensor] = site.shapes[at.tensor]
+    found: dict[str, Change] = {}
+    for tensor, some in layers.items():
+        ordered = sorted(some, key=lambda one: one[0])
+        for (at, one), (after, other) in itertools.pairwise(ordered):
+            if at.expert == after.expert and at.first + at.shape[0] > after.first:
+                raise BadAdapter(f"{other.module}: the adapter has two deltas for it, also as {one.module}")
+        module = ordered[0][1].module.rsplit(".", 2)[0]
+        found[tensor] = ExpertSlices(module, shapes[tensor], tuple(ordered))
+    return found
 
 
 def changes_of_experts(site: Site) -> dict[str, Change]:
@@ -89,21 +144,20 @@ def changes_of_experts(site: Site) -> dict[str, Change]:
     `peft.tuners.lora.layer.ParamWrapper`
     """
     found: dict[str, Change] = {}
-    used: set[str] = set()
-    for number, stack in enumerate(site.stacks):
-        wraps = "base_layer." * (len(site.stacks) - 1 - number)
+    around = ["base_layer." * number for number in reversed(range(len(site.stacks)))]
+    if odd := sorted(site.parts.keys() - {f"{wraps}{half}" for wraps in around for half in ("lora_A", "lora_B")}):
+        named = ", ".join(stack.parameter for stack in site.stacks)
+        raise BadAdapter(f"{site.module}: the file has {odd[0]}, but target_parameters names {named} alone")
+    for wraps, stack in zip(around, site.stacks, strict=True):
         pair = [site.parts.get(f"{wraps}{half}") for half in ("lora_A", "lora_B")]
         if pair[0] is None or pair[1] is None:
             raise BadAdapter(f"{site.module}: the file lacks LoRA for {stack.parameter}, which target_parameters names")
-        used |= {f"{wraps}lora_A", f"{wraps}lora_B"}
         factors = _expert_factors(site, stack, pair[0], pair[1])
         for tensor, (expert, first, turned) in stack.pieces.items():
             if expert is None:
                 found[tensor] = StackedExperts(site.module, replace(factors, turned=factors.turned != turned))
             else:
                 found[tensor] = OneExpert(site.module, factors, expert, first, site.shapes[tensor][0])
-    if odd := sorted(site.parts.keys() - used):
-        raise Unsupported(f"{site.module}: {odd[0]}: this kind of tensor is not merged")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from converter.errors import AdapterMismatch, BadAdapter, Unsupported
@@ -12,8 +12,9 @@ from converter.merge.adapter import Adapter
 from converter.merge.bias import LoraBias
 from converter.merge.change import Change, read_stored
 from converter.merge.embedding import EmbeddingLora
+from converter.merge.experts import OneExpert, StackedExperts
 from converter.merge.heads import advice_on, advice_on_lost_head
-from converter.merge.kinds import Site, changes_of
+from converter.merge.kinds import Site, changes_of, changes_of_slices
 from converter.merge.lora import Lora
 from converter.merge.names import Ask, Names
 from converter.merge.tokens import TokenRows
@@ -50,6 +51,7 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
     names = Names(architecture, adapter.modules, adapter.replacements, ask)
     _refuse_left(adapter, architecture, names)
     adapter.options.learn(module for name in _changeable(architecture) for module in names.spellings(name))
+    adapter.options.learn(names.of_experts.values())
     found = Match(notes=[*adapter.notes, *of_members])
     for name, tensor in adapter.replacements.items():
         target = names.tensor(name)
@@ -61,13 +63,11 @@ def match(adapter: Adapter, architecture: Architecture, shapes: Mapping[str, Sha
     now = {**shapes, **{name: tensor.shape for name, tensor in found.replacements.items()}}
     used = [module for module in adapter.modules if not _is_unused(adapter, architecture, names, module, found.notes)]
     sites = [Site(module, adapter.modules[module], adapter.options, names, architecture, now) for module in used]
-    read = Tuner.of(adapter.config, adapter.shared, sites).changes if adapter.options.is_bridged else changes_of
-    for site in sites:
-        for target, change in read(site).items():
-            if target in found.deltas:
-                raise BadAdapter(f"{site.module}: the adapter has two deltas for {target}")
-            _check_targeted(site)
-            found.deltas[target] = change
+    for target, change in _changes(adapter, sites):
+        if target in found.deltas:
+            raise BadAdapter(f"{change.module}: the adapter has two deltas for {target}")
+        found.deltas[target] = change
+    _note_layout_of_experts(adapter, found)
     check_bridged(found.deltas, adapter.folder.label)
     _check_saved_whole(adapter, architecture, names, found)
     _keep_ties(adapter, architecture, found)
@@ -95,6 +95,32 @@ def scaled(found: Match, adapter: Adapter, scale: float) -> Match:
         kept.append("the lengths that DoRA learned")
     notes = [f"`scale` {scale:g} multiplies the adapter's deltas, but not {' and '.join(kept)}"] if kept else []
     return replace(found, deltas=deltas, notes=[*found.notes, *notes])
+
+
+def _changes(adapter: Adapter, sites: list[Site]) -> Iterator[tuple[str, Change]]:
+    """Name of a tensor of the base → what is done to it; the same name twice if the adapter contradicts itself."""
+    sliced = [site for site in sites if site.slice is not None]
+    if sliced and adapter.options.is_bridged:
+        raise Unsupported(
+            f"{sliced[0].module}: only LoRA is merged into one expert of a tensor that holds all of them; give a base "
+            "with a tensor for each expert"
+        )
+    read = Tuner.of(adapter.config, adapter.shared, sites).changes if adapter.options.is_bridged else changes_of
+    for site in sites:
+        if site.slice is None:
+            yield from read(site).items()
+        _check_targeted(site)
+    yield from changes_of_slices(sliced).items()
+
+
+def _note_layout_of_experts(adapter: Adapter, found: Match) -> None:
+    """Whether lora_B of experts is grouped by expert, its values can't tell."""
+    of_unsloth = str(adapter.base_name).startswith("unsloth/") and adapter.options.variants.grouped is None
+    if of_unsloth and any(isinstance(change, StackedExperts | OneExpert) for change in found.deltas.values()):
+        found.notes.append(
+            "before September 2026, Unsloth grouped the columns of lora_B by expert, and adapter_config.json doesn't "
+            'say whether it did: if so, add "lora_B_layout": "grouped_by_expert" to it'
+        )
 
 
 def _refuse_left(adapter: Adapter, architecture: Architecture, names: Names) -> None:
@@ -281,6 +307,13 @@ def _check_nothing_lost(adapter: Adapter, architecture: Architecture, names: Nam
         targeted = adapter.options.names_targets and any(adapter.options.targets(module) for module in modules)
         if targeted and role.kind in ("linear", "conv1d", "convolution", "embedding"):
             expected[kind].add(modules[0])
+    changed = {names.parameter(module) for module in adapter.modules}
+    for name, module in names.of_experts.items():
+        kind = re.sub(r"\d+", "*", name)
+        if name in changed:
+            touched[kind].add(module)
+        if adapter.options.names_targets and adapter.options.targets(module):
+            expected[kind].add(module)
     for kind, modules_touched in touched.items():
         # Names that match but have no tensors at all are normal: a vision tower that wasn't trained.
         lost = sorted(expected[kind] - modules_touched)

@@ -92,6 +92,7 @@ class Names:
         nothing else explains them. Raises `AdapterMismatch` where two rules do, and differ."""
         self._architecture = architecture
         self._tables = _tables(architecture)
+        self._by_expert = _by_expert(architecture, *self._tables)
         self._names = dict.fromkeys(sorted(modules), True) | dict.fromkeys(sorted(tensors), False)
         self._rule = self._find(ask)
 
@@ -118,6 +119,16 @@ class Names:
             found += self._architecture.module_names(tensor) if tensor in self._architecture.roles else []
         return tuple(dict.fromkeys(found))
 
+    @cached_property
+    def of_experts(self) -> Mapping[str, str]:
+        """Linear layers of single experts that the base has in one tensor, if the adapter has names for them: as
+        `parameter` gives them → as the model that was trained called them."""
+        if not self._architecture.slices.keys() & {self.parameter(name) for name in self._names}:
+            return {}
+        spelled = {name: self._rule.spelling(name, embedding=False) for name in self._architecture.slices}
+        own = {self.parameter(name): name for name in self._names}
+        return {name: own.get(name, module) for name, module in spelled.items() if module is not None}
+
     def nearest(self, name: str) -> str | None:
         """The base's module, or tensor, whose name is most like one of the adapter's."""
         module = self._names.get(name, True)
@@ -134,7 +145,8 @@ class Names:
     def _find(self, ask: Ask) -> Rule:
         tried: list[Rule] = []
         as_they_are = [Rule(table) for table in self._tables]
-        for rules in (as_they_are, [Rule(_both(*self._tables))], list(self._edits())):
+        alone = [] if self._by_expert is None else [Rule(self._by_expert)]
+        for rules in (as_they_are, [Rule(_both(*self._tables))], alone, list(self._edits())):
             tried += rules
             fitting = self._distinct(rule for rule in rules if self._explains_all(rule))
             if len(fitting) > 1:
@@ -151,7 +163,7 @@ class Names:
         """Rules that put other words around the layers, or none."""
         wrapped = any("module" in name.split(".") for name in self._names)
         for unwrap in (False, True) if wrapped else (False,):
-            for table in self._tables:
+            for table in (*self._tables, *([] if self._by_expert is None else [self._by_expert])):
                 puts = self._around(table)
                 around = AROUND.union(*(put.split(".") for put in puts))
                 for cut in self._beginnings(around, unwrap=unwrap):
@@ -179,11 +191,16 @@ class Names:
     def _as_loaded(self, ask: Ask) -> Rule:
         """The rule of transformers' own conversions, which understand the names of older versions."""
         weights = {(f"{name}.weight" if module else name): name for name, module in self._names.items()}
+        table = self._by_expert or self._tables[-1]
         known = dict(ask(list(weights)))
         for weight, parameter in list(known.items()):
-            if weights.get(weight, weight) != weight:
-                known[weights[weight]] = parameter.removesuffix(".weight")
-        return Rule(self._tables[-1], known=known)
+            name = weights.get(weight, weight)
+            if name != weight:
+                known[name] = parameter.removesuffix(".weight")
+                expert = ".".join([parameter.rpartition(".")[0], *name.split(".")[-2:]])
+                if parameter in table.tensors and expert in self._architecture.slices:
+                    known[name] = expert
+        return Rule(table, known=known)
 
     def _distinct(self, rules: Iterable[Rule]) -> list[Rule]:
         """Of rules that give all names the same meaning, the first."""
@@ -210,6 +227,13 @@ def _tables(architecture: Architecture) -> tuple[Table, Table]:
     in_model = {parameter: name for name, parameter in found.items() if architecture.tensor_of(parameter) == name}
     stacked = frozenset(found.values()) - in_model.keys()
     return Table(tied | on_disk), Table(tied | in_model, stacked)
+
+
+def _by_expert(architecture: Architecture, *tables: Table) -> Table | None:
+    """All names, and those of the experts' layers that the base has in one tensor; None where it has none."""
+    both, found = _both(*tables), architecture.slices
+    names = {f"{module}.weight": one.tensor for module, one in found.items()}
+    return Table({**names, **both.tensors}, both.stacked) if names else None
 
 
 def _both(first: Table, second: Table) -> Table:

@@ -7,10 +7,10 @@ are kept beside them and never written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "other"]
 """conv1d is GPT-2's turned linear layer; convolution, one without groups and dilation, as PEFT's LoRA has it."""
@@ -31,6 +31,19 @@ class Role:
     """No floating-point numbers in the model: positions, masks."""
 
 
+class Slice(NamedTuple):
+    """A linear layer of one expert, as a part of a tensor that holds those of all experts."""
+
+    tensor: str
+    expert: int
+    first: int
+    """The row of the expert's matrix, (out_features, in_features), with which the layer's begins."""
+    shape: tuple[int, int]
+    """(out_features, in_features) of the layer."""
+    turned: bool
+    """Whether the tensor has the matrix as (in_features, out_features)."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A parameter that holds a matrix for each expert: (experts, rows, columns)."""
@@ -42,6 +55,25 @@ class Stack:
     pieces: Mapping[str, tuple[int | None, int, bool]]
     """The checkpoint's tensors that it is made of → the expert that each is of (None: it holds all of them), the row of
     the expert's matrix with which it begins, and whether it is turned on loading."""
+    parts: tuple[str, ...] = ()
+    """The linear layers whose matrices are one below the other in an expert's, by their names in checkpoints that have
+    a tensor for each."""
+
+    @property
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """Of a parameter that is one tensor of the checkpoint: the linear layers of its experts, by the names that
+        they have where each is a module."""
+        if list(self.pieces.values()) != [(None, 0, False)]:
+            return
+        (tensor,), (owner, _, own) = self.pieces, self.parameter.rpartition(".")
+        experts, *matrix = self.shape
+        outputs, inputs = reversed(matrix) if self.turned else matrix
+        for expert in range(experts):
+            if self.turned:  # Unsloth takes such experts apart, into layers of its own
+                yield f"{owner}.{own}s.{expert}", Slice(tensor, expert, 0, (outputs, inputs), turned=True)
+            rows = outputs // max(1, len(self.parts))
+            for number, part in enumerate(self.parts):
+                yield f"{owner}.{expert}.{part}", Slice(tensor, expert, number * rows, (rows, inputs), turned=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,9 @@ class Architecture:
             "doubled": dict(self.doubled),
             "known": self.known,
             "embeddings": sorted(self.embeddings),
-            "stacks": [[one.parameter, one.shape, one.turned, list(one.pieces.items())] for one in self.stacks],
+            "stacks": [
+                [one.parameter, one.shape, one.turned, list(one.pieces.items()), one.parts] for one in self.stacks
+            ],
             "read_directly": sorted(self.read_directly),
         }
 
@@ -93,8 +127,8 @@ class Architecture:
             known=value["known"],
             embeddings=frozenset(value["embeddings"]),
             stacks=tuple(
-                Stack(parameter, tuple(shape), turned, {name: (one[0], one[1], one[2]) for name, one in pieces})
-                for parameter, shape, turned, pieces in value["stacks"]
+                Stack(one, tuple(shape), turned, {name: (at[0], at[1], at[2]) for name, at in pieces}, tuple(parts))
+                for one, shape, turned, pieces, parts in value["stacks"]
             ),
             read_directly=frozenset(value["read_directly"]),
         )
@@ -112,6 +146,11 @@ class Architecture:
         if parameter is not None and self._tensor_of_parameter.get(parameter) == tensor:
             names.append(parameter)
         return tuple(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+    @cached_property
+    def slices(self) -> dict[str, Slice]:
+        """The linear layers of experts that are parts of the checkpoint's tensors, by their modules."""
+        return {module: one for stack in self.stacks for module, one in stack.slices}
 
     @cached_property
     def _tensor_of_parameter(self) -> dict[str, str]:

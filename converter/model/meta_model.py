@@ -7,7 +7,7 @@ The only module that imports transformers, some of whose private functions it ca
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
@@ -164,6 +164,10 @@ class Names:
         self._integers = {name for name, value in state.items() if not value.is_floating_point()}
         self.parameter_of: dict[str, str] = {}
         self._converters: dict[str, Any] = {}
+        self._all_converters = converters
+        self._renamed: Callable[[str], str] = lambda name: rename_source_key(
+            name, renamings, converters, prefix, state
+        )[0]
         self.converted: set[str] = set()
         """Tensors that loading cuts, stacks or otherwise reshapes on their way to a parameter."""
         for name in sorted(tensors, key=dot_natural_key):
@@ -228,26 +232,34 @@ class Names:
         for name, parameter in self.parameter_of.items():
             tensors.setdefault(parameter, []).append(name)
         for parameter, shape in self.parameters.items():
-            owner = self.model.get_submodule(parameter.rpartition(".")[0])
-            if len(shape) != 3 or not hasattr(owner, "is_transposed"):
+            if len(shape) != 3 or self.kind(parameter) != "other":
                 continue
+            owner = self.model.get_submodule(parameter.rpartition(".")[0])
+            turned = bool(getattr(owner, "is_transposed", False))
             pieces = {name: self._piece(name, shapes[name]) for name in tensors.get(parameter, [])}
             known = {name: piece for name, piece in pieces.items() if piece is not None}
             if known and len(known) == len(pieces):
-                yield Stack(parameter, shape, bool(owner.is_transposed), known)
+                yield Stack(parameter, shape, turned, known, () if turned else self._parts(parameter))
+
+    def _parts(self, parameter: str) -> tuple[str, ...]:
+        """The linear layers of an expert that loading puts into a parameter, in their order."""
+        owner = parameter.rpartition(".")[0]
+        for converter in self._all_converters:
+            order = _order(converter)
+            if order and all(self._renamed(f"{owner}.0.{part}.weight") == parameter for part in order):
+                return order
+        return ()
 
     def _piece(self, name: str, shape: Shape) -> tuple[int | None, int, bool] | None:
         if name not in self.converted:
             return None, 0, False
         converter = self._converters[name]
-        operations = [type(one).__name__ for one in converter.operations]
-        if operations == ["Transpose"]:
+        if _operations(converter) == ["Transpose"]:
             return None, 0, True
-        found = re.search(r"\.(\d+)\.([^.]+)\.weight$", name)
-        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or found is None:
+        found, order = re.search(r"\.(\d+)\.([^.]+)\.weight$", name), _order(converter)
+        if found is None or found[2] not in order:
             return None
-        order = [source.split(".")[-2].strip("\\") for source in converter.source_patterns]
-        return (int(found[1]), order.index(found[2]) * shape[0], False) if found[2] in order else None
+        return int(found[1]), order.index(found[2]) * shape[0], False
 
     def kind(self, parameter: str) -> Kind:
         from torch import nn
@@ -276,6 +288,19 @@ class Names:
             kind = self.kind(parameter)
         float32 = self._float32 is not None and self._float32.search(parameter) is not None
         return Role(parameter, kind, quantize=False, float32=float32, integer=parameter in self._integers)
+
+
+def _operations(converter: Any) -> list[str]:
+    return [type(one).__name__ for one in converter.operations]
+
+
+def _order(converter: Any) -> tuple[str, ...]:
+    """The layers whose matrices a converter stacks by expert, one below the other; empty if it does something else."""
+    if _operations(converter) not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        return ()
+    if len(converter.operations) > 1 and converter.operations[1].dim != 1:
+        return ()
+    return tuple(source.split(".")[-2].strip("\\") for source in converter.source_patterns)
 
 
 def default_skips(model: PreTrainedModel, skip: list[str] | None) -> list[str]:

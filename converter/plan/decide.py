@@ -11,7 +11,6 @@ from typing import Any, Literal
 from converter.errors import AdapterMismatch, BadCheckpoint, BadRecipe, Unsupported
 from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
-from converter.merge.experts import StackedExperts
 from converter.merge.match import Match, match, scaled
 from converter.model.architecture import Architecture, Role, Shape
 from converter.model.ask import check_output, describe, dismiss, parameters
@@ -181,7 +180,7 @@ def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_
         dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
     computed = source.shape[::-1] if transpose and not stored else source.shape
     rows = computed[0] if computed else 1
-    if isinstance(change, StackedExperts):
+    if change is not None and change.is_of_stack:
         rows = math.prod(computed[:-1])  # those of one expert after the other
     outputs: tuple[Output, ...] = (Output(name, dtype, shape),)
     action: Literal["quantize", "keep", "copy"] = "keep"

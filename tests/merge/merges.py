@@ -13,7 +13,14 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from converter import Recipe, convert
 from converter.merge.adapter import Adapter
@@ -54,6 +61,17 @@ def save_gpt_oss(folder: Path, dtype: torch.dtype) -> Path:
     )  # fmt: skip
     config.architectures = ["GptOssForCausalLM"]
     return _save(folder, GptOssForCausalLM, config, dtype)
+
+
+def save_llama4(folder: Path, dtype: torch.dtype) -> Path:
+    """A random base whose experts are one tensor, (in, out), and don't say so."""
+    config = Llama4TextConfig(
+        hidden_size=64, intermediate_size=96, intermediate_size_mlp=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=256, head_dim=16, num_local_experts=3, num_experts_per_tok=1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config.architectures = ["Llama4ForCausalLM"]
+    return _save(folder, Llama4ForCausalLM, config, dtype)
 
 
 def save_vit(folder: Path, dtype: torch.dtype) -> Path:

@@ -20,6 +20,7 @@ from tests.merge.merges import (
     merged_by_us,
     save_exact,
     save_gpt_oss,
+    save_llama4,
     save_tuned,
     save_vit,
     says,
@@ -56,6 +57,14 @@ KINDS: dict[str, tuple[str, Any]] = {
     "fused experts": ("gpt_oss", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts one by one": ("qwen2_moe", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts in part": ("mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS[:1])),
+    "fused experts of Llama 4": (
+        "llama4",
+        lora(
+            target_modules=["q_proj"],
+            target_parameters=["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
+        ),
+    ),
+    "router": ("qwen2_moe", lora(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])),
     "convolution": ("vit", lora(task_type=None, target_modules=["projection"])),
     "DoRA on a convolution": ("vit", lora(task_type=None, target_modules=["projection"], use_dora=True)),
     "MiCA": ("llama", lora(init_lora_weights="mica")),
@@ -68,7 +77,7 @@ KINDS: dict[str, tuple[str, Any]] = {
 }
 
 
-MAKERS = {"gpt_oss": save_gpt_oss, "vit": save_vit}
+MAKERS = {"gpt_oss": save_gpt_oss, "llama4": save_llama4, "vit": save_vit}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
