@@ -17,6 +17,7 @@ _TORCH_NAMES = {
     "I8": "int8",
     "I16": "int16",
     "U16": "uint16",
+    "F8_E4M3": "float8_e4m3fn",
     "F16": "float16",
     "BF16": "bfloat16",
     "I32": "int32",

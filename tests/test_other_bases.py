@@ -18,10 +18,11 @@ from converter import Job, Recipe, Resources, convert, convert_batch, plan_conve
 from converter.errors import Interrupted, Unsupported
 from tests.folders import change_json, contents
 from tests.models import save_adapter, save_base
+from tests.packed import awq, gptq, rounded
 from tests.quantized import same_bytes
 from tests.reference import differences, tensors_of
 
-KINDS = ["fp8 of transformers", "fp8", "fp8-block", "w4a16", "w8a16"]
+KINDS = ["fp8 of transformers", "fp8", "fp8-block", "w4a16", "w8a16", "nvfp4a16", "mxfp4a16", "gptq", "awq"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -58,6 +59,24 @@ def save_fp8(plain: Path, folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def save_packed(plain: Path, folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """A base of GPTQ, its columns in the order of their activations, or of AWQ; what its codes stand for."""
+    packed, weights = {}, {}
+    for name, tensor in tensors_of(plain).items():
+        if "_proj" in name:
+            made = rounded(tensor, 64, ordered=kind == "awq")
+            parts = awq(made) if kind == "awq" else gptq(made)
+            packed |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+            weights[name] = made.weight
+        else:
+            packed[name] = weights[name] = tensor
+    folder.mkdir()
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((plain / "config.json").read_bytes())
+    change_json(folder / "config.json", quantization_config={"quant_method": kind, "bits": 4, "group_size": 64})
+    return weights
+
+
 def save_trio(place: Path, kind: str) -> tuple[Path, Path, Path]:
     """A quantized base, the base that it stands for, and an adapter."""
     plain = save_base(place / "plain", "llama", **WIDE)
@@ -65,6 +84,8 @@ def save_trio(place: Path, kind: str) -> tuple[Path, Path, Path]:
     base, same = place / "base", place / "same"
     if kind == "fp8 of transformers":
         weights = save_fp8(plain, base)
+    elif kind in ("gptq", "awq"):
+        weights = save_packed(plain, base, kind)
     else:
         convert(plain, None, base, Recipe(quant_type=kind))
         weights = restored(base)
@@ -146,7 +167,7 @@ def test_a_batch_of_an_fp8_base_makes_what_single_conversions_make(
         assert differences(tmp_path / f"b{number}", convert(base, adapter, tmp_path / f"a{number}").out) == []
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "aqlm", "modelopt", "torchao", "hqq"])
+@pytest.mark.parametrize("method", ["mxfp4", "aqlm", "quip", "modelopt", "torchao", "hqq"])
 def test_other_methods_are_refused_by_name_with_what_to_give(
     method: str, trios: dict[str, tuple[Path, Path, Path]], tmp_path: Path
 ) -> None:

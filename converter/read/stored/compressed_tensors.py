@@ -1,4 +1,4 @@
-"""Weights as compressed-tensors saves them: FP8 and INT8 as they are, whole numbers of 4 and 8 bits packed.
+"""Weights as compressed-tensors saves them: FP8 and INT8 as they are, FP4 and whole numbers of 4 and 8 bits packed.
 
 `compressed_tensors.compressors`
 """
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from converter.read.header import TensorHeader
 
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
-_ZERO, _ORDER = ".weight_zero_point", ".weight_g_idx"
-_BESIDE = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
+_ZERO, _ORDER, _GLOBAL = ".weight_zero_point", ".weight_g_idx", ".weight_global_scale"
+_BESIDE = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_scale", ".output_zero_point")
 _INSTEAD = "decompress the base with compressed-tensors, or give the 16-bit model that it was made from"
-_READ = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized")
+_FP4 = {"nvfp4-pack-quantized": ("nvfp4", "F8_E4M3", 16), "mxfp4-pack-quantized": ("mxfp4", "U8", 32)}
+"""What it is called, the dtype of its scales, weights that share one."""
+_READ = ("pack-quantized", "float-quantized", "int-quantized", "naive-quantized", *_FP4)
 
 
 def compressed_weights(base: Checkpoint, quantization: Mapping[str, Any]) -> dict[str, ScaledWeight]:
@@ -29,7 +31,9 @@ def compressed_weights(base: Checkpoint, quantization: Mapping[str, Any]) -> dic
     groups = _weights_of_groups(base, quantization)
     found: dict[str, ScaledWeight] = {}
     for name in base.tensors:
-        if name.endswith(_PACKED):
+        if name.endswith(_PACKED) and base.tensors[name].dtype == "U8":
+            weight = _fp4(base, name.removesuffix(_PACKED))
+        elif name.endswith(_PACKED):
             weight = _packed(base, name.removesuffix(_PACKED), groups)
         elif name.endswith(_SCALE) and name.removesuffix(_SCALE) + _PACKED not in base.tensors:
             weight = _as_they_are(base, name.removesuffix(_SCALE), groups)
@@ -89,6 +93,29 @@ def _packed(base: Checkpoint, module: str, groups: Sequence[Mapping[str, Any]]) 
     codes: Codes = "packed 4" if fits[0] == 4 else "packed 8"
     named = f"compressed-tensors {fits[0]}-bit"
     return ScaledWeight(f"{module}.weight", (rows, columns), tuple(parts), named, codes, extent, zero is not None)
+
+
+def _fp4(base: Checkpoint, module: str) -> ScaledWeight:
+    packed, scale = base.tensors[module + _PACKED], _part(base, module + _SCALE)
+    if module + _ZERO in base.tensors:
+        raise Unsupported(f"{module}{_ZERO}: zero points of floats are not read; {_INSTEAD}")
+    found = next(((called, size) for called, dtype, size in _FP4.values() if dtype == scale.dtype), None)
+    if found is None:
+        raise Unsupported(f"{scale.name}: scales of FP4 in {scale.dtype} are not read; {_INSTEAD}")
+    called, size = found
+    groups = (*packed.shape[:1], *(columns * 2 / size for columns in packed.shape[1:]))
+    if len(packed.shape) != 2 or 0 in packed.shape or scale.shape != groups:
+        raise BadCheckpoint(
+            f"{packed.name}: {packed.dtype} {list(packed.shape)}, and {scale.name} {list(scale.shape)}, expected a "
+            f"matrix of two codes a byte and a scale for {size} of them"
+        )
+    whole = [_part(base, module + _GLOBAL)] if called == "nvfp4" else []
+    if any(part.dtype != "F32" or part.shape not in ((), (1,)) for part in whole):
+        raise BadCheckpoint(f"{whole[0].name}: {whole[0].dtype} {list(whole[0].shape)}, expected F32 [1]")
+    shape = (packed.shape[0], packed.shape[1] * 2)
+    parts = (packed, scale, *whole, *_beside(base, module))
+    named = f"compressed-tensors {called}"
+    return ScaledWeight(f"{module}.weight", shape, parts, named, "E2M1", (1, size), has_global=bool(whole))
 
 
 def _as_they_are(base: Checkpoint, module: str, groups: Sequence[Mapping[str, Any]]) -> ScaledWeight:

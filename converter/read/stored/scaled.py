@@ -1,4 +1,4 @@
-"""Weights that are codes times a scale: FP8 and whole numbers of 8 or 4 bits.
+"""Weights that are codes times a scale: FP8, FP4 and whole numbers of 8 or 4 bits.
 
 A scale is for the whole weight, a row, a group of a row, or a block of rows and columns.
 """
@@ -20,18 +20,20 @@ if TYPE_CHECKING:
     from converter.read.header import TensorHeader
     from converter.threads import Buffers
 
-Codes = Literal["F8_E4M3", "I8", "packed 4", "packed 8"]
-"""What lies on disk. packed: whole numbers of so many bits plus half of what these can tell apart, packed into I32, the
-lowest bits first; a row begins with a word."""
+Codes = Literal["F8_E4M3", "I8", "E2M1", "packed 4", "packed 8"]
+"""What lies on disk. E2M1: floats of four bits, two a byte, the lower half first. packed: whole numbers of so many bits
+plus half of what these can tell apart, packed into I32, the lowest bits first; a row begins with a word."""
 SCALES = ("F32", "BF16", "F16")
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_EXPONENT_BIAS = 127
 
 
 @dataclass(frozen=True)
 class ScaledWeight(Parts):
     """A weight of codes and scales.
 
-    Its parts: codes, scale, zero points if it has some, and what belongs to it but isn't needed to read it, such as the
-    scale of its module's inputs.
+    Its parts: codes, scale, zero points or a global scale if it has some, and what belongs to it but isn't needed to
+    read it, such as the scale of its module's inputs.
     """
 
     scheme: str
@@ -39,11 +41,13 @@ class ScaledWeight(Parts):
     extent: tuple[int, int]
     """Rows and columns that share a scale."""
     has_zeros: bool = False
+    has_global: bool = False
+    """Whether a scale of the whole weight divides all others: `weight_global_scale` of NVFP4."""
     block: int = 1
 
     @property
     def dtype(self) -> str:
-        return self.parts[1].dtype
+        return "BF16" if self.codes == "E2M1" else self.parts[1].dtype
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -52,12 +56,14 @@ class ScaledWeight(Parts):
 
     @property
     def bits(self) -> int:
-        return 4 if self.codes == "packed 4" else 8
+        return 4 if self.codes in ("E2M1", "packed 4") else 8
 
     @property
     def row_bytes(self) -> int:
         """Of codes."""
-        return -(self.columns * self.bits // -32) * 4 if self.codes.startswith("packed") else self.columns
+        if self.codes.startswith("packed"):
+            return -(self.columns * self.bits // -32) * 4
+        return self.columns * self.bits // 8
 
     @property
     def opened_bytes(self) -> int:
@@ -70,7 +76,9 @@ class ScaledWeight(Parts):
 
     def open(self, folder: Folder) -> OpenedScaled:
         tensors = [read_whole(part, folder) for part in self.parts[1:]]
-        scales = tensors[0][0].float().reshape(self.grid)
+        scales = _factors(tensors[0][0]).reshape(self.grid)
+        if self.has_global:
+            scales = scales / tensors[1][0].reshape(())
         if not bool(scales.isfinite().all()):
             raise BadCheckpoint(f"{self.parts[1].name}: holds a NaN or an infinity")
         zeros = self._zeros(tensors[1][0]) if self.has_zeros else None
@@ -128,6 +136,9 @@ class OpenedScaled:
             return codes.view(torch.float8_e4m3fn).float()
         if self.weight.codes == "I8":
             return codes.view(torch.int8).float()
+        if self.weight.codes == "E2M1":
+            halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+            return torch.tensor(_E2M1).index_select(0, halves.flatten().int()).view(halves.shape)
         return _whole_numbers(codes, self.weight.bits)[:, : self.weight.columns].contiguous()
 
     def _spread(self, values: Tensor, how: Callable[[Tensor, Tensor], Tensor], by: Tensor) -> None:
@@ -137,6 +148,15 @@ class OpenedScaled:
         how(values[:, : whole * width].unflatten(1, (whole, width)), by[:, :whole, None])
         if whole < by.shape[1]:
             how(values[:, whole * width :], by[:, whole:])
+
+
+def _factors(scales: Tensor) -> Tensor:
+    """Scales in float32. Those of one byte without a sign are exponents of two, as MX formats have them."""
+    import torch
+
+    if scales.dtype == torch.uint8:
+        return torch.exp2(scales.float() - _EXPONENT_BIAS)
+    return scales.float()
 
 
 def _whole_numbers(packed: Tensor, bits: int) -> Tensor:

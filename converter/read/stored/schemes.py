@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint
+from converter.read.stored.awq import awq_weights
 from converter.read.stored.bnb_4bit import STATE, four_bit_weights
 from converter.read.stored.bnb_8bit import eight_bit_weights
 from converter.read.stored.compressed_tensors import compressed_weights
 from converter.read.stored.fp8 import fp8_weights
+from converter.read.stored.gptq import gptq_weights
 from converter.read.stored.stored import Source, Stored
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ SCHEMES: dict[str, Opener] = {
     "bitsandbytes": _bitsandbytes,
     "fp8": fp8_weights,
     "compressed-tensors": compressed_weights,
+    "gptq": gptq_weights,
+    "awq": awq_weights,
 }
 
 

@@ -67,6 +67,8 @@ def save_compressed(folder: Path, weight: torch.Tensor, scheme: QuantizationSche
     layout = infer_module_format(torch.nn.Linear, scheme).value
     compressor = BaseCompressor.get_value_from_registry(layout)
     settings = scheme.weights
+    if settings.num_bits == 4 and settings.type == "float":
+        settings.scale_dtype = torch.float8_e4m3fn if settings.strategy == "tensor_group" else torch.uint8
     if settings.strategy == "tensor":
         scale, _ = calculate_qparams(weight.amin().view(1), weight.amax().view(1), settings)
         scales = {"weight_scale": scale.to(weight.dtype)}
@@ -93,11 +95,19 @@ SCHEMES = {
     "int8 a row": {"num_bits": 8, "type": "int", "strategy": "channel"},
     "fp8 a row": {"num_bits": 8, "type": "float", "strategy": "channel"},
     "fp8 a weight": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "nvfp4": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+    "mxfp4": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
     "fp8 a block": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
 }
 
 
-SAID = {"w8a16": "compressed-tensors 8-bit", "int8": "compressed-tensors int8", "fp8": "compressed-tensors fp8"}
+SAID = {
+    "nvfp4": "compressed-tensors nvfp4",
+    "mxfp4": "compressed-tensors mxfp4",
+    "w8a16": "compressed-tensors 8-bit",
+    "int8": "compressed-tensors int8",
+    "fp8": "compressed-tensors fp8",
+}
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
@@ -109,7 +119,7 @@ def test_weights_of_compressed_tensors_are_read_as_it_restores_them(
         tmp_path, random(192, 256, dtype=dtype), scheme_of(**SCHEMES[name], with_inputs=name == "int8 a row")
     )
 
-    assert expected.dtype is dtype
+    assert expected.dtype is (BF16 if "fp4" in name else dtype)  # the library restores FP4 in bfloat16
     assert opened(tmp_path).scheme == SAID.get(name.split()[0], "compressed-tensors 4-bit")
     assert torch.equal(rows(tmp_path), expected)
     assert torch.equal(rows(tmp_path, 1, 64, 70, 190), expected)
@@ -188,6 +198,18 @@ def packed_parts(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in (parts | changes).items() if tensor is not None}
 
 
+NVFP4 = compressed_config("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
+
+
+def fp4_parts(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    parts = {
+        "weight_packed": torch.zeros(8, 32, dtype=torch.uint8),
+        "weight_scale": torch.ones(8, 4).to(torch.float8_e4m3fn),
+        "weight_global_scale": torch.ones(1),
+    }
+    return {name: tensor for name, tensor in (parts | changes).items() if tensor is not None}
+
+
 @pytest.mark.parametrize(
     ("parts", "config", "error", "message"),
     [
@@ -220,8 +242,27 @@ def packed_parts(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
             r"w\.weight_zero_point: I32 \[2, 2\], expected I32 \[1, 2\]",
         ),
         (packed_parts(), compressed_config(num_bits=3), Unsupported, "other than 4 and 8 bits"),
-        (packed_parts(), compressed_config("nvfp4-pack-quantized"), Unsupported, "nvfp4-pack-quantized is not read"),
-        (packed_parts(), compressed_config("mxfp4-pack-quantized"), Unsupported, "mxfp4-pack-quantized is not read"),
+        (packed_parts(), compressed_config("mxfp8-quantized"), Unsupported, "mxfp8-quantized is not read; decompress"),
+        (fp4_parts(weight_global_scale=None), NVFP4, BadCheckpoint, r"w\.weight_global_scale: missing"),
+        (
+            fp4_parts(weight_global_scale=torch.ones(2)),
+            NVFP4,
+            BadCheckpoint,
+            r"w\.weight_global_scale: F32 \[2\], expected F32 \[1\]",
+        ),
+        (
+            fp4_parts(weight_scale=torch.ones(8, 3).to(torch.float8_e4m3fn)),
+            NVFP4,
+            BadCheckpoint,
+            r"w\.weight_scale \[8, 3\], expected a matrix of two codes a byte and a scale for 16 of them",
+        ),
+        (
+            fp4_parts(weight_scale=torch.ones(8, 4)),
+            NVFP4,
+            Unsupported,
+            r"scales of FP4 in F32 are not read; decompress",
+        ),
+        (fp4_parts(weight_zero_point=torch.ones(8, 4)), NVFP4, Unsupported, "zero points of floats are not read"),
         (packed_parts(), compressed_config("marlin-24"), Unsupported, "marlin-24 is not read; decompress the base"),
         (packed_parts(), compressed_config(strategy="tensor_group"), Unsupported, "scales by tensor_group"),
         (packed_parts(), compressed_config(group_size=0), Unsupported, "scales by group"),
