@@ -20,6 +20,11 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 TRAINED_BESIDE = "non_lora_trainables.bin"
 """LLaVA's whole tensors that were trained with a LoRA, named as PEFT names them."""
+OF_MLX = "adapters.safetensors"
+"""MLX's weights; what it saved during training is called 0000100_adapters.safetensors."""
+FUSE_WITH_MLX = (
+    "run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and give FUSED as `base`, without `adapter`"
+)
 
 _WITHOUT_EFFECT = (
     WEIGHTS,
@@ -45,9 +50,8 @@ _DISTRIBUTED = (
 )
 _OTHER_FORMATS = (
     (
-        ("adapters.safetensors", "[0-9]*_adapters.safetensors", "adapters.npz"),
-        "an adapter of MLX, not of PEFT; run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and "
-        "give FUSED as `base`, without `adapter`",
+        (OF_MLX, "[0-9]*_adapters.safetensors", "adapters.npz"),
+        f"an adapter of MLX that lacks {CONFIG} or {OF_MLX}; {FUSE_WITH_MLX}",
     ),
     (("*.distcp", ".metadata"), _DISTRIBUTED),
     (
@@ -90,14 +94,19 @@ def inner_folders(path: Path | None) -> list[str]:
     return [f"{name}/{CONFIG}" if (path / name / CONFIG).is_file() else name for name in folders]
 
 
-def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str, *, allow_pickle: bool = False) -> None:
+def is_of_mlx(names: Iterable[str]) -> bool:
+    """Whether a folder of these files has an adapter of MLX, and none of PEFT."""
+    return WEIGHTS not in names and {CONFIG, OF_MLX} <= set(names)
+
+
+def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str, taken: Iterable[str] = ()) -> None:
     """Refuse a folder that lacks PEFT's two files, as what it is.
 
     `names` are those of its files; `inner` those of the folders in it, with `/adapter_config.json` where they have one.
-    With `allow_pickle` its weights may be pickled.
+    Files that are `taken` will do in the place of PEFT's weights.
     """
     files, folders = set(names), sorted(inner)
-    if allow_pickle and PICKLED in files:
+    if files & set(taken):
         files.add(WEIGHTS)
     if CONFIG in files and WEIGHTS in files:
         return

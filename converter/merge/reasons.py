@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from converter.merge.files import FUSE_WITH_MLX
+
 _NO_WEIGHT = "changes no weight: it puts trained tokens before the input; serve base and adapter with PEFT"
 _BY_INPUT = "weighs its parts by the input, which no single weight can; serve base and adapter with PEFT"
 _BY_ORDER = "has modules that depend on each other's order; merge it with PEFT"
@@ -32,10 +34,7 @@ OPTIONS = {
 def other_trainer(config: Mapping[str, Any]) -> str | None:
     """What a config is that has another trainer's words instead of PEFT's; None for one of PEFT."""
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
-        return (
-            "of MLX, not of PEFT; run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and give "
-            "FUSED as `base`, without `adapter`"
-        )
+        return f"of MLX, not of PEFT; {FUSE_WITH_MLX}"
     if "enable_lora" in config or "merge_weights" in config:
         return "of a PEFT before 0.4, whose layers were others; load it with that version and save it again"
     return None

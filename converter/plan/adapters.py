@@ -14,13 +14,16 @@ from converter.merge.adapter import Adapter
 from converter.merge.combine import combined
 from converter.merge.files import (
     CONFIG,
+    OF_MLX,
     PICKLED,
     TRAINED_BESIDE,
     WEIGHTS,
     inner_folders,
+    is_of_mlx,
     refuse_other_formats,
     refuse_weights_beside,
 )
+from converter.merge.mlx import NOTE, in_pefts_form
 from converter.merge.pickled import unpickled
 from converter.read.checksums import Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
@@ -48,14 +51,21 @@ def open_adapter(
     """
     opened = open_folder(reference, revision, offline=offline)
     names = opened.names()
-    refuse_other_formats(names, inner_folders(opened.path), opened.label, allow_pickle=allow_pickle)
-    refuse_weights_beside(names, opened.label, taken=[TRAINED_BESIDE] if allow_pickle else [])
-    weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
-    weights += [name for name in [TRAINED_BESIDE] if allow_pickle and name in names]
+    of_mlx = is_of_mlx(names)
+    pickled = [PICKLED, TRAINED_BESIDE] if allow_pickle else []
+    refuse_other_formats(names, inner_folders(opened.path), opened.label, taken=[*pickled[:1], *[OF_MLX] * of_mlx])
+    saved_by_mlx = [name for name in names if of_mlx and name.endswith(OF_MLX)]
+    refuse_weights_beside(names, opened.label, taken=[*pickled[1:], *saved_by_mlx])
+    if of_mlx:
+        weights = [OF_MLX]
+    else:
+        weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
+        weights += [name for name in pickled[1:] if name in names]
     folder = opened.fetch([*(name for name in [CONFIG] if name in names), *weights, *wanted_from_adapter(opened)])
     try:
         known = _checked(folder, {name: opened.digest(name) for name in weights})
-        adapter = Adapter(unpickled(folder) if allow_pickle else folder)
+        adapter = Adapter(in_pefts_form(unpickled(folder) if allow_pickle else folder))
+        adapter.notes += [NOTE] * of_mlx
     except BaseException:
         folder.close()
         raise

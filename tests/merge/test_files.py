@@ -23,8 +23,12 @@ def folder_of(place: Path, names: list[str]) -> Path:
 
 
 FORMATS = {
-    "MLX": ([CONFIG, "adapters.safetensors"], "an adapter of MLX, not of PEFT; run `mlx_lm.fuse "),
-    "MLX's checkpoints": (["0000100_adapters.safetensors"], "an adapter of MLX, not of PEFT; run `mlx_lm.fuse "),
+    "MLX without a config": (["adapters.safetensors"], "an adapter of MLX that lacks adapter_config.json or adapters."),
+    "MLX's checkpoints": ([CONFIG, "0000100_adapters.safetensors"], "an adapter of MLX that lacks adapter_config.json"),
+    "MLX of 2023": (
+        [CONFIG, "adapters.npz"],
+        "an adapter of MLX that lacks adapter_config.json or adapters.safetensors",
+    ),
     "FSDP": (["__0_0.distcp", ".metadata"], "the shards of a distributed checkpoint (FSDP); put them together with"),
     "FSDP, with a config": ([CONFIG, "__0_0.distcp"], "the shards of a distributed checkpoint (FSDP); put them"),
     "around FSDP": (["pytorch_model_fsdp_0/", "trainer_state.json"], "the shards of a distributed checkpoint (FSDP)"),
