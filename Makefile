@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture adapters real bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -38,8 +38,12 @@ golden: .venv/ready  ## write the expected receipts and screens anew; read the d
 picture: .venv/ready  ## draw docs/report.png anew, the report that README shows; needs Chromium
 	$(BIN)/python tools/picture.py
 
-adapters: .venv/ready  ## write the tables of docs/adapters.md anew, from the tests
-	$(BIN)/python -m tests.merge.test_adapters_page
+pages: .venv/ready  ## write docs/options.md and the tables of docs/adapters.md anew, from the help and from the tests
+	PYTHONPATH=. $(BIN)/python -m tests.docs.test_options_page
+	PYTHONPATH=. $(BIN)/python -m tests.merge.test_adapters_page
+
+docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py

@@ -124,7 +124,7 @@ def test_every_command_in_a_line_of_prose_can_be_parsed(page: Path) -> None:
 
     for line in re.findall(r"`((?:nf4-)?convert [^`(]+)`", prose):
         words = [word for word in shlex.split(re.sub(r" (?:>|\\?\|) .*", "", line)) if word != "…"]
-        if {*words} & {"COMMAND", "completion"} or (len(words) == 2 and words[1] in cli.commands):
+        if {*words} & {"COMMAND", "[OPTIONS]", "completion"} or (len(words) == 2 and words[1] in cli.commands):
             continue  # not a whole command line
         try:
             parse(words)
@@ -159,6 +159,12 @@ def test_every_option_that_a_page_names_exists() -> None:
     for page in PAGES:
         spans = re.findall(r"`(--[a-z][a-z-]*)", page.read_text())
         assert {*spans} <= known | {"--help", *OF_OTHERS}, page
+
+
+def test_every_file_of_the_repository_that_a_page_names_exists() -> None:
+    for page in PAGES:
+        for path in re.findall(r"`((?:converter|tests|docs|tools|benchmarks|chaos)/[\w./-]+)`", page.read_text()):
+            assert (REPOSITORY / path).exists(), f"{page.name}: {path}"
 
 
 OF_OTHERS = {

@@ -48,7 +48,7 @@ def with_tables(page: str) -> str:
 
 
 def test_the_page_has_the_tables_of_what_is_tried() -> None:
-    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make adapters`, and read the diff"
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make pages`, and read the diff"
 
 
 def test_another_table_is_written_anew_and_nothing_else() -> None:
