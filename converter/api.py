@@ -47,10 +47,10 @@ def convert(
     `base`, the one that the adapter names is taken; without `adapter`, the base is quantized as it is.
     `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an earlier conversion. `out` appears only whole,
     and only if every tensor reaches the `gates`. `resume`: resume an interrupted run of the same job. `allow_pickle`:
-    read pickled weights of an adapter, as weights only. `progress`: True shows a bar in a terminal or a notebook, and
-    elsewhere prints a line every ten seconds; a function is called at each step. `stop` is asked before each tile, and
-    while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends with
-    `Interrupted`.
+    read pickled weights of a base or an adapter, as weights only. `progress`: True shows a bar in a terminal or a
+    notebook, and elsewhere prints a line every ten seconds; a function is called at each step. `stop` is asked before
+    each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends
+    with `Interrupted`.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """

@@ -54,7 +54,7 @@ class RunOptions:
     resume: bool = True
     """Resume an interrupted run of the same job."""
     allow_pickle: bool = False
-    """Read pickled weights of an adapter, as weights only: no code that they name is run."""
+    """Read pickled weights of a base or an adapter, as weights only: no code that they name is run."""
 
     def of_inputs(self) -> dict[str, Any]:
         """Those that opening base and adapter depends on."""

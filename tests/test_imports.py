@@ -223,7 +223,7 @@ def test_nothing_is_unpickled_evaluated_or_mapped() -> None:
                 called = ast.unparse(node.func)
                 assert called not in {"eval", "exec", "__import__", "importlib.import_module"}, name
                 if called == "torch.load":
-                    assert name == "merge.pickled"
+                    assert name == "read.pickled"
                     assert "weights_only=True" in map(ast.unparse, node.keywords)
 
 

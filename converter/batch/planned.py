@@ -119,7 +119,7 @@ def plan_groups(jobs: Sequence[Job], run: BatchRun) -> list[JobGroup]:
 
 def _open_group(job: Job, run: BatchRun) -> JobGroup:
     assert job.base is not None  # noqa: S101  (`with_base` saw to it)
-    return JobGroup(run.access.base(job.base, job.base_revision, offline=run.options.offline))
+    return JobGroup(run.access.base(job.base, job.base_revision, **run.options.of_inputs()))
 
 
 def _planned(job: Job, base: Base, options: BatchOptions) -> PlannedJob:

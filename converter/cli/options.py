@@ -37,7 +37,7 @@ with_overwrite = flag("--overwrite", text="Replace an earlier conversion, once t
 with_resume = cloup.option("--resume/--no-resume", default=True, show_default="on", help="Resume an interrupted run.")
 with_strict = flag("--strict", text="With several adapters: convert none if one is refused.")
 with_foreign_files = flag("--trust-remote-code", text="Copy the Python files that the base names; never run them.")
-with_pickle = flag("--allow-pickle", text="Read pickled weights of an adapter, as weights only; never run them.")
+with_pickle = flag("--allow-pickle", text="Read pickled weights, as weights only; never run them.")
 with_help = click.help_option("-h", "--help", help="Print this help.")
 
 REVISIONS: dict[str, Decorator] = {

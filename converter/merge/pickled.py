@@ -1,14 +1,11 @@
 """Pickled weights of an adapter, which are read only where the user says so (`allow_pickle`), and as weights only.
 
-torch.load(weights_only=True) builds tensors and containers and calls nothing that the file names. What it gives is
-copied, tensor by tensor, into a safetensors file that lasts as long as the run.
+What they hold is copied, tensor by tensor, into a safetensors file that lasts as long as the run.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,8 +17,8 @@ from converter.merge.keys import PREFIX
 from converter.read.folder import Folder
 from converter.read.header import TensorHeader, read_header
 from converter.read.made import MadeFile, MadeFolder, MadeTensor, weights_file
+from converter.read.pickled import unpickled_tensors
 from converter.read.strict_json import read_json
-from converter.silence import quietly
 from converter.tensors import as_bytes, stored_dtype
 
 if TYPE_CHECKING:
@@ -54,31 +51,15 @@ def unpickled(folder: Folder) -> Folder:
 
 
 def _loaded(path: Path, where: str) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped into memory where its format allows."""
-    import torch
-
     try:
-        with quietly():
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as exc:  # whatever a damaged file makes torch raise
-        named = re.search(r"GLOBAL ([\w.]+)", str(exc))
-        what = f"names {named[1][:100]}, which is no weight" if named else "is damaged, or no pickle of torch"
-        raise BadAdapter(f"{where}: {what}") from exc
-    if not isinstance(found, dict) or not found:
-        raise BadAdapter(f"{where}: holds {type(found).__name__}, expected tensors by name")
-    for name, tensor in found.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise BadAdapter(f"{where}: {str(name)[:60]!r} is {type(tensor).__name__}, expected a tensor")
-        if tensor.layout is not torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise BadAdapter(f"{where}: {name[:60]!r} does not hold all its values")
-        if stored_dtype(tensor) is None:
-            raise BadAdapter(f"{where}: {name[:60]!r} has the dtype {tensor.dtype}, which safetensors has not")
-    return found
+        return unpickled_tensors(path, where)
+    except BadCheckpoint as exc:
+        raise BadAdapter(str(exc)) from exc
 
 
 def _made(name: str, tensor: Tensor) -> MadeTensor:
     dtype = stored_dtype(tensor)
-    assert dtype is not None  # noqa: S101  (`_loaded` saw to it)
+    assert dtype is not None  # noqa: S101  (`unpickled_tensors` saw to it)
     return MadeTensor(name, dtype, tuple(tensor.shape), tensor.nbytes, partial(as_bytes, tensor))
 
 

@@ -31,9 +31,16 @@ Show = Callable[[str, int, int, str], None]
 class Base:
     """An opened base. On the Hub, config, index and headers are read by range; `fetch` downloads the shards."""
 
-    def __init__(self, reference: Reference, revision: str | None = None, *, offline: bool = False) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        revision: str | None = None,
+        *,
+        offline: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
         self._opened = open_folder(reference, revision, offline=offline)
-        self.checkpoint = Checkpoint(self._opened)
+        self.checkpoint = Checkpoint(self._opened, allow_pickle=allow_pickle)
         self.commit = self._opened.commit
         self.id = self._opened.repo_id
         self.checked: dict[str, str] = {}
@@ -111,10 +118,10 @@ class Inputs:
                 raise
         self._owns_base = opened is None
         if opened is None and base is not None:
-            opened = Base(base, base_revision, offline=offline)
+            opened = Base(base, base_revision, offline=offline, allow_pickle=allow_pickle)
         elif opened is None:
             assert self.adapter is not None  # noqa: S101  (checked above)
-            opened = open_base_of_adapter(self.adapter, base_revision, offline=offline)
+            opened = open_base_of_adapter(self.adapter, base_revision, offline=offline, allow_pickle=allow_pickle)
         self.opened = opened
 
     @classmethod
@@ -230,11 +237,13 @@ def base_of_adapter(adapter: Adapter, revision: str | None = None) -> tuple[Refe
     return name, revision or adapter.base_revision
 
 
-def open_base_of_adapter(adapter: Adapter, revision: str | None = None, *, offline: bool = False) -> Base:
+def open_base_of_adapter(
+    adapter: Adapter, revision: str | None = None, *, offline: bool = False, allow_pickle: bool = False
+) -> Base:
     """Open the base that an adapter names. `ConversionRefused` says that it was the adapter who named it."""
     name, revision = base_of_adapter(adapter, revision)
     try:
-        return Base(name, revision, offline=offline)
+        return Base(name, revision, offline=offline, allow_pickle=allow_pickle)
     except ConversionRefused as exc:
         raise type(exc)(
             f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give `base`"

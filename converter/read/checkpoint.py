@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -10,11 +10,14 @@ from converter.errors import BadCheckpoint
 from converter.read.folder import Folder, link_left
 from converter.read.header import MAX_TENSORS, TensorHeader, read_header
 from converter.read.mistaken import instead_of_a_checkpoint
+from converter.read.pickled import read_pickled_header
 from converter.read.strict_json import read_json
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 MAX_CONFIG_BYTES = 10_000_000  # of a model; one with 20,000 labels has three million
 
@@ -23,10 +26,11 @@ class Checkpoint:
     """A base: its config, its weight map, the headers of its shards; and their bytes on request.
 
     Opening it reads the config, the index and the headers. `BadCheckpoint` if one of them is damaged, a shard is
-    missing, a tensor is in two shards, or there are more than `most` tensors.
+    missing, a tensor is in two shards, or there are more than `most` tensors. `allow_pickle`: where there are no
+    safetensors, weights may be pickled.
     """
 
-    def __init__(self, folder: Folder, *, most: int = MAX_TENSORS) -> None:
+    def __init__(self, folder: Folder, *, most: int = MAX_TENSORS, allow_pickle: bool = False) -> None:
         self.folder = folder
         self._most = most
         names = folder.names()
@@ -40,35 +44,62 @@ class Checkpoint:
         self.tensors: dict[str, TensorHeader] = {}
         self.notes: tuple[str, ...] = ()
         """What the index says otherwise than the headers, which are believed."""
-        # transformers, too, takes the single file where both are there.
-        if SINGLE_FILE in names:
-            self.shards: tuple[str, ...] = (SINGLE_FILE,)
-            self.tensors = read_header(folder, SINGLE_FILE, most=most)
-        elif INDEX in names:
-            weight_map = self._weight_map(names)
-            self.shards = tuple(sorted(set(weight_map.values())))
-            self._read_shards(weight_map)
-        elif (left := link_left(folder, SINGLE_FILE) or link_left(folder, INDEX)) is not None:
-            raise BadCheckpoint(left)
-        elif any(name.endswith(".bin") for name in names):
-            raise BadCheckpoint(
-                f"{folder.label}: only pickled weights (.bin), and this tool unpickles nothing; load the model with "
-                "transformers, and give the folder that its save_pretrained(FOLDER) writes"
-            )
-        else:
-            raise BadCheckpoint(f"{folder.label}: neither {SINGLE_FILE} nor {INDEX}; the download may be incomplete")
+        self.shards = self._read_shards(names, allow_pickle=allow_pickle)
         if not self.tensors:
             raise BadCheckpoint(f"{folder.label}: no tensors")
 
-    def _weight_map(self, names: frozenset[str]) -> dict[str, str]:
-        where = f"{self.folder.label}: {INDEX}"
-        weight_map = read_json(self.folder, INDEX).get("weight_map")
+    def _read_shards(self, names: frozenset[str], *, allow_pickle: bool) -> tuple[str, ...]:
+        """Read the headers of all shards, and give their names."""
+        # transformers, too, takes the single file where both are there.
+        if SINGLE_FILE in names:
+            self._read(SINGLE_FILE, read_header)
+            return (SINGLE_FILE,)
+        if INDEX in names:
+            return self._read_index(INDEX, ".safetensors", names, read_header)
+        if (left := link_left(self.folder, SINGLE_FILE) or link_left(self.folder, INDEX)) is not None:
+            raise BadCheckpoint(left)
+        if allow_pickle and PICKLED in names:
+            self._read(PICKLED, read_pickled_header)
+            return (PICKLED,)
+        if allow_pickle and PICKLED_INDEX in names:
+            return self._read_index(PICKLED_INDEX, ".bin", names, read_pickled_header)
+        if any(name.endswith(".bin") for name in names):
+            known = PICKLED in names or PICKLED_INDEX in names
+            raise BadCheckpoint(
+                f"{self.folder.label}: only pickled weights (.bin); "
+                + ("give `allow_pickle` to read them without running any code, or " if known else "")
+                + "load the model with transformers, and give the folder that its save_pretrained(FOLDER) writes"
+            )
+        raise BadCheckpoint(f"{self.folder.label}: neither {SINGLE_FILE} nor {INDEX}; the download may be incomplete")
+
+    def _read_index(
+        self, index: str, ending: str, names: frozenset[str], read: Callable[..., dict[str, TensorHeader]]
+    ) -> tuple[str, ...]:
+        weight_map = self._weight_map(index, ending, names)
+        shards = tuple(sorted(set(weight_map.values())))
+        for shard in shards:
+            self._read(shard, read)
+        self.notes = tuple(_differences(index, weight_map, self.tensors))
+        return shards
+
+    def _read(self, shard: str, read: Callable[..., dict[str, TensorHeader]]) -> None:
+        for tensor in read(self.folder, shard, most=self._most).values():
+            if tensor.name in self.tensors:
+                other = self.tensors[tensor.name].file
+                raise BadCheckpoint(f"{self.folder.label}: {tensor.name!r} is in two shards, {other} and {shard}")
+            self.tensors[tensor.name] = tensor
+        if len(self.tensors) > self._most:
+            raise BadCheckpoint(f"{self.folder.label}: more than {self._most:,} tensors")
+
+    def _weight_map(self, index: str, ending: str, names: frozenset[str]) -> dict[str, str]:
+        where = f"{self.folder.label}: {index}"
+        weight_map = read_json(self.folder, index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadCheckpoint(f"{where}: no weight_map")
         for tensor, shard in weight_map.items():
             found = f"{where}: {tensor[:60]!r} is in {str(shard)[:80]!r}"
-            if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-                raise BadCheckpoint(f"{found}, expected a .safetensors file")
+            if not isinstance(shard, str) or not shard.endswith(ending):
+                raise BadCheckpoint(f"{found}, expected a {ending} file")
             if "/" in shard or "\\" in shard:
                 raise BadCheckpoint(f"{found}, expected a file inside the folder")
             if shard not in names:
@@ -76,17 +107,6 @@ class Checkpoint:
                     raise BadCheckpoint(left)
                 raise BadCheckpoint(f"{found}, which is not a plain file of the folder")
         return weight_map
-
-    def _read_shards(self, weight_map: dict[str, str]) -> None:
-        for shard in self.shards:
-            for tensor in read_header(self.folder, shard, most=self._most).values():
-                if tensor.name in self.tensors:
-                    other = self.tensors[tensor.name].file
-                    raise BadCheckpoint(f"{self.folder.label}: {tensor.name!r} is in two shards, {other} and {shard}")
-                self.tensors[tensor.name] = tensor
-            if len(self.tensors) > self._most:
-                raise BadCheckpoint(f"{self.folder.label}: more than {self._most:,} tensors")
-        self.notes = tuple(_differences(weight_map, self.tensors))
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +128,7 @@ class Checkpoint:
         return iter(self.tensors.values())
 
 
-def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
+def _differences(index: str, weight_map: Mapping[str, str], tensors: Mapping[str, TensorHeader]) -> Iterator[str]:
     """What the index says otherwise than the headers of the shards, a line each."""
     elsewhere = [name for name in tensors.keys() & weight_map.keys() if tensors[name].file != weight_map[name]]
     for what, names, so in (
@@ -118,4 +138,4 @@ def _differences(weight_map: Mapping[str, str], tensors: Mapping[str, TensorHead
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield f"{INDEX} {what} {min(names)[:60]!r}{more}: {so}"
+            yield f"{index} {what} {min(names)[:60]!r}{more}: {so}"

@@ -103,8 +103,8 @@ class Reads:
         """How a batch gets at bases that are counted."""
         return Access(base=self._base)
 
-    def _base(self, reference: Path, revision: str | None = None, *, offline: bool = False) -> Base:
-        opened = Base(reference, revision, offline=offline)
+    def _base(self, reference: Path, revision: str | None = None, **how: Any) -> Base:
+        opened = Base(reference, revision, **how)
         opened.checkpoint.close()
         folder = _CountingFolder(Path(reference), self)
         opened.checkpoint = folder.checkpoint = Checkpoint(folder)

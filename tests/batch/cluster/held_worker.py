@@ -56,8 +56,8 @@ class HeldStaging(Staging):
         super().seal(*what)
 
 
-def slow_base(reference: Path, revision: str | None = None, *, offline: bool = False) -> Base:
-    opened = Base(reference, revision, offline=offline)
+def slow_base(reference: Path, revision: str | None = None, **how: Any) -> Base:
+    opened = Base(reference, revision, **how)
     opened.checkpoint.close()
     opened.checkpoint = Checkpoint(SlowFolder(Path(reference)))
     return opened
