@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -22,6 +23,17 @@ Kind = Literal[
     "magnitude_prune_svd",
 ]
 MajoritySign = Literal["total", "frequency"]
+
+OPTIONS = {
+    "combine": "kind",
+    "weight": "weights",
+    "weights": "weights",
+    "density": "density",
+    "majority_sign": "majority_sign",
+    "svd_rank": "rank",
+    "seed": "seed",
+}
+"""Options of the command line, which a file has by the same names → what they are here."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,25 @@ class Combination:
         stated = asdict(self) | {"weights": list(self.weights)}
         unsaid = {"density": None, "majority_sign": "total", "rank": None, "seed": 0}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
+
+    @classmethod
+    def from_options(cls, stated: Mapping[str, Any]) -> Combination | None:
+        """From the options that a recipe's file has, by the names of `OPTIONS`; None without any.
+
+        `combine` may be a kind, beside the others, or a table of all, as `as_json` gives it. `BadRecipe` for
+        contradictions."""
+        kind = stated.get("combine")
+        if isinstance(kind, dict):
+            if odd := sorted(stated.keys() - {"combine"}):
+                raise BadRecipe(f"{odd[0]} stands beside combine, which is a table: put it there")
+            return cls.from_json(kind)
+        if kind is None:
+            if odd := sorted(stated.keys() - {"combine"}):
+                raise BadRecipe(f"`{odd[0]}` has no meaning without `combine`")
+            return None
+        if {"weight", "weights"} <= stated.keys():
+            raise BadRecipe("has both weight and weights, which mean the same")
+        return cls.from_json({OPTIONS[key]: value for key, value in stated.items()})
 
     @classmethod
     def from_json(cls, stated: object) -> Combination:

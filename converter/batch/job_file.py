@@ -7,16 +7,18 @@ import re
 import stat
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from converter.batch.adapters import adapters_of, names_several
 from converter.batch.jobs import FOLDER_NAME, last_part
+from converter.combination import OPTIONS as _COMBINATION
+from converter.combination import Combination
 from converter.errors import BadCheckpoint, BadRecipe
 from converter.gates import Gates
-from converter.job import Job
+from converter.job import Adapters, Job
 from converter.read.folder import is_folder
 from converter.read.strict_json import parse_json_object
 from converter.recipe import Recipe, choices_of_format
@@ -24,10 +26,12 @@ from converter.recipe import Recipe, choices_of_format
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
 _PARAMETER = re.compile(r"`(\w+)`")
-_RECIPE = {field.name for field in fields(Recipe)}
+_RECIPE = {field.name for field in fields(Recipe)} - {"combine"}
 _GATES = {field.name for field in fields(Gates)}
 _TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
-_KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format"})
+_KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format", *_COMBINATION})
+
+Text = TypeVar("Text", str, str | None)
 
 Rows = tuple[Sequence[Any], dict[str, Any]]
 """The jobs as they stand in the file, and what holds for each that says nothing else."""
@@ -42,7 +46,8 @@ def read_jobs(path: Path) -> list[Job]:
     A job has base, adapter, out, base_revision, adapter_revision and the recipe's names (quant_type, keep, …), with
     - or _. Without `out` of its own, its output lies in the `out` of all jobs, called by its `name`, or as its adapter.
     `adapters` instead of `adapter`, a folder of adapters, a glob or a list of these, stands for a job for each of them,
-    whose outputs lie in `out` by their names. Relative paths are relative to the folder of the file.
+    whose outputs lie in `out` by their names; with `combine` (`Combination.from_options`) they are a list of those that
+    become one output. Relative paths are relative to the folder of the file.
     """
     rows, defaults = _rows(path, _contents(path))
     jobs = [job for number, row in enumerate(rows, 1) for job in _Row(path, number, row, defaults).jobs()]
@@ -179,13 +184,19 @@ class _Row:
             if isinstance(self._stated[key], dict | list):
                 raise self._wrong(f"{key} is not a single value")
         try:
-            self._recipe = Recipe.from_json({key: self._stated[key] for key in _RECIPE & self._stated.keys()})
-            self._gates = Gates(**{key: self._stated[key] for key in _GATES & self._stated.keys()})
+            combine = Combination.from_options(self._of(_COMBINATION))
+            self._recipe = replace(Recipe.from_json(self._of(_RECIPE)), combine=combine)
+            self._gates = Gates(**self._of(_GATES))
         except BadRecipe as exc:
             raise self._wrong(exc) from exc
 
+    def _of(self, names: Iterable[str]) -> dict[str, Any]:
+        return {key: self._stated[key] for key in names if key in self._stated}
+
     def jobs(self) -> list[Job]:
         try:
+            if self._recipe.combine is not None:
+                return [self._combined(self._recipe.combine)]
             if "adapters" in self._own:
                 return self._several()
             return [self._one()]
@@ -198,19 +209,41 @@ class _Row:
             raise self._wrong("has neither adapter, adapters nor base")
         if adapter is not None and names_several(adapter, self._parent):
             raise self._wrong(f"adapter {adapter} stands for several adapters; write adapters instead")
-        if "out" in self._own:
-            out = self._parent / Path(self._own["out"]).expanduser()
-        else:
-            out = self._output(self._stated.get("name") or last_part(str(adapter or base)))
-        return self._job(self._reference(adapter), out)
+        return self._job(self._reference(adapter), self._own_output(last_part(str(adapter or base))))
 
-    def _several(self) -> list[Job]:
-        if both := sorted({"adapter", "name"} & self._stated.keys()):
-            raise self._wrong(f"has both adapters and {both[0]}")
+    def _combined(self, combine: Combination) -> Job:
+        """One output of several adapters."""
+        if "adapters" not in self._own:
+            raise self._wrong("has combine, but no adapters, a list of those that become one")
+        texts = self._adapters()
+        if several := [text for text in texts if names_several(text, self._parent)]:
+            raise self._wrong(f"adapter {several[0]} stands for several; with combine, name each, in weights' order")
+        if len(texts) != len(combine.weights):
+            raise self._wrong(f"{len(combine.weights)} weights for {len(texts)} adapters: give one for each")
+        return self._job([self._reference(text) for text in texts], self._own_output(None))
+
+    def _own_output(self, name: str | None) -> Path:
+        """Where the job says; `name`: what the output is called where it has no other name."""
+        if "out" in self._own:
+            return self._parent / Path(self._own["out"]).expanduser()
+        name = self._stated.get("name") or name
+        if name is None:
+            raise self._wrong("has neither out nor name, and its adapters have several names")
+        return self._output(name)
+
+    def _adapters(self) -> list[str]:
+        if "adapter" in self._stated:
+            raise self._wrong("has both adapters and adapter")
         texts = self._own["adapters"]
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
             raise self._wrong("adapters is neither a text nor a list of texts")
+        return texts
+
+    def _several(self) -> list[Job]:
+        texts = self._adapters()
+        if "name" in self._stated:
+            raise self._wrong("has both adapters and name")
         jobs = []
         for text in texts:
             if not names_several(text, self._parent):
@@ -232,7 +265,7 @@ class _Row:
             raise self._wrong(f"{name!r} can't be a folder's name; give name or out")
         return self._parent / Path(folder).expanduser() / name
 
-    def _job(self, adapter: str | None, out: Path) -> Job:
+    def _job(self, adapter: Adapters | None, out: Path) -> Job:
         stated, base = self._stated, self._reference(self._stated.get("base"))
         return Job(
             out,
@@ -244,10 +277,10 @@ class _Row:
             gates=self._gates,
         )
 
-    def _reference(self, text: str | None) -> str | None:
+    def _reference(self, text: Text) -> Text:
         """A path, relative to the file's folder unless it is absolute; or an id on the Hub."""
         if text is None:
-            return None
+            return text
         try:
             return referred(text, self._parent)
         except BadRecipe as exc:

@@ -47,6 +47,10 @@ def options_in(path: Path, command: click.Command) -> dict[str, Any]:
         path /= "conversion.json"
     try:
         stated = _of_receipt(path) if path.suffix == ".json" else _of_toml(path)
+        if isinstance(how := stated.get("combine"), dict):
+            options = {"kind": "combine", "weights": "weight", "rank": "svd_rank"}
+            del stated["combine"]
+            stated |= {options.get(str(key), str(key)): value for key, value in how.items()}
         known = {name: parameter for parameter in _of_conversion(command) for name in _names(parameter)}
         found: dict[str, Any] = {}
         for key, value in stated.items():
@@ -85,8 +89,6 @@ def _of_receipt(path: Path) -> dict[str, Any]:
     if receipt is None:
         raise click.UsageError(f"--config {path}: no receipt of this tool, and no TOML file")
     recipe, origin = Recipe.from_json(receipt.get("recipe")).as_json(), receipt.get("origin")
-    other_names = {"kind": "combine", "weights": "weight", "rank": "svd_rank"}
-    recipe |= {other_names.get(key, key): value for key, value in recipe.pop("combine", {}).items()}
     origin = origin if isinstance(origin, dict) else {}
     named = {
         option: origin.get(key)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from converter.batch.job_file import read_jobs
+from converter.combination import Combination
 from converter.errors import BadRecipe
 from converter.job import Job
 from converter.recipe import Recipe
@@ -277,3 +278,80 @@ def test_a_path_is_never_relative_to_the_current_folder(tmp_path: Path, monkeypa
     (tmp_path / "there" / "jobs.jsonl").write_text('{"base": "models/x", "out": "z"}')
     with pytest.raises(BadRecipe, match="there/models/x: no such folder; relative paths are relative to the file"):
         read_jobs(tmp_path / "there" / "jobs.jsonl")
+
+
+# Several adapters into one output
+
+PRUNED = Combination("ties_svd", (1.0, -0.5), density=0.5, majority_sign="frequency", rank=4)
+COMBINED = {
+    "job.toml": (
+        'base = "./b"\nadapters = ["./one", "./two"]\nout = "z/both"\ncombine = "ties_svd"\nweight = [1.0, -0.5]\n'
+        'density = 0.5\nmajority-sign = "frequency"\nsvd-rank = 4\n'
+    ),
+    "jobs.yaml": (
+        "base: ./b\nout: z\ncombine: ties_svd\ndensity: 0.5\nmajority_sign: frequency\nsvd_rank: 4\n"
+        "jobs:\n- {adapters: [./one, ./two], name: both, weights: [1.0, -0.5]}\n"
+    ),
+    "table.toml": (
+        'base = "./b"\nout = "z"\n[[jobs]]\nname = "both"\nadapters = ["./one", "./two"]\n[jobs.recipe.combine]\n'
+        'kind = "ties_svd"\nweights = [1.0, -0.5]\ndensity = 0.5\nmajority_sign = "frequency"\nrank = 4\n'
+    ),
+    "jobs.jsonl": (
+        '{"base": "./b", "adapters": ["./one", "./two"], "out": "z/both", "combine": {"kind": "ties_svd", '
+        '"weights": [1.0, -0.5], "density": 0.5, "majority_sign": "frequency", "rank": 4}}'
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), COMBINED.items())
+def test_several_adapters_of_a_job_become_one_output(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    adapters = [str(tmp_path / one) for one in ("one", "two")]
+
+    assert read_jobs(tmp_path / name) == [
+        Job(tmp_path / "z" / "both", adapters, str(tmp_path / "b"), Recipe(combine=PRUNED))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapters: [a, b]\nweights: [1, 1]\n", "weights has no meaning without combine"),
+        ("adapters: [a, b]\ncombine: cat\n", "combine has no kind, or no list of weights"),
+        ("adapters: [a, b]\ncombine: dog\nweights: [1, 1]\n", "combine dog: expected one of cat, linear"),
+        ("adapters: [a, b]\ncombine: cat\nweights: [1, 1, 1]\n", "3 weights for 2 adapters: give one for each"),
+        (
+            "adapters: [a, b]\ncombine: cat\nweights: [1, 1]\nweight: [1, 1]\n",
+            "has both weight and weights, which mean",
+        ),
+        ("adapters: [a, b]\ncombine: cat\nweights: [1, 0]\n", "weight 0: expected a number that is not 0"),
+        ("adapters: [a, b]\ncombine: cat\nweights: [1, x]\n", "weight x: expected a number that is not 0"),
+        ("adapters: [a, b]\ncombine: cat\nweights: [1, 1]\nsvd-rank: 4\n", "svd_rank has no meaning with combine cat"),
+        (
+            "adapters: [a, b]\ncombine: {kind: cat, weights: [1, 1]}\nseed: 4\n",
+            "seed stands beside combine, which is a table",
+        ),
+        (
+            "adapters: [a, b]\ncombine: {kind: cat, weights: [1, 1], of: 1}\n",
+            "combine is not a table of a combination's",
+        ),
+        (
+            "adapter: a\ncombine: cat\nweights: [1, 1]\n",
+            "has combine, but no adapters, a list of those that become one",
+        ),
+        (
+            "adapters: [a, b/*]\ncombine: cat\nweights: [1, 1]\n",
+            "adapter b/. stands for several; with combine, name each",
+        ),
+        (
+            "jobs: [{adapters: [a, b]}]\ncombine: cat\nweights: [1, 1]\nout: z\n",
+            "has neither out nor name, and its adapters",
+        ),
+    ],
+)
+def test_a_combination_that_is_not_understood_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "jobs.yaml"
+    file.write_text(text if "out: z" in text else f"out: z\n{text}")
+
+    with pytest.raises(BadRecipe, match=f"job 1: {message}"):
+        read_jobs(file)

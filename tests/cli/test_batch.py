@@ -177,3 +177,22 @@ def test_a_dry_run_of_several_says_what_they_will_take_together(
     assert forecast["memory"] > 0
     assert forecast["estimate"]["seconds"] > 0
     assert not out.exists()
+
+
+def test_a_job_that_combines_adapters_gives_what_the_command_line_gives(
+    run: Run, base: Path, adapter: Path, other: Path, out: Path, tmp_path: Path
+) -> None:
+    how = ("--combine", "cat", "--weight", "0.75", "--weight", "-0.25")
+    assert run("--base", base, "--adapter", adapter, "--adapter", other, *how, "--out", tmp_path / "expected").code == 0
+    jobs = [
+        {"adapters": [str(adapter), str(other)], "combine": "cat", "weights": [0.75, -0.25], "name": "both"},
+        {"adapter": str(other)},
+    ]
+    (tmp_path / "jobs.yaml").write_text(json.dumps({"base": str(base), "out": str(out), "jobs": jobs}))
+
+    ran = run("batch", tmp_path / "jobs.yaml", "--json")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert [row["adapter"] for row in json.loads(ran.out)["outputs"]] == [[str(adapter), str(other)], str(other)]
+    assert differences(out / "both", tmp_path / "expected") == []
+    assert differences(out / "both", out / "other") != []

@@ -55,6 +55,35 @@ def test_a_glob_of_a_file_makes_an_output_for_each_adapter(run: Run, project: Pa
     assert sorted(path.name for path in (project / "outs").iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        'combine = "ties"\nweight = [1.0, -0.5]\ndensity = 0.5\n',
+        '[recipe]\ncombine = "ties"\nweight = [1.0, -0.5]\ndensity = 0.5\n',
+        '[combine]\nkind = "ties"\nweights = [1.0, -0.5]\ndensity = 0.5\n',
+        '[recipe.combine]\nkind = "ties"\nweights = [1.0, -0.5]\ndensity = 0.5\n',
+    ],
+    ids=["options", "options of a recipe", "table", "table of a recipe"],
+)
+def test_a_file_says_how_adapters_become_one(how: str, run: Run, project: Path) -> None:
+    copy(project / "ads" / "one", project / "ads" / "two")
+    (project / "run.toml").write_text(f'base = "base"\nadapter = ["ads/one", "ads/two"]\nout = "out"\n{how}')
+
+    ran = run("--config", project / "run.toml", "--dry-run", "--json")
+
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out)["recipe"]["combine"] == {"kind": "ties", "weights": [1.0, -0.5], "density": 0.5}
+
+
+def test_a_table_of_a_combination_with_an_unknown_name_is_refused(run: Run, project: Path) -> None:
+    (project / "run.toml").write_text('base = "base"\nout = "out"\n[combine]\nkind = "cat"\nhow = 1\n')
+
+    ran = run("--config", project / "run.toml", "--dry-run")
+
+    assert ran.code == 2
+    assert "'how' is no option; convert --help lists them" in ran.err
+
+
 def test_what_is_printed_gives_the_same_bytes_again(run: Run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     options = ["--base", "base", "--adapter", "ads/one", "--format", "bf16", "--max-error", "0.9", "--threads", "1"]

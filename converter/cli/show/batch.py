@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from converter.batch.outcomes import Outcome
 from converter.cli.printing import as_options
 from converter.cli.show.plan import times
 from converter.cli.show.words import amount, peak_memory, table, text_of
+from converter.job import Job
 from converter.quantize.measure import figures_of
 
 
@@ -60,7 +62,7 @@ def batch_json(outcomes: Sequence[Outcome], seconds: float, forecasts: Sequence[
         "outputs": [
             {
                 "out": str(outcome.job.out),
-                "adapter": None if outcome.job.adapter is None else str(outcome.job.adapter),
+                "adapter": _adapters(outcome.job),
                 "status": outcome.status,
                 "message": as_options(outcome.message),
                 "fingerprint": outcome.fingerprint,
@@ -89,6 +91,12 @@ def _disk(outcomes: Sequence[Outcome]) -> int:
             key = group_key(outcome.job)
             shared[key] = max(shared.get(key, 0), outcome.shared_bytes)
     return whole + sum(shared.values())
+
+
+def _adapters(job: Job) -> str | list[str] | None:
+    if job.adapter is None or isinstance(job.adapter, str | os.PathLike):
+        return None if job.adapter is None else str(job.adapter)
+    return [str(one) for one in job.adapter]
 
 
 def _batch_figures(outcome: Outcome) -> dict[str, Any]:
