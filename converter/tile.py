@@ -20,7 +20,7 @@ from converter.quantize.measure import Fidelity, Tally
 from converter.quantize.rounding.encoders import with_rounding
 from converter.quantize.sixteen_bit import SixteenBitEncoder
 from converter.read.stored.rows import open_source
-from converter.read.stored.stored import Stored
+from converter.read.stored.stored import is_stored
 from converter.tensors import as_bytes, refuse_not_finite, torch_device
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Encoding:
 
     def rounding(self, tensor: TensorPlan) -> Rounding:
         """How base and sum are rounded. Onto a dequantized base, PEFT adds the delta without rounding."""
-        if isinstance(tensor.source, Stored) and isinstance(tensor.change, Lora):
+        if is_stored(tensor.source) and isinstance(tensor.change, Lora):
             return Rounding("float32", self._recipe.dtype)
         return Rounding.of(self._recipe)
 
@@ -229,7 +229,7 @@ def read_tile(_: TensorPlan, opened: Opened, start: int, end: int, buffers: Buff
 
 def spans_of_part(part: TensorPlan, tensor: TensorPlan) -> Iterator[tuple[int, int]]:
     """First row and the row after the last, for each tile of `part`, which shares a scale with `tensor`."""
-    block = part.source.block if isinstance(part.source, Stored) else 1
+    block = part.source.block if is_stored(part.source) else 1
     most = part.rows * part.columns if part.whole else tensor.largest_tile
     yield from pairwise(tile_bounds(part.rows, part.columns, block=block, most=most))
 

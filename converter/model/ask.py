@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -137,7 +138,7 @@ class Questions:
     def __init__(self, answered: Callable[[str], Any] = _answered, versions: Callable[[str], str] = version) -> None:
         """`answered` gives the answer to a question, both as JSON; `versions` the version of an installed package."""
         self._answered = answered
-        self._versions = versions
+        self._versions = functools.cache(versions)  # to look one up takes a millisecond
         self._known: dict[str, Any] = {}
 
     def describe(

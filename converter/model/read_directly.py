@@ -31,16 +31,21 @@ def modules_read_directly(model: PreTrainedModel) -> set[str]:
 @cache
 def _read_by(kind: type) -> frozenset[str]:
     """The attributes of a class whose `weight` its methods compute with; those of the classes it derives from, too."""
+    return frozenset().union(*(_in_source_of(base) for base in kind.__mro__))
+
+
+@cache
+def _in_source_of(kind: type) -> frozenset[str]:
+    """The same, of the class's own source alone. All models share some classes, and theirs take the longest."""
+    if not kind.__module__.startswith("transformers."):
+        return frozenset()
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # made without a source
+        return frozenset()
     found: set[str] = set()
-    for base in kind.__mro__:
-        if not base.__module__.startswith("transformers."):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made without a source
-            continue
-        methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "init" not in node.name]
-        for method in methods:
+    for method in ast.walk(tree):
+        if isinstance(method, ast.FunctionDef) and "init" not in method.name:
             _collect(method, method, found)
     return frozenset(found)
 

@@ -17,7 +17,7 @@ from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, longest_strip
 from converter.quantize.format import BY_TORCH
 from converter.quantize.formats import format_of
 from converter.read.header import DTYPE_BYTES
-from converter.read.stored.stored import Stored
+from converter.read.stored.stored import is_stored
 from converter.resources import DEFAULT_MEMORY, Resources
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def cut_into_tiles(
         each = _tile_bytes(tensor, recipe, resources)
         if tensor.whole is None:
             block = format_of(recipe).block(tensor.columns) if tensor.action == "quantize" else 1
-            if isinstance(tensor.source, Stored) and tensor.action != "copy":
+            if is_stored(tensor.source) and tensor.action != "copy":
                 block = math.lcm(block, tensor.source.block)
             most = max(fewest, min(largest_tile, int(room / each)))
             tensor = replace(tensor, tiles=tile_bounds(tensor.rows, tensor.columns, block=block, most=most))
@@ -118,7 +118,7 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
     dtype = tensor.source.dtype
     if tensor.action == "copy":
         return 1.0
-    codes = tensor.source.tile_bytes if isinstance(tensor.source, Stored) else 0.0
+    codes = tensor.source.tile_bytes if is_stored(tensor.source) else 0.0
     if tensor.is_copy:
         return DTYPE_BYTES[dtype] + codes + 1.0  # the mask of what is finite
     if tensor.action == "keep" or (tensor.change is not None and not tensor.change.is_additive):
@@ -139,7 +139,7 @@ def _strip_bytes(tensor: TensorPlan, recipe: Recipe) -> float:
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:
     """Bytes that a tensor's absmax and the sums of its rows take until its last tile is done."""
     state = format_of(recipe).state_bytes(tensor.rows, tensor.columns) if tensor.action == "quantize" else 0
-    if isinstance(tensor.source, Stored):
+    if is_stored(tensor.source):
         state += tensor.source.opened_bytes
     return state + (0 if tensor.is_copy else 80 * tensor.rows)
 

@@ -38,7 +38,7 @@ from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
 from converter.read.side_files import MAX_SIDE_FILE_BYTES, SideFile, choose, largest_token, left_behind, left_of_adapter
 from converter.read.stored.schemes import sources_of
-from converter.read.stored.stored import Source, Stored, named
+from converter.read.stored.stored import Source, is_stored, named
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.tensors import torch_device
@@ -108,7 +108,7 @@ def make_plan(
     processor = torch_device(device)
     resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
     tensors, memory, notes = cut_into_tiles(_fused(tensors, recipe), recipe, resources)
-    if any(tensor.action == "quantize" and isinstance(tensor.source, Stored) for tensor in tensors):
+    if any(tensor.action == "quantize" and is_stored(tensor.source) for tensor in tensors):
         notes += proved(sources, base.folder, recipe, kernels=resources.kernels)
     untied = bool(found.untied) or found.parted
     spelled, spelling_notes = in_words_of_all_versions(base_config, known=architecture.known)
@@ -143,7 +143,7 @@ def make_plan(
             *_notes_on_the_class(base_config, architecture),
             *found.notes,
             *notes,
-            *notes_on(sources, recipe, touched=sum(t.is_touched and isinstance(t.source, Stored) for t in tensors)),
+            *notes_on(sources, recipe, touched=sum(t.is_touched and is_stored(t.source) for t in tensors)),
             *spelling_notes,
             *_notes_on_the_base(base, adapter),
             *_notes_for_servers(tensors, recipe),
@@ -161,7 +161,7 @@ def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_
     name = header.name
     change = _change(found.deltas.get(name), found.replacements.get(name))
     source: Source = header if change is None or change.source is None else change.source
-    stored = isinstance(source, Stored)
+    stored = is_stored(source)
     merged = change is not None and bool(change.parts)
     if header.dtype.startswith("F8"):
         raise Unsupported(f"{name}: dtype {header.dtype}; give a base in 16 or 32 bits")
@@ -184,7 +184,7 @@ def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_
         rows = math.prod(computed[:-1])  # those of one expert after the other
     outputs: tuple[Output, ...] = (Output(name, dtype, shape),)
     action: Literal["quantize", "keep", "copy"] = "keep"
-    if role.quantize and same_format and change is None and isinstance(source, Stored):
+    if role.quantize and same_format and change is None and is_stored(source):
         action, rows, outputs = "copy", source.nbytes, copied_outputs(source)
     elif role.quantize:
         state = state_dtype(source, change, recipe)

@@ -19,7 +19,7 @@ from converter.merge.change import Change
 from converter.plan.layout import LIMITS, ShardLayout, lay_out, pack_shards, shard_names
 from converter.quantize.format import Output
 from converter.read.side_files import SideFile
-from converter.read.stored.stored import Source, Stored
+from converter.read.stored.stored import Source, is_stored
 from converter.recipe import Recipe
 from converter.resources import Resources
 
@@ -281,7 +281,7 @@ def _tensor_json(tensor: TensorPlan, layout: ShardLayout) -> dict[str, Any]:
 
 def _scheme(source: Source) -> dict[str, Any]:
     """The scheme of a quantized base's weight, and all that it is read from."""
-    if not isinstance(source, Stored):
+    if not is_stored(source):
         return {}
     parts = [{"name": part.name, "dtype": part.dtype, "shape": list(part.shape)} for part in source.parts]
     return {"scheme": source.scheme, "parts": parts}

@@ -14,7 +14,7 @@ from converter.merge.lora import Lora
 from converter.quantize.format import Output
 from converter.read.stored.bnb_4bit import FourBitWeight
 from converter.read.stored.bnb_8bit import EightBitWeight
-from converter.read.stored.stored import Source, Stored, in_order
+from converter.read.stored.stored import Source, Stored, in_order, is_stored
 from converter.recipe import ROUNDED, QuantType, Recipe
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _dtype_of(sources: Sources) -> str:
     """The dtype that most bytes of the plain weights have; of the decoded ones, if there are no plain ones."""
     counter: Counter[str] = Counter()
     for source in sources.by_name.values():
-        if not isinstance(source, Stored):
+        if not is_stored(source):
             counter[source.dtype] += source.nbytes
     floats = {dtype: count for dtype, count in counter.items() if dtype in ("F32", "F16", "BF16")}
     if sources.stored and floats:

@@ -11,7 +11,7 @@ from converter.cli.show.words import amount, peak_memory, table, text_of
 from converter.pipeline import Report
 from converter.plan.plan import Plan
 from converter.quantize.formats import format_of
-from converter.read.stored.stored import Stored
+from converter.read.stored.stored import is_stored
 from converter.seal.receipt import summary_of
 
 _LOW_SURVIVAL = 0.5
@@ -41,11 +41,7 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
         if figure := figures[key]:
             lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
     survival = figures["survival"]
-    if (
-        survival
-        and survival["mean"] < _LOW_SURVIVAL
-        and any(isinstance(t.source, Stored) for t in report.plan.tensors())
-    ):
+    if survival and survival["mean"] < _LOW_SURVIVAL and any(is_stored(t.source) for t in report.plan.tensors()):
         lines.append(
             f"only {survival['mean']:.0%} of the adapter's change survived on this quantized base: merge it into the "
             "16-bit model that the base was made from"

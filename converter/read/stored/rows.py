@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from converter.read.stored.stored import Opened, Source, Stored, as_uint8, in_order, read_codes
+from converter.read.stored.stored import Opened, Source, Stored, as_uint8, in_order, is_stored, read_codes
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def open_source(source: Source, folder: Folder, rows: int, *, turned: bool = Fal
     `turned`: it is a plain matrix whose rows on disk are its columns, so it is read as a whole. `verbatim`: rows are
     the bytes of a quantized weight, one a row.
     """
-    if not isinstance(source, Stored):
+    if not is_stored(source):
         return PlainRows(source, folder, rows, turned)
     opened = source.open(folder)  # also of bytes that are copied, what opening finds wrong is wrong
     return Verbatim(source, folder) if verbatim else opened

@@ -13,7 +13,7 @@ from converter.read.stored.bnb_8bit import eight_bit_weights
 from converter.read.stored.compressed_tensors import compressed_weights
 from converter.read.stored.fp8 import fp8_weights
 from converter.read.stored.gptq import gptq_weights
-from converter.read.stored.stored import Source, Stored
+from converter.read.stored.stored import Source, Stored, is_stored
 
 if TYPE_CHECKING:
     from converter.read.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ class Sources:
     @property
     def stored(self) -> Sequence[Stored]:
         """The weights that are quantized."""
-        return [source for source in self.by_name.values() if isinstance(source, Stored)]
+        return [source for source in self.by_name.values() if is_stored(source)]
 
 
 def sources_of(base: Checkpoint) -> Sources:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from converter.tensors import torch_dtype
 
@@ -81,6 +81,18 @@ class Stored(Source, Protocol):
 
     def open(self, folder: Folder) -> Opened:
         """Read what all its rows need. Raises what reading raises, and `BadCheckpoint`."""
+
+
+_STORED: dict[type, bool] = {}
+
+
+def is_stored(source: Source) -> TypeGuard[Stored]:
+    """Whether a source is a weight of a quantized base. Each class is asked once: Python 3.11 looks for every member of
+    a protocol whenever isinstance is called, and a plan asks for each tensor several times."""
+    kind = type(source)
+    if kind not in _STORED:
+        _STORED[kind] = isinstance(source, Stored)
+    return _STORED[kind]
 
 
 class Opened(Protocol):
