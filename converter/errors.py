@@ -143,6 +143,10 @@ class GateFailed(ConversionFailed):
     exit_code = 4
     resumable = True
     resumed_by = "the same command with a weaker gate takes it"
+    staging: str | None = None
+    """The folder in which what was made is kept; None where OUT was there already."""
+    receipt: dict[str, object] | None = None
+    """What the receipt of the output would say."""
 
 
 class Undecided(ConversionFailed):

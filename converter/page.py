@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +12,7 @@ from urllib.parse import quote
 from converter.errors import BadCheckpoint
 from converter.gates import Gates, in_words
 from converter.quantize.measure import Fidelity, figures_of
+from converter.samples import Sample, rates, stages
 from converter.seal.receipt import RECEIPT, fidelity_of
 
 BINS = 20
@@ -22,8 +23,9 @@ _FAINTEST, _STRONGEST = 0.04, 0.55
 """How much of the colour a cell has: text on it must be readable in light and dark."""
 
 
-def page(receipt: Mapping[str, Any], name: str, gates: Gates = Gates()) -> str:
-    """The whole report. `name` is what the output is called. `BadCheckpoint` for a receipt that can't be understood."""
+def page(receipt: Mapping[str, Any], name: str, gates: Gates = Gates(), samples: Sequence[Sample] = ()) -> str:
+    """The whole report. `name` is what the output is called, `samples` are those of the run that made it, if that has
+    just ended. `BadCheckpoint` for a receipt that can't be understood."""
     try:
         figures = fidelity_of(receipt)
         made = _Figures(receipt, figures)
@@ -35,6 +37,7 @@ def page(receipt: Mapping[str, Any], name: str, gates: Gates = Gates()) -> str:
             sizes=_sizes(receipt),
             maps=[one for one in (_map(made.survivals, "survival", min), _map(made.errors, "error", max)) if one],
             worst=_worst(made),
+            run=_run(samples),
             recipe=[*receipt["recipe"].items(), *receipt["versions"].items()],
         )
         return str(text)
@@ -229,6 +232,43 @@ def _worst(made: _Figures) -> list[dict[str, str]]:
         }
         for name in names
     ]
+
+
+def _run(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Memory and rate over time; None where nothing is known of the run."""
+    if not samples:
+        return None
+    rows = [
+        {
+            "name": stage.name,
+            "seconds": f"{stage.seconds:.1f} s",
+            "rate": f"{stage.done / stage.seconds / 1e6:,.0f} MB/s" if stage.done and stage.seconds else "–",
+            "memory": f"{stage.memory / 1e6:,.0f} MB",
+        }
+        for stage in stages(samples)
+    ]
+    memory = [(sample.seconds, sample.memory / 1e6) for sample in samples]
+    rate = [(seconds, bytes_a_second / 1e6) for seconds, bytes_a_second in rates(samples)]
+    lines = [_line("Memory of the process", "MB", memory), _line("Bytes of the base a second", "MB/s", rate)]
+    return {"stages": rows, "lines": [line for line in lines if line is not None]}
+
+
+def _line(title: str, unit: str, points: Sequence[tuple[float, float]]) -> dict[str, str] | None:
+    """A line over time; None where there are not two points."""
+    if len(points) < 2:
+        return None
+    start, end = points[0][0], points[-1][0]
+    most = max(value for _, value in points) or 1.0
+    return {
+        "title": title,
+        "points": " ".join(
+            f"{640 * (seconds - start) / ((end - start) or 1):.1f},{130 - 110 * value / most:.1f}"
+            for seconds, value in points
+        ),
+        "most": f"{most:,.0f} {unit}",
+        "start": f"{start:.1f} s",
+        "end": f"{end:.1f} s",
+    }
 
 
 @cache

@@ -118,8 +118,11 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
     if misses := job.gates.misses(fidelity):
         found = json.dumps(report_of(job.gates, misses), indent=2, sort_keys=True)
+        receipt = output.staging.receipt(plan, origin, fidelity)
         output.staging.put(GATES, f"{found}\n".encode())
-        raise GateFailed(f"{job.out}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
+        failed = GateFailed(f"{job.out}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
+        failed.staging, failed.receipt = str(output.staging.folder), json.loads(receipt)
+        raise failed
     adapter = inputs.adapter.folder if inputs.adapter else None
     cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
     side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}

@@ -15,6 +15,7 @@ import pytest
 from converter import Gates, convert
 from converter.errors import BadCheckpoint
 from converter.page import head, page
+from converter.samples import Sample
 from tests.limits import HANG
 from tests.models import save_adapter, save_base
 
@@ -202,6 +203,38 @@ def test_figures_that_are_infinite_and_outputs_without_an_adapter_have_a_page(re
     assert found.table("layer") == [["layer", "b"], ["1", "0.2500"]]
 
 
+RUN = [
+    Sample(0.0, "planning", 0, 300_000_000),
+    Sample(2.0, "converting", 0, 350_000_000),
+    Sample(3.0, "converting", 100_000_000, 410_000_000),
+    Sample(5.0, "converting", 500_000_000, 400_000_000),
+    Sample(6.0, "sealing", 500_000_000, 380_000_000),
+]
+
+
+def test_memory_and_rate_over_time_are_drawn_and_said(receipt: dict[str, Any]) -> None:
+    found = Page(page(receipt, "out", samples=RUN))
+
+    assert found.table("stage")[1:] == [
+        ["planning", "2.0 s", "–", "350 MB"],
+        ["converting", "4.0 s", "125 MB/s", "410 MB"],
+        ["sealing", "0.0 s", "–", "380 MB"],
+    ]
+    lines = [a["points"] for a in found.attributes("polyline")]
+    assert [len(line.split()) for line in lines] == [5, 2]
+    assert lines[1] == "0.0,75.0 640.0,20.0", "100 MB/s, then 200 MB/s, the most"
+    labels = [a["aria-label"] for a in found.attributes("svg")]
+    assert "Memory of the process, from 0.0 s to 6.0 s: at most 410 MB" in labels
+    assert "Bytes of the base a second, from 3.0 s to 5.0 s: at most 200 MB/s" in labels
+
+
+def test_without_samples_it_says_why_there_are_no_lines(receipt: dict[str, Any]) -> None:
+    found = Page(page(receipt, "out"))
+
+    assert found.attributes("polyline") == []
+    assert "Not known: only --report while converting draws them" in found.text
+
+
 def test_the_head_alone_is_for_notebooks(receipt: dict[str, Any]) -> None:
     found = Page(head(receipt))
 
@@ -214,7 +247,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_a_browser_shows_it(receipt: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "report.html").write_text(page(receipt, "out"))
+    written = page(receipt, "out", Gates(0.1, 0.05), RUN)
+    (tmp_path / "report.html").write_text(written)
 
     ran = subprocess.run(
         [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path}/report.html"],
@@ -224,4 +258,8 @@ def test_a_browser_shows_it(receipt: dict[str, Any], tmp_path: Path) -> None:
         check=True,
     )
 
-    assert "Conversion report: out" in ran.stdout
+    shown = Page(ran.stdout)
+    assert shown.tables == Page(written).tables
+    assert shown.attributes("polyline") == Page(written).attributes("polyline")
+    assert len(shown.attributes("rect")) == len(Page(written).attributes("rect")) > 40
+    assert "✗ a gate is missed" in shown.text

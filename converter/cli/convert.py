@@ -38,11 +38,12 @@ from converter.cli.options import (
     with_resume,
     with_strict,
 )
-from converter.cli.report import write_report
+from converter.cli.report import write_report, write_report_of_failure
 from converter.cli.values import Place
 
 if TYPE_CHECKING:
     from converter.job import Adapters, Job
+    from converter.observer import Progress
     from converter.recipe import Recipe
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".tif", ".tiff", ".bmp")
@@ -171,12 +172,27 @@ def cli(context: click.Context, /, **options: Any) -> None:
     from converter.cli.show.progress import display
     from converter.cli.show.summary import summary, summary_json
     from converter.cli.show.words import json_text
+    from converter.errors import GateFailed
+    from converter.samples import Samples
 
     keep_small()
+    samples = Samples()
     with display(printing.progress) as shown:
-        report = convert(**what, **options, progress=shown.progress, stop=context.obj)
+
+        def hear(progress: Progress) -> None:
+            shown.progress(progress)
+            samples.hear(progress)
+
+        try:
+            report = convert(**what, **options, progress=hear, stop=context.obj)
+        except GateFailed as failed:
+            if report_file is not None:
+                file, place = Path(report_file).expanduser(), Path(options["out"])
+                write_report_of_failure(failed, place, file, options["gates"], samples.ended())
+            raise
     if report_file is not None:
-        write_report(report.out, Path(report_file).expanduser(), options["gates"])
+        taken = () if report.nothing_to_do else samples.ended()
+        write_report(report.out, Path(report_file).expanduser(), options["gates"], taken)
     if printing.as_json:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:

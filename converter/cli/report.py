@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import cloup
@@ -11,6 +12,11 @@ import cloup
 from converter.cli.options import GATES, gates_from, with_help
 from converter.cli.values import Place
 
+if TYPE_CHECKING:
+    from converter.errors import GateFailed
+    from converter.samples import Sample
+
+IN_STAGING = "report.html"
 EXAMPLES = """\b
 Examples:
   convert report OUT
@@ -54,24 +60,41 @@ def beside(out: Path) -> Path:
     return whole.with_name(f"{whole.name}-report.html")
 
 
-def write_report(out: Path, file: Path, gates: Any) -> None:
-    """Write the report of a finished output, or of the outputs that a folder holds. `ConversionRefused` without a
-    receipt, `WriteFailed`."""
+def write_report(out: Path, file: Path, gates: Any, samples: Sequence[Sample] = ()) -> None:
+    """Write the report of a finished output, or of the outputs that a folder holds. `samples` are those of the run that
+    has just made it. `ConversionRefused` without a receipt, `WriteFailed`."""
     from converter.errors import ConversionRefused
     from converter.page import batch_page, page
     from converter.read.folder import LocalFolder
     from converter.seal.receipt import RECEIPT, read_receipt
-    from converter.write.durable import writing
 
     folder = LocalFolder(out.expanduser()).path
     receipt, name = read_receipt(folder), folder.resolve().name
     if receipt is not None:
-        text = page(receipt, name, gates)
+        text = page(receipt, name, gates, samples)
     else:
         inner = {path.name: read_receipt(path) for path in folder.iterdir() if path.is_dir()}
         several = {called: found for called, found in inner.items() if found is not None}
         if not several:
             raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
         text = batch_page(several, name, gates)
+    _write(file, text)
+
+
+def write_report_of_failure(failed: GateFailed, out: Path, file: Path, gates: Any, samples: Sequence[Sample]) -> None:
+    """Write the report of an output that misses a gate, to the file and into its staging folder."""
+    from converter.page import page
+
+    if failed.receipt is None or failed.staging is None:
+        write_report(out, file, gates)  # OUT was there already
+        return
+    text = page(failed.receipt, out.expanduser().resolve().name, gates, samples)
+    _write(Path(failed.staging) / IN_STAGING, text)
+    _write(file, text)
+
+
+def _write(file: Path, text: str) -> None:
+    from converter.write.durable import writing
+
     with writing(file, len(text)):
         file.write_text(text, "utf-8")

@@ -149,12 +149,7 @@ class Staging:
             self.put(INDEX, _index(self.folder))
         self.put(CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         check_written(self.folder, plan)
-        with writing(self.folder):
-            files = {
-                name: (size, self._digest(name))
-                for name, size in sizes_in(self.folder).items()
-                if name not in OURS and name != CARD
-            }
+        files = self._files()
         self.put(RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
@@ -165,6 +160,19 @@ class Staging:
             raise WriteFailed(f"{self.folder}: was moved or deleted while this run was writing it; nothing was sealed")
         self._destination.accept()
         self._sealed = True
+
+    def receipt(self, plan: Plan, origin: Origin, fidelity: Mapping[str, Fidelity]) -> bytes:
+        """The receipt of what is here so far."""
+        return write_receipt(plan, origin, self._files(), fidelity, self._links)
+
+    def _files(self) -> dict[str, tuple[int, str]]:
+        """Bytes and sha256 of every file that the receipt names."""
+        with writing(self.folder):
+            return {
+                name: (size, self._digest(name))
+                for name, size in sizes_in(self.folder).items()
+                if name not in OURS and name != CARD
+            }
 
     def _digest(self, name: str) -> str:
         known = self._digests.get(name)

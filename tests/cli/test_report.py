@@ -8,6 +8,7 @@ from pathlib import Path
 from converter import convert, verify
 from tests.batch.scenes import adapters
 from tests.cli.conftest import Run, is_one_line
+from tests.folders import contents
 from tests.test_page import Page
 
 
@@ -25,7 +26,15 @@ def test_the_report_of_an_output_lies_beside_it_and_leaves_it_as_it_was(
     assert verify(out).is_good
 
 
-def test_a_conversion_writes_the_same_report(run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
+def without_the_run(page: str) -> str:
+    """A report without what only the run that made the output knows."""
+    head, _, tail = page.partition("<h2>Memory and rate over time</h2>")
+    return head + tail.partition("<h2>")[2]
+
+
+def test_a_conversion_writes_the_same_report_and_memory_and_rate_besides(
+    run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path
+) -> None:
     arguments = ["--base", base, "--adapter", adapter, "--out", out, "--min-survival", "0.1", "-q"]
 
     made = run(*arguments, "--report", tmp_path / "one.html")
@@ -34,7 +43,51 @@ def test_a_conversion_writes_the_same_report(run: Run, base: Path, adapter: Path
 
     assert made.code == again.code == 0
     one, two, three = ((tmp_path / name).read_text() for name in ("one.html", "two.html", "again.html"))
-    assert one == two == three
+    assert without_the_run(one) == without_the_run(two)
+    assert [row[0] for row in Page(one).table("stage")[1:]] == ["planning", "converting", "sealing"]
+    assert "Not known: only --report while converting draws them." in Page(two).text
+    assert two == three, "of what was there already nothing is known, either"
+
+
+def test_a_report_changes_no_byte_of_the_output(run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
+    arguments = ["--base", base, "--adapter", adapter, "-q"]
+
+    run(*arguments, "--out", out, "--report", tmp_path / "one.html")
+    run(*arguments, "--out", tmp_path / "plain")
+
+    assert contents(out) == contents(tmp_path / "plain")
+
+
+def test_a_missed_gate_leaves_the_report_where_it_was_asked_for_and_beside_what_was_made(
+    run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path
+) -> None:
+    arguments = ["--base", base, "--adapter", adapter, "--out", out, "-q"]
+
+    missed = run(*arguments, "--max-error", "0.05", "--report", tmp_path / "r.html")
+
+    page = (tmp_path / "r.html").read_text()
+    assert (missed.code, out.exists()) == (4, False)
+    assert (out.with_name("out.partial") / "report.html").read_text() == page
+    assert "✗ a gate is missed: " in Page(page).text
+    assert Page(page).table("gate")[1][-1] == "✗ missed"
+    assert [row[0] for row in Page(page).table("stage")[1:]] == ["planning", "converting", "sealing"]
+
+    taken = run(*arguments, "--max-error", "0.5")
+    assert taken.code == 0
+    assert "report.html" not in contents(out)
+    assert verify(out, base, adapter).is_good
+
+
+def test_an_output_that_is_there_and_misses_a_gate_has_its_report(
+    run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path
+) -> None:
+    convert(base, adapter, out)
+
+    missed = run("--base", base, "--adapter", adapter, "--out", out, "--max-error", "0.05", "--report", tmp_path / "r")
+
+    assert missed.code == 4
+    assert "✗ a gate is missed: " in Page((tmp_path / "r").read_text()).text
+    assert not out.with_name("out.partial").exists()
 
 
 def test_a_folder_of_outputs_has_a_report_of_all_by_adapter(run: Run, base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, cast
 from converter.cli.printing import complain
 from converter.cli.show.words import amount, duration, share
 from converter.observer import Progress
+from converter.samples import resident_memory
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBar
@@ -149,7 +150,7 @@ class _Bar(_Nothing):
             count=self.count,
             size=progress.name if not progress.total else share(progress.done, progress.total),
             left=self._rate.left(progress),
-            memory=f"{amount(_memory())} memory" if progress.total else "",
+            memory=f"{amount(resident_memory())} memory" if progress.total else "",
         )
 
     def ended(self, outcome: str, error: str | None) -> None:
@@ -240,9 +241,3 @@ class _Terminal:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-def _memory() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
