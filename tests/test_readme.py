@@ -16,6 +16,7 @@ from converter import ConverterError, convert
 from converter.cli.commands import cli
 from converter.quantize.formats import FORMATS
 from tests.conftest import REPOSITORY
+from tests.docs.blocks import PAGES, blocks, check_shape
 from tests.folders import change_json, copy
 
 README = (REPOSITORY / "README.md").read_text()
@@ -30,6 +31,13 @@ def rows(first: str) -> list[list[str]]:
 
 def test_it_is_short_enough_to_be_read() -> None:
     assert len(README.split()) <= MOST_WORDS
+
+
+def test_each_block_of_the_pages_says_what_it_is() -> None:
+    """So that tests/docs can run it, which takes longer."""
+    for page in PAGES:
+        for block in blocks(page):
+            check_shape(block)
 
 
 def test_its_links_and_pictures_lead_somewhere() -> None:

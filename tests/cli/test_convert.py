@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,14 +35,26 @@ def test_a_conversion_prints_a_summary_and_ends_with_0(run: Run, base: Path, ada
     assert lines[1] == "14 merged, 14 quantized, 7 kept"
     assert lines[2].startswith("relative error: mean 0.0")
     assert lines[3].startswith("survival of the delta: mean ")
-    assert lines[-1] == f'load with: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+    assert lines[-2:] == [
+        f'load with: transformers.AutoModelForCausalLM.from_pretrained("{out}")',
+        f"publish with: hf upload ORG/NAME {out}",
+    ]
     assert (out / "config.json").exists()
 
 
 def test_what_a_server_loads_best_is_said_to_be_loaded_by_it(run: Run, base: Path, out: Path) -> None:
     ran = run("--base", base, "--out", out, "--format", "w8a16", "--group-size", "32")
 
-    assert ran.out.splitlines()[-1] == f"load with: vllm serve {out}"
+    assert ran.out.splitlines()[-2] == f"load with: vllm serve {out}"
+
+
+def test_the_step_that_is_named_next_can_be_pasted(run: Run, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my model"
+
+    ran = run("--base", base, "--out", out)
+
+    words = shlex.split(ran.out.splitlines()[-1].removeprefix("publish with: "))
+    assert words == ["hf", "upload", "ORG/NAME", str(out)]
 
 
 def test_a_conversion_that_was_made_before_says_so_and_ends_with_0(run: Run, base: Path, out: Path) -> None:

@@ -49,7 +49,8 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
-    return text_of([*lines, f"load with: {_load(report)}"])
+    publish = f"hf upload ORG/NAME {shlex.quote(str(report.out))}"
+    return text_of([*lines, f"load with: {_load(report)}", f"publish with: {publish}"])
 
 
 def _load(report: Report) -> str:
