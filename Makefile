@@ -38,9 +38,10 @@ golden: .venv/ready  ## write the expected receipts and screens anew; read the d
 picture: .venv/ready  ## draw docs/report.png anew, the report that README shows; needs Chromium
 	$(BIN)/python tools/picture.py
 
-pages: .venv/ready  ## write docs/options.md and the tables of docs/adapters.md anew, from the help and from the tests
+pages: .venv/ready  ## write docs/options.md, and the tables of docs/adapters.md and docs/architectures.md, anew from help and tests
 	PYTHONPATH=. $(BIN)/python -m tests.docs.test_options_page
 	PYTHONPATH=. $(BIN)/python -m tests.merge.test_adapters_page
+	PYTHONPATH=. $(BIN)/python -m tests.test_architectures
 
 docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -11,10 +11,11 @@ import re
 import resource
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadRecipe, ConversionRefused
 from converter.model.architecture import Architecture, Role, Shape
@@ -29,6 +30,9 @@ from converter.model.meta_model import (
 )
 from converter.model.read_directly import modules_read_directly
 from converter.model.skip_list import skip_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def describe(
@@ -60,7 +64,7 @@ def describe(
     ties = {t: names.tensor_of[s] for t, s in model.all_tied_weights_keys.items() if s in names.tensor_of}
     tied = {target: source for target, source in ties.items() if target not in names.tensor_of}
     doubled = {names.tensor_of[target]: source for target, source in ties.items() if target in names.tensor_of}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = _ends(model)
     parameters = [f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)]
     embeddings = frozenset(names.tensor_of.get(name, name) for name in parameters)
     architecture = Architecture(type(model).__name__, roles, None, tied, doubled, embeddings=embeddings)
@@ -88,6 +92,14 @@ def describe(
     modules = set(wanted.values())
     skip = modules_to_ignore(model, names, modules) if compressed else skip_modules(model, names, roles, modules)
     return replace(architecture, roles=roles, skip_modules=skip, read_directly=read_directly)
+
+
+def _ends(model: PreTrainedModel) -> list[object]:
+    """The modules that tokens come in by, and go out by. Models of speech have none that tokens come in by."""
+    ends: list[object] = [model.get_output_embeddings()]
+    with suppress(NotImplementedError):
+        ends.append(model.get_input_embeddings())
+    return ends
 
 
 def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:

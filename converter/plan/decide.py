@@ -179,7 +179,7 @@ def _plan_tensor(header: Source, role: Role, recipe: Recipe, found: Match, same_
     else:
         dtype = "F32" if role.float32 else _SAFETENSORS_DTYPE[recipe.dtype]
     computed = source.shape[::-1] if transpose and not stored else source.shape
-    rows = computed[0] if computed else 1
+    rows = source.rows if is_stored(source) else computed[0] if computed else 1
     if change is not None and change.is_of_stack:
         rows = math.prod(computed[:-1])  # those of one expert after the other
     outputs: tuple[Output, ...] = (Output(name, dtype, shape),)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
-from converter.read.stored.gptq import check_parts, part_of
+from converter.read.stored.gptq import check_parts
+from converter.read.stored.stored import part_of
 from converter.read.stored.turned import WORD, TurnedWeight
 
 if TYPE_CHECKING:

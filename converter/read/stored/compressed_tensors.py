@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
 from converter.read.stored.scaled import Codes, ScaledWeight, shares_of
-from converter.read.stored.stored import read_whole
+from converter.read.stored.stored import part_of, read_whole
 
 if TYPE_CHECKING:
     from converter.read.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def _packed(base: Checkpoint, module: str, groups: Sequence[Mapping[str, Any]]) 
     packed = base.tensors[module + _PACKED]
     if module + _ORDER in base.tensors:
         raise Unsupported(f"{module}{_ORDER}: columns in another order than their groups are not read; {_INSTEAD}")
-    scale, said = _part(base, module + _SCALE), _part(base, module + _SHAPE)
+    scale, said = part_of(base, module + _SCALE), part_of(base, module + _SHAPE)
     if said.dtype not in ("I64", "I32") or said.shape != (2,) or packed.dtype != "I32" or len(packed.shape) != 2:
         raise BadCheckpoint(
             f"{packed.name}: {packed.dtype} {list(packed.shape)}, and {said.name} {said.dtype} {list(said.shape)}, "
@@ -96,7 +96,7 @@ def _packed(base: Checkpoint, module: str, groups: Sequence[Mapping[str, Any]]) 
 
 
 def _fp4(base: Checkpoint, module: str) -> ScaledWeight:
-    packed, scale = base.tensors[module + _PACKED], _part(base, module + _SCALE)
+    packed, scale = base.tensors[module + _PACKED], part_of(base, module + _SCALE)
     if module + _ZERO in base.tensors:
         raise Unsupported(f"{module}{_ZERO}: zero points of floats are not read; {_INSTEAD}")
     found = next(((called, size) for called, dtype, size in _FP4.values() if dtype == scale.dtype), None)
@@ -109,7 +109,7 @@ def _fp4(base: Checkpoint, module: str) -> ScaledWeight:
             f"{packed.name}: {packed.dtype} {list(packed.shape)}, and {scale.name} {list(scale.shape)}, expected a "
             f"matrix of two codes a byte and a scale for {size} of them"
         )
-    whole = [_part(base, module + _GLOBAL)] if called == "nvfp4" else []
+    whole = [part_of(base, module + _GLOBAL)] if called == "nvfp4" else []
     if any(part.dtype != "F32" or part.shape not in ((), (1,)) for part in whole):
         raise BadCheckpoint(f"{whole[0].name}: {whole[0].dtype} {list(whole[0].shape)}, expected F32 [1]")
     shape = (packed.shape[0], packed.shape[1] * 2)
@@ -119,7 +119,7 @@ def _fp4(base: Checkpoint, module: str) -> ScaledWeight:
 
 
 def _as_they_are(base: Checkpoint, module: str, groups: Sequence[Mapping[str, Any]]) -> ScaledWeight:
-    codes, scale = _part(base, f"{module}.weight"), base.tensors[module + _SCALE]
+    codes, scale = part_of(base, f"{module}.weight"), base.tensors[module + _SCALE]
     if codes.dtype not in ("F8_E4M3", "I8") or len(codes.shape) != 2 or 0 in codes.shape:
         raise Unsupported(f"{codes.name}: {codes.dtype} {list(codes.shape)} with a scale is not read; {_INSTEAD}")
     zero = base.tensors.get(module + _ZERO)
@@ -153,9 +153,3 @@ def _extents(groups: Sequence[Mapping[str, Any]], shape: tuple[int, ...]) -> Ite
 def _beside(base: Checkpoint, module: str) -> list[TensorHeader]:
     """What belongs to a module's inputs and outputs, and has no part in its weight."""
     return [base.tensors[module + part] for part in _BESIDE if module + part in base.tensors]
-
-
-def _part(base: Checkpoint, name: str) -> TensorHeader:
-    if name not in base.tensors:
-        raise BadCheckpoint(f"{name}: missing, but other parts of the weight are there")
-    return base.tensors[name]

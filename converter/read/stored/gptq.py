@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, Unsupported
+from converter.read.stored.stored import part_of
 from converter.read.stored.turned import WORD, TurnedWeight
 
 if TYPE_CHECKING:
@@ -60,12 +61,6 @@ def _weight(base: Checkpoint, module: str, stated: object, zero_offset: int) -> 
         order=tuple(range(WORD // bits)),
         zero_offset=zero_offset,
     )
-
-
-def part_of(base: Checkpoint, name: str) -> TensorHeader:
-    if name not in base.tensors:
-        raise BadCheckpoint(f"{name}: missing, but other parts of the weight are there")
-    return base.tensors[name]
 
 
 def check_parts(codes: TensorHeader, scales: TensorHeader, zeros: TensorHeader, bits: int) -> None:

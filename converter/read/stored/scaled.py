@@ -24,7 +24,7 @@ Codes = Literal["F8_E4M3", "I8", "E2M1", "packed 4", "packed 8"]
 """What lies on disk. E2M1: floats of four bits, two a byte, the lower half first. packed: whole numbers of so many bits
 plus half of what these can tell apart, packed into I32, the lowest bits first; a row begins with a word."""
 SCALES = ("F32", "BF16", "F16")
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _EXPONENT_BIAS = 127
 
 
@@ -138,7 +138,7 @@ class OpenedScaled:
             return codes.view(torch.int8).float()
         if self.weight.codes == "E2M1":
             halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-            return torch.tensor(_E2M1).index_select(0, halves.flatten().int()).view(halves.shape)
+            return torch.tensor(E2M1).index_select(0, halves.flatten().int()).view(halves.shape)
         return _whole_numbers(codes, self.weight.bits)[:, : self.weight.columns].contiguous()
 
     def _spread(self, values: Tensor, how: Callable[[Tensor, Tensor], Tensor], by: Tensor) -> None:
@@ -154,9 +154,14 @@ def _factors(scales: Tensor) -> Tensor:
     """Scales in float32. Those of one byte without a sign are exponents of two, as MX formats have them."""
     import torch
 
-    if scales.dtype == torch.uint8:
-        return torch.exp2(scales.float() - _EXPONENT_BIAS)
-    return scales.float()
+    return power_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """What exponents of MX formats stand for: uint8 → float32."""
+    import torch
+
+    return torch.exp2(exponents.float() - _EXPONENT_BIAS)
 
 
 def _whole_numbers(packed: Tensor, bits: int) -> Tensor:

@@ -13,6 +13,7 @@ from converter.read.stored.bnb_8bit import eight_bit_weights
 from converter.read.stored.compressed_tensors import compressed_weights
 from converter.read.stored.fp8 import fp8_weights
 from converter.read.stored.gptq import gptq_weights
+from converter.read.stored.mxfp4 import expert_weights
 from converter.read.stored.stored import Source, Stored, is_stored
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ SCHEMES: dict[str, Opener] = {
     "compressed-tensors": compressed_weights,
     "gptq": gptq_weights,
     "awq": awq_weights,
+    "mxfp4": expert_weights,
 }
 
 

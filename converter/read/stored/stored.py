@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
+from converter.errors import BadCheckpoint
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from converter.read.checkpoint import Checkpoint
     from converter.read.folder import Folder
     from converter.read.header import TensorHeader
     from converter.threads import Buffers
@@ -66,6 +68,10 @@ class Stored(Source, Protocol):
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
         """All tensors on disk that belong to it, the codes first."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows it is read by: as many as the first dimension has, unless it holds the matrices of experts."""
 
     @property
     def block(self) -> int:
@@ -146,6 +152,10 @@ class Parts:
         return sum(part.nbytes for part in self.parts)
 
     @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
     def columns(self) -> int:
         """Weights of a row, a row being what one index of the first dimension selects."""
         columns = 1
@@ -156,6 +166,13 @@ class Parts:
     def pieces(self, folder: Folder) -> Iterator[memoryview]:
         for part in in_order(self):
             yield from part.pieces(folder)
+
+
+def part_of(base: Checkpoint, name: str) -> TensorHeader:
+    """A tensor of a base that other parts of a weight call for. `BadCheckpoint` if it isn't there."""
+    if name not in base.tensors:
+        raise BadCheckpoint(f"{name}: missing, but other parts of the weight are there")
+    return base.tensors[name]
 
 
 def read_whole(header: TensorHeader, folder: Folder) -> tuple[Tensor, memoryview]:
