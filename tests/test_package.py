@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -30,6 +31,11 @@ def test_a_wheel_has_every_module_and_can_be_imported_from_elsewhere(tmp_path: P
         pages = {f"converter/templates/{name}.html" for name in ("layout", "page", "head", "style", "batch")}
         assert modules | pages | {"converter/py.typed"} <= set(archive.namelist())
         archive.extractall(tmp_path / "installed")
+    (stated,) = (tmp_path / "installed").glob("*.dist-info/METADATA")
+    metadata = message_from_string(stated.read_text())
+    assert {"peft", "ray"} <= {*metadata.get_all("Provides-Extra", [])}
+    assert "Programming Language :: Python :: 3.11" in metadata.get_all("Classifier", [])
+    assert metadata.get_payload() == (REPOSITORY / "README.md").read_text()
     program = "import converter, converter.cli.main, sys; print(converter.__file__)"
     ran = subprocess.run(
         [sys.executable, "-c", program],

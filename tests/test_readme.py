@@ -17,6 +17,8 @@ from converter.cli.commands import cli
 from converter.quantize.formats import FORMATS
 from tests.conftest import REPOSITORY
 from tests.docs.blocks import PAGES, blocks, check_shape
+from tests.docs.test_options_page import PAGE as OPTIONS
+from tests.docs.test_options_page import text as options_as_they_are
 from tests.folders import change_json, copy
 
 README = (REPOSITORY / "README.md").read_text()
@@ -38,6 +40,10 @@ def test_each_block_of_the_pages_says_what_it_is() -> None:
     for page in PAGES:
         for block in blocks(page):
             check_shape(block)
+
+
+def test_the_page_of_options_says_what_the_help_says() -> None:
+    assert OPTIONS.read_text() == options_as_they_are(), "run `make pages`, and read the diff"
 
 
 def test_its_links_and_pictures_lead_somewhere() -> None:
