@@ -96,4 +96,8 @@ def all_finite(raw: bytes | memoryview, dtype: str) -> bool:
 def refuse_not_finite(name: str, values: Tensor) -> None:
     """`NotFinite`, naming the tensor, if any value is NaN or infinite."""
     if not all_finite(as_bytes(values), str(values.dtype).removeprefix("torch.")):
-        raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {values.dtype}")
+        raise not_finite(name, values.dtype)
+
+
+def not_finite(name: str, dtype: torch.dtype) -> NotFinite:
+    return NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {dtype}")

@@ -18,7 +18,7 @@ from converter.quantize.format import Encoded, Rows, Sharing
 from converter.quantize.formats import format_of
 from converter.quantize.measure import Fidelity, Tally
 from converter.quantize.rounding.encoders import with_rounding
-from converter.quantize.sixteen_bit import SixteenBitEncoder
+from converter.quantize.sixteen_bit import kept_by
 from converter.read.stored.rows import open_source
 from converter.read.stored.stored import is_stored
 from converter.tensors import as_bytes, refuse_not_finite, torch_device
@@ -44,7 +44,7 @@ class Encoding:
     def __init__(self, plan: Plan) -> None:
         self.device = torch_device(plan.device)
         self._recipe, self._kernels = plan.recipe, plan.resources.kernels
-        self._kept = SixteenBitEncoder()
+        self._kept = kept_by(self.device, kernels=self._kernels)
         self._quantized = self._of_dtype(None)
         dtypes = {tensor.dtype for tensor in plan.tensors() if tensor.action == "quantize"}
         self._by_dtype = {dtype: self._of_dtype(dtype) for dtype in dtypes}
@@ -69,6 +69,8 @@ class Encoding:
         """Load the compiled code before there are threads: if one of several ran out of memory while it loads, numba's
         lock could stay locked, and the others would wait for ever."""
         self._quantized.load({tensor.source.dtype for tensor in plan.tensors() if tensor.action == "quantize"})
+        kept = (tensor for tensor in plan.tensors() if tensor.action == "keep" and not tensor.is_copy)
+        self._kept.load({tensor.source.dtype for tensor in kept})
 
 
 class Conversion:

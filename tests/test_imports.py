@@ -77,7 +77,13 @@ ONLY_IN = {
 }
 """Third parties that have one door."""
 
-KERNELS = {"quantize.jit", "quantize.kernels", "quantize.scheme_kernels", "quantize.rounding.feedback_kernels"}
+KERNELS = {
+    "quantize.jit",
+    "quantize.kernels",
+    "quantize.plain_kernels",
+    "quantize.scheme_kernels",
+    "quantize.rounding.feedback_kernels",
+}
 """Modules of compiled code."""
 
 AT_THE_TOP = {(importer, package) for package in ("click", "cloup") for importer in ONLY_IN[package]}

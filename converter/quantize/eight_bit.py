@@ -10,6 +10,7 @@ from converter.errors import NotFinite
 from converter.quantize import bnb
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
+from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +55,7 @@ class EightBit:
         return BY_TORCH
 
     def encoder(self, device: torch.device, *, kernels: bool = False) -> EightBitEncoder:
-        return EightBitEncoder()
+        return KernelEncoder() if kernels and device.type == "cpu" else EightBitEncoder()
 
     def find(self, written: Checkpoint) -> Found:
         found = Found()
@@ -81,7 +82,7 @@ class EightBitEncoder:
         codes, absmax, _ = bnb.functional().int8_vectorwise_quant(merged.values.contiguous().to(torch.float16))
         # A NaN or an infinity shows in the largest absolute value of its row.
         if not bool(absmax.isfinite().all()):
-            raise NotFinite(f"{rows.name}: holds a NaN or an infinity, or a value too large for float16 (int8)")
+            raise _not_finite(rows.name)
         restored = codes.float().mul_(absmax[:, None] / 127)
         return Encoded(((rows.name, rows.first, codes),), absmax, row_sums(merged, restored))
 
@@ -91,3 +92,43 @@ class EightBitEncoder:
         module = name.removesuffix(".weight")
         scale = torch.cat(list(scales)).cpu()
         return {module + _SCALE: scale, module + _FORMAT: torch.tensor(0, dtype=torch.uint8)}
+
+
+class KernelEncoder(EightBitEncoder):
+    """The same bits by a CPU kernel, which adds what an additive change adds while it quantizes."""
+
+    def load(self, dtypes: Collection[str]) -> None:
+        from converter.quantize import plain_kernels
+
+        plain_kernels.load(kernel_dtypes(dtypes))
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        if not is_additive(rows.merge):
+            return super().encode(rows, buffers)
+        import numpy
+        import torch
+
+        from converter.quantize import jit, plain_kernels
+
+        count, columns = rows.stored.shape
+        codes, absmax = buffers.take("quantized", torch.int8, count, columns), torch.empty(count, dtype=torch.float32)
+        sums = numpy.empty((count, jit.SUMS))
+        finite = True
+        for strip in strips(rows, rows.stored, buffers):
+            finite &= plain_kernels.eight_bit_rows(
+                strip.base,
+                strip.delta,
+                strip.scaling,
+                columns,
+                rounding=kernel_rounding(rows.rounding),
+                codes=codes[strip.first : strip.last].numpy().ravel(),
+                absmax=absmax[strip.first : strip.last].numpy(),
+                sums=sums[strip.first : strip.last],
+            )
+        if not finite:
+            raise _not_finite(rows.name)
+        return Encoded(((rows.name, rows.first, codes),), absmax, sums if rows.merge is not None else sums[:, :2])
+
+
+def _not_finite(name: str) -> NotFinite:
+    return NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for float16 (int8)")

@@ -10,15 +10,13 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, NotFinite
-from converter.merge.change import Additive
 from converter.quantize import bnb
-from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
+from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
 from converter.read.header import are_sizes
 from converter.read.stored.codes import four_bit_map
 from converter.read.strict_json import parse_json_object
@@ -193,19 +191,18 @@ class KernelEncoder(FourBitEncoder):
     def load(self, dtypes: Collection[str]) -> None:
         from converter.quantize import kernels
 
-        kernels.load(sorted({"uint16" if dtype == "BF16" else "float32" for dtype in dtypes}))
+        kernels.load(kernel_dtypes(dtypes))
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
         import torch
 
         from converter.quantize import kernels
 
-        merge = rows.merge
-        if merge is None or isinstance(merge, Additive):
-            return self._fused(rows, rows.stored, merge, buffers)
+        if is_additive(rows.merge):
+            return self._fused(rows, rows.stored, buffers)
         merged = rows.merged()
         values = merged.values if merged.values.dtype is not torch.float16 else merged.values.float()
-        encoded = self._fused(rows, values, None, buffers)
+        encoded = self._fused(rows, values, buffers)
         assert encoded.scales is not None  # noqa: S101  (`_fused` gives them)
         restored = self.restore(encoded.pieces[0][2], encoded.scales, tuple(values.shape))
         assert merged.delta is not None  # noqa: S101  (a merge changes something)
@@ -213,46 +210,35 @@ class KernelEncoder(FourBitEncoder):
         sums = kernels.sums_of(*(part.contiguous().numpy() for part in four))
         return Encoded(encoded.pieces, encoded.scales, sums)
 
-    def _fused(self, rows: Rows, stored: Tensor, merge: Additive | None, buffers: Buffers) -> Encoded:
+    def _fused(self, rows: Rows, stored: Tensor, buffers: Buffers) -> Encoded:
+        """Of merged values, or of stored ones to which an additive merge is added."""
         import numpy
         import torch
 
         from converter.quantize import jit, kernels
 
         recipe, (count, columns), block = self._recipe, stored.shape, self._recipe.block_size
-        if stored.dtype is torch.float16:
-            stored = stored.float()
-        flat = stored.contiguous().flatten()
-        bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
         packed = buffers.take("packed", torch.uint8, -(count * columns // -2))
         absmax = torch.empty(-(count * columns // -block), dtype=torch.float32)
         sums = numpy.empty((count, jit.SUMS))
-        rounding = jit.EXACT
-        if rows.rounding.precision == "reference":
-            rounding = jit.BFLOAT16 if rows.rounding.dtype == "bfloat16" else jit.FLOAT16
-        # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
-        for first, last in pairwise(tile_bounds(count, columns, block=block, most=STRIP_ELEMENTS)):
-            values = slice(first * columns, last * columns)
-            delta = None
-            if merge is not None:
-                delta = buffers.take("delta", torch.float32, last - first, columns)
-                merge.product(rows.start + first, rows.start + last, delta)
+        for strip in strips(rows, stored, buffers, block=block):
+            start, stop = strip.first * columns, strip.last * columns
             finite = kernels.quantize_rows(
-                bits[values],
-                None if delta is None else delta.numpy().ravel(),
-                1.0 if merge is None else merge.scaling,
+                strip.base,
+                strip.delta,
+                strip.scaling,
                 columns,
                 quant_type=recipe.quant_type,
                 block=block,
-                rounding=rounding,
-                packed=packed[values.start // 2 : -(values.stop // -2)].numpy(),
-                absmax=absmax[values.start // block : -(values.stop // -block)].numpy(),
-                sums=sums[first:last],
+                rounding=kernel_rounding(rows.rounding),
+                packed=packed[start // 2 : -(stop // -2)].numpy(),
+                absmax=absmax[start // block : -(stop // -block)].numpy(),
+                sums=sums[strip.first : strip.last],
             )
             if not finite:
                 raise NotFinite(f"{rows.name}: holds a NaN or an infinity")
         pieces = ((rows.name, rows.first // 2, packed),)
-        return Encoded(pieces, absmax, sums if merge is not None else sums[:, :2])
+        return Encoded(pieces, absmax, sums if rows.merge is not None else sums[:, :2])
 
 
 def quant_state_json(recipe: Recipe, shape: Shape, offset: float | None, dtype: str = "") -> bytes:

@@ -103,7 +103,9 @@ def round_float(value, rounding):  # type: ignore[no-untyped-def]
     u = bits_of(value)
     if rounding == BFLOAT16:
         even = (u >> np.uint32(16)) & np.uint32(1)
-        return value_of(np.uint32((u + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000)))
+        rounded = np.uint32((u + np.uint32(0x7FFF) + even) & np.uint32(0xFFFF0000))
+        # The sum would carry some NaNs over to zero.
+        return value_of(select(np.uint32(u & np.uint32(0x7FFFFFFF)) > _INFINITY, u, rounded))
     if rounding == FLOAT16:
         sign, size = np.uint32(u & np.uint32(0x80000000)), np.uint32(u & np.uint32(0x7FFFFFFF))
         # Below 2⁻¹⁴ float16 has steps of 2⁻²⁴, which are those of float32 around 0.75.
@@ -198,6 +200,32 @@ def tally_blocks(  # type: ignore[no-untyped-def]
         else:
             last = min((number + 1) * block, size)
             _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
+
+
+@jitted(fastmath={"reassoc"})
+def tally_row(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, begin, size, restored, sums
+):
+    """Add a part of one row to its sums, in float64."""
+    missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
+    if merged:
+        for j in range(size):
+            weight, moved = value_of(stored[np.uintp(begin + j)]), delta[np.uintp(begin + j)] * scaling
+            s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)])
+            w, d = np.float64(weight), np.float64(moved)
+            missed += (q - s) * (q - s)
+            whole += s * s
+            along += (q - w) * d
+            shift += d * d
+    else:
+        for j in range(size):
+            s, q = np.float64(value_of(stored[np.uintp(begin + j)])), np.float64(restored[np.uintp(j)])
+            missed += (q - s) * (q - s)
+            whole += s * s
+    sums[0] += missed
+    sums[1] += whole
+    sums[2] += along
+    sums[3] += shift
 
 
 @jitted(fastmath={"reassoc"})

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 DIGITS = 6
 """Significant digits that are reported."""
-_ELEMENTS = 1 << 18
+_ELEMENTS = 1 << 15
+"""That are measured at a time: few enough for the processor's cache, and for memory that is used again."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.tensors import refuse_not_finite, torch_dtype
+from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
+from converter.tensors import not_finite, refuse_not_finite, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from converter.read.checkpoint import Checkpoint
     from converter.recipe import Recipe
     from converter.threads import Buffers
+
+_STORED = ("torch.bfloat16", "torch.float16", "torch.float32")
+_KEPT = {"BF16": "BFLOAT16", "F16": "FLOAT16", "F32": "EXACT"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class SixteenBit:
         return BY_TORCH
 
     def encoder(self, device: torch.device, *, kernels: bool = False) -> SixteenBitEncoder:
-        return SixteenBitEncoder()
+        return kept_by(device, kernels=kernels)
 
     def find(self, written: Checkpoint) -> Found:
         return Found()
@@ -69,3 +73,47 @@ class SixteenBitEncoder:
 
     def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> Mapping[str, Tensor]:
         return {}
+
+
+class KernelEncoder(SixteenBitEncoder):
+    """The same bits by a CPU kernel, which adds what an additive change adds while it rounds."""
+
+    def load(self, dtypes: Collection[str]) -> None:
+        from converter.quantize import plain_kernels
+
+        plain_kernels.load(kernel_dtypes(dtypes))
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
+        if str(rows.stored.dtype) not in _STORED or rows.dtype not in _KEPT or not is_additive(rows.merge):
+            return super().encode(rows, buffers)
+        import numpy
+        import torch
+
+        from converter.quantize import jit, plain_kernels
+
+        count, columns = rows.stored.shape
+        kept = buffers.take("kept", torch_dtype(rows.dtype), count, columns)
+        bits = kept.view(torch.uint32 if rows.dtype == "F32" else torch.uint16).numpy().ravel()
+        sums = numpy.empty((count, jit.SUMS))
+        finite = True
+        for strip in strips(rows, rows.stored, buffers):
+            finite &= plain_kernels.keep_rows(
+                strip.base,
+                strip.delta,
+                strip.scaling,
+                columns,
+                rounding=kernel_rounding(rows.rounding),
+                dtype=getattr(jit, _KEPT[rows.dtype]),
+                out=bits[strip.first * columns : strip.last * columns],
+                sums=sums[strip.first : strip.last],
+            )
+        if not finite:
+            raise not_finite(rows.name, kept.dtype)
+        first = rows.first * kept.element_size()
+        values = kept.T if rows.transposed else kept
+        return Encoded(((rows.name, first, values),), sums=sums if rows.merge is not None else sums[:, :2])
+
+
+def kept_by(device: torch.device, *, kernels: bool) -> SixteenBitEncoder:
+    """The encoder of weights that stay floating-point numbers."""
+    return KernelEncoder() if kernels and device.type == "cpu" else SixteenBitEncoder()

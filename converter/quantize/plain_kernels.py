@@ -1,0 +1,169 @@
+"""The CPU kernels of what isn't packed: rows of a weight plus delta → floats of 16 or 32 bits, or codes of LLM.int8,
+and the sums behind the figures, in one pass.
+
+Equal to torch and to `bitsandbytes.functional.int8_vectorwise_quant`, bit for bit; tests hold them so. Sums are taken
+in float64, as torch takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from converter.quantize.jit import (
+    BFLOAT16,
+    EXACT,
+    FLOAT16,
+    SUMS,
+    Array,
+    bits_of,
+    jitted,
+    merge_blocks,
+    round_float,
+    tally_row,
+)
+
+_STEP = 2048
+"""Weights that a step takes at a time; no result depends on it."""
+_SIZE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+_SMALLEST_OF_FLOAT16 = np.uint32(0x38800000)
+"""2⁻¹⁴, the smallest normal one, as a float32. Below it, all are multiples of 2⁻²⁴."""
+_TO_INTEGER, _INTEGER_BITS = np.float32(12582912.0), np.uint32(0x4B400000)
+"""1.5 · 2²³, whose neighbours in float32 are 1 away, and its bits."""
+
+
+def keep_rows(
+    base: Array,
+    delta: Array | None,
+    scaling: float,
+    columns: int,
+    *,
+    rounding: int,
+    dtype: int,
+    out: Array,
+    sums: Array,
+) -> bool:
+    """Merge some rows and round them to a dtype; False if a value is NaN or infinite there.
+
+    `base` holds rows · columns values: float32, or bfloat16 as uint16. `delta` is B · A in float32, of the same number,
+    not yet scaled; None: no delta. `rounding` says what base and sum are rounded to, `dtype` what the result is: EXACT
+    (float32), BFLOAT16 or FLOAT16. Filled in: `out` (uint16, or uint32 of float32; the bits), `sums` (float64,
+    (rows, SUMS)).
+    """
+    return bool(_keep(*_source(base, delta), np.float32(scaling), columns, rounding, dtype, out, sums))
+
+
+def eight_bit_rows(
+    base: Array,
+    delta: Array | None,
+    scaling: float,
+    columns: int,
+    *,
+    rounding: int,
+    codes: Array,
+    absmax: Array,
+    sums: Array,
+) -> bool:
+    """The same, quantized as LLM.int8 does. Filled in: `codes` (int8), `absmax` (float32, one a row), `sums`."""
+    return bool(_eight_bit(*_source(base, delta), np.float32(scaling), columns, rounding, codes, absmax, sums))
+
+
+def load(dtypes: Iterable[str]) -> None:
+    """Compile what takes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
+    for dtype in dtypes:
+        one, sums = np.ones(1, dtype), np.empty((1, SUMS))
+        for out, kept in (("uint16", BFLOAT16), ("uint32", EXACT)):
+            keep_rows(one, None, 1.0, 1, rounding=EXACT, dtype=kept, out=np.empty(1, out), sums=sums)
+        absmax = np.empty(1, np.float32)
+        eight_bit_rows(one, None, 1.0, 1, rounding=EXACT, codes=np.empty(1, np.int8), absmax=absmax, sums=sums)
+
+
+def _source(base: Array, delta: Array | None) -> tuple[Array, Array, bool]:
+    stored = base if base.dtype == np.uint16 else base.view(np.uint32)
+    return stored, np.empty(0, np.float32) if delta is None else delta, delta is not None
+
+
+@jitted(inline="always")
+def _rounded_to(values, size, dtype):  # type: ignore[no-untyped-def]
+    """Round values in place; the largest of their bits, without the sign."""
+    most = np.uint32(0)
+    for j in range(size):
+        value = round_float(values[np.uintp(j)], dtype)
+        values[np.uintp(j)] = value
+        most = max(most, np.uint32(bits_of(value) & _SIZE))
+    return most
+
+
+@jitted()
+def _merge(stored, delta, merged, scaling, rounding, begin, size, rounded, largest):  # type: ignore[no-untyped-def]
+    if rounding == EXACT:
+        return merge_blocks(stored, delta, merged, scaling, EXACT, begin, size, size, rounded, largest)
+    if rounding == BFLOAT16:
+        return merge_blocks(stored, delta, merged, scaling, BFLOAT16, begin, size, size, rounded, largest)
+    return merge_blocks(stored, delta, merged, scaling, FLOAT16, begin, size, size, rounded, largest)
+
+
+@jitted()
+def _write(values, size, dtype, begin, out):  # type: ignore[no-untyped-def]
+    """The bits of floats that a dtype has."""
+    if dtype == EXACT:
+        for j in range(size):
+            out[np.uintp(begin + j)] = bits_of(values[np.uintp(j)])
+    elif dtype == BFLOAT16:
+        for j in range(size):
+            out[np.uintp(begin + j)] = np.uint16(bits_of(values[np.uintp(j)]) >> np.uint32(16))
+    else:
+        for j in range(size):
+            bits = bits_of(values[np.uintp(j)])
+            amount, sign = np.uint32(bits & _SIZE), np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+            if amount >= _SMALLEST_OF_FLOAT16:
+                out[np.uintp(begin + j)] = np.uint16(sign | ((amount - np.uint32(0x38000000)) >> np.uint32(13)))
+            else:
+                out[np.uintp(begin + j)] = np.uint16(
+                    sign | np.uint32(abs(values[np.uintp(j)]) * np.float32(16777216.0))
+                )
+
+
+@jitted()
+def _keep(stored, delta, merged, scaling, columns, rounding, dtype, out, sums):  # type: ignore[no-untyped-def]
+    rounded, largest = np.empty(_STEP, np.float32), np.empty(1, np.float32)
+    finite = True
+    sums[:] = 0.0
+    for row in range(sums.shape[0]):
+        for first in range(0, columns, _STEP):
+            size, begin = min(_STEP, columns - first), row * columns + first
+            finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, rounded, largest)
+            if dtype == BFLOAT16:
+                finite &= _rounded_to(rounded, size, BFLOAT16) < _INFINITY
+            elif dtype == FLOAT16:
+                finite &= _rounded_to(rounded, size, FLOAT16) < _INFINITY
+            _write(rounded, size, dtype, begin, out)
+            tally_row(stored, delta, merged, scaling, begin, size, rounded, sums[row])
+    return finite
+
+
+@jitted()
+def _eight_bit(  # type: ignore[no-untyped-def]
+    stored, delta, merged, scaling, columns, rounding, codes, absmax, sums
+):
+    rounded, largest = np.empty(columns, np.float32), np.empty(1, np.float32)
+    finite = True
+    sums[:] = 0.0
+    for row in range(sums.shape[0]):
+        begin = row * columns
+        finite &= _merge(stored, delta, merged, scaling, rounding, begin, columns, rounded, largest)
+        finite &= _rounded_to(rounded, columns, FLOAT16) < _INFINITY
+        most = np.float32(0.0)
+        for j in range(columns):
+            most = max(most, abs(rounded[np.uintp(j)]))
+        absmax[row] = most
+        # In this order torch divides a number by a tensor.
+        inverse = (np.float32(1.0) / most) * np.float32(127.0) if most > np.float32(0.0) else np.float32(0.0)
+        scale = most / np.float32(127.0)
+        for j in range(columns):
+            whole = (rounded[np.uintp(j)] * inverse) + _TO_INTEGER
+            codes[np.uintp(begin + j)] = np.int8(np.int32(bits_of(whole) - _INTEGER_BITS))
+            rounded[np.uintp(j)] = (whole - _TO_INTEGER) * scale
+        tally_row(stored, delta, merged, scaling, begin, columns, rounded, sums[row])
+    return finite
