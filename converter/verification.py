@@ -59,6 +59,8 @@ class Verification:
     """Whether an adapter was merged in, by the receipt."""
     adapter_name: str | None = None
     """The adapter, as the receipt names it."""
+    quantized: int = 0
+    """Weights that are quantized, in whatever format."""
     missed: list[str] = field(default_factory=list)
     """Tensors that don't reach a gate, one line each, the worst first."""
 
@@ -66,6 +68,11 @@ class Verification:
         wrong = [*self.problems, *self.missed]
         verdict = f"{len(wrong)} problems, the first: {wrong[0]}" if wrong else "good"
         return f"Verification({self.files} files, {self.tensors} tensors, {self.recomputed} made again: {verdict})"
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether anything says that this is a conversion: a receipt, or a quantized weight."""
+        return self.has_receipt or self.quantized > 0
 
     @property
     def is_good(self) -> bool:
@@ -104,6 +111,7 @@ def verify_output(
         with Checkpoint(folder) as written:
             found.problems += written.notes
             quantized = _check_structure(written, found)
+            found.quantized = len(quantized.weights)
             _check_values(written, quantized, found, observer)
             if checks.sources is not None:
                 recipe = _recipe_of(written, receipt, quantized)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +134,8 @@ class Commands(cloup.Group):
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
     """Merge an adapter into a base model and write a checkpoint that is ready to serve, in one streaming pass."""
-    if context.invoked_subcommand is not None:
+    if (command := context.invoked_subcommand) is not None:
+        refuse_dropped(context, command, options)
         return
     if all(context.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         click.echo(short_help(context), err=True)
@@ -197,6 +198,17 @@ def cli(context: click.Context, /, **options: Any) -> None:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:
         print_text(summary(report, shown.seconds(), verbose=printing.verbose))
+
+
+def refuse_dropped(context: click.Context, command: str, options: Mapping[str, Any]) -> None:
+    """Options before a command are those of a conversion, and the command would know nothing of them."""
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    names = [option.opts[0] for option in context.command.params if option.name in given]
+    if names:
+        raise click.UsageError(
+            f"{', '.join(names)} before {command}: of a conversion, which {command} is not. Options of {command} come "
+            f"after it; convert {command} --help lists them."
+        )
 
 
 def short_help(context: click.Context) -> str:

@@ -21,7 +21,7 @@ from converter.merge.keys import Keys, Parts, read_keys
 from converter.merge.options import Options
 from converter.merge.patterns import SECONDS
 from converter.read.folder import Folder
-from converter.read.header import TensorHeader, read_header
+from converter.read.header import DTYPE_BYTES, TensorHeader, read_header
 from converter.read.strict_json import read_json
 from converter.tensors import all_finite
 
@@ -96,7 +96,13 @@ class Adapter:
 
     def is_zero(self, tensor: TensorHeader) -> bool:
         """Whether a tensor holds nothing but zeros."""
-        return not any(piece.tobytes().strip(b"\0") for piece in tensor.pieces(self.folder))
+        for piece in tensor.pieces(self.folder):
+            raw = bytearray(piece)
+            last = DTYPE_BYTES[tensor.dtype] - 1  # it has the sign, and -0.0 is a zero, too
+            raw[last :: last + 1] = raw[last :: last + 1].replace(b"\x80", b"\0")
+            if raw.strip(b"\0"):
+                return False
+        return True
 
     def same_bytes(self, one: TensorHeader, other: TensorHeader) -> bool:
         """Whether two tensors of the file are equal in dtype, shape and bytes."""

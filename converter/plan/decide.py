@@ -16,6 +16,7 @@ from converter.model.architecture import Architecture, Role, Shape
 from converter.model.ask import check_output, describe, dismiss, parameters
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
+from converter.plan.inputs import is_called
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.plan.proof import proved
@@ -312,8 +313,7 @@ def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
     trained_on = adapter.base_name if adapter is not None else None
     if trained_on is None:
         return []
-    names = (base.folder.label.partition("@")[0], str(base.config.get("_name_or_path", "")))
-    if any(name.rstrip("/").rpartition("/")[2] == trained_on.rstrip("/").rpartition("/")[2] for name in names):
+    if is_called(base, trained_on):
         return []
     return [f"the adapter says that it was trained on {trained_on[:100]}: this base has another name"]
 

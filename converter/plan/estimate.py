@@ -57,10 +57,13 @@ class DryRun:
 
     plan: Plan
     estimate: Estimate
+    nothing_to_do: bool = False
+    """Whether OUT already is a finished conversion of the same inputs by the same recipe."""
 
     def as_json(self) -> dict[str, Any]:
         """The plan's JSON values, and the estimate's."""
-        return self.plan.as_json() | {"estimate": self.estimate.as_json()}
+        found = {"nothing_to_do": True} if self.nothing_to_do else {}
+        return self.plan.as_json() | {"estimate": self.estimate.as_json()} | found
 
 
 def estimate(plan: Plan, base: Checkpoint) -> Estimate:

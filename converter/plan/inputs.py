@@ -116,7 +116,7 @@ class Inputs:
                 ):
                     raise BadAdapter(f"{adapter} is a model and {base} an adapter: swap `base` and `adapter`") from None
                 raise
-        self._owns_base = opened is None
+        self._owns_base, self._base_is_named = opened is None, opened is None and base is None
         if opened is None and base is not None:
             opened = Base(base, base_revision, offline=offline, allow_pickle=allow_pickle)
         elif opened is None:
@@ -158,6 +158,14 @@ class Inputs:
     @property
     def base_id(self) -> str | None:
         return self.opened.id
+
+    @property
+    def base_name(self) -> str | None:
+        """Its id on the Hub. Of a folder, the name that the adapter has for its base, if that is what was opened, or
+        what the folder or its config is called, too; None where nothing tells."""
+        name = self.adapter.base_name if self.adapter is not None else None
+        is_this = name is not None and (self._base_is_named or is_called(self.base, name))
+        return self.base_id or (name if is_this else None)
 
     def fetch(self) -> None:
         """Fetch what a conversion reads of a base on the Hub; nothing to do for a folder."""
@@ -219,6 +227,19 @@ class Inputs:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def is_called(base: Checkpoint, name: str) -> bool:
+    """Whether a base's folder, or its config, has a name, whoever its owner is. Only that can tell: an adapter fits any
+    base of its shapes."""
+    names = [base.folder.label.partition("@")[0], str(base.config.get("_name_or_path", ""))]
+    if base.folder.path is not None:  # a snapshot in the Hub's cache
+        names += [part.removeprefix("models--").replace("--", "/") for part in base.folder.path.resolve().parts]
+    return any(_last(one) == _last(name) for one in (*names[:2], *(n for n in names[2:] if "/" in n)))
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _are_swapped(base: Reference, adapter: Reference, *, offline: bool) -> bool:

@@ -229,17 +229,20 @@ def first_that_exists(path: Path) -> Path:
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """Bytes of the plain files of a folder, and of those in its folders, INNER/NAME, unless these are hidden.
+    """Bytes of the plain files of a folder, and of those in the folders in it, INNER/NAME, unless these are hidden.
 
     `OSError` if the folder can't be read.
     """
     sizes: dict[str, int] = {}
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
-            inner = [one for one in os.scandir(entry.path) if one.is_file(follow_symlinks=False)]
-            sizes |= {f"{entry.name}/{one.name}": one.stat().st_size for one in inner}
-        elif entry.is_file():
-            sizes[entry.name] = entry.stat().st_size
+    left = [""]
+    while left:
+        inside = left.pop()
+        for entry in os.scandir(folder / inside):
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith("."):
+                    left.append(f"{inside}{entry.name}/")
+            elif entry.is_file(follow_symlinks=not inside):
+                sizes[inside + entry.name] = entry.stat().st_size
     return sizes
 
 

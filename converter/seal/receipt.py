@@ -48,7 +48,7 @@ class Origin:
     base_commit: str | None = None
     """Of a base on the Hub."""
     base_name: str | None = None
-    """Its id on the Hub; of a folder, the id by which the adapter calls its base."""
+    """Its id on the Hub; of a folder, the id that the adapter has for it, if it is called so."""
     adapter_commit: str | None = None
     adapter_name: str | None = None
     """Its id on the Hub."""
@@ -68,15 +68,15 @@ def origin_of(plan: Plan, inputs: Inputs, device: str, digests: Mapping[str, str
         },
         device=device,
         base_commit=inputs.base_commit,
-        base_name=inputs.base_id or _id_of_base(inputs),
+        base_name=_id_of_base(inputs),
         adapter_commit=inputs.adapter_commit,
         adapter_name=inputs.adapter_id,
     )
 
 
 def _id_of_base(inputs: Inputs) -> str | None:
-    """What the adapter calls its base, unless that is a path: a place is no content, and it is private."""
-    name = inputs.adapter.base_name if inputs.adapter else None
+    """The name of the base that was used, unless that is a path: a place is no content, and it is private."""
+    name = inputs.base_name
     return name if name is not None and is_repo_id(name) else None
 
 

@@ -362,3 +362,36 @@ def test_options_that_combine_nothing_are_refused(
     assert ran.code == 2
     assert expected in ran.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "named"),
+    [
+        (("--base", "X", "--adapter", "Y", "--quant-type", "int8"), "--base, --adapter, --quant-type before verify"),
+        (("--json",), "--json before verify"),
+        (("--out", "Z"), "--out before verify"),
+    ],
+)
+def test_options_of_a_conversion_before_a_command_are_refused(
+    run: Run, before: tuple[str, ...], named: str, tmp_path: Path
+) -> None:
+    ran = run(*before, "verify", tmp_path)
+
+    assert ran.code == 2
+    assert named.replace("--quant-type", "--format") in (ran.err + ran.out).replace("--quant-type", "--format")
+    assert "come after it" in ran.err + ran.out
+
+
+def test_a_dry_run_over_the_same_finished_conversion_says_that_nothing_is_to_be_done(
+    run: Run, inputs: tuple[Path, Path], out: Path
+) -> None:
+    same = ("--base", inputs[0], "--adapter", inputs[1], "--out", out)
+    run(*same)
+
+    again, as_json = run(*same, "--dry-run"), run(*same, "--dry-run", "--json")
+    other = run(*same, "--format", "int8", "--dry-run")
+
+    assert (again.code, as_json.code, other.code) == (0, 0, 2)
+    assert "nothing would be done, for OUT is this very conversion, finished" in again.out
+    assert json.loads(as_json.out)["nothing_to_do"] is True
+    assert "holds another conversion" in other.err

@@ -215,3 +215,12 @@ def test_a_flipped_bit_is_found(run: Run, out: Path) -> None:
     flip_bit(out / "model.safetensors")
 
     assert run("verify", out, "--quiet").code == 1
+
+
+def test_a_base_that_was_never_converted_is_not_called_good(run: Run, base: Path) -> None:
+    ran = run("verify", base)
+
+    assert ran.code == 0
+    assert "whole, but no conversion" in ran.out
+    assert "good" not in ran.out
+    assert "no receipt, and no weight is quantized" in ran.out

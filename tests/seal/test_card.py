@@ -18,7 +18,7 @@ from tests.models import save_adapter, save_base
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("originals")
-    base = save_base(folder / "base", "llama")
+    base = save_base(folder / "base-7b", "llama")
     adapter = save_adapter(folder / "adapter", base, "llama")
     change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base-7b")
     return base, adapter
@@ -26,7 +26,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def inputs(originals: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
-    return copy(originals[0], tmp_path / "base"), copy(originals[1], tmp_path / "adapter")
+    return copy(originals[0], tmp_path / "base-7b"), copy(originals[1], tmp_path / "adapter")
 
 
 def metadata(out: Path) -> dict[str, Any]:

@@ -1267,7 +1267,9 @@ def test_the_card_names_base_and_recipe(inputs: tuple[Path, Path], out: Path, tm
     adapter = copy(inputs[1], tmp_path / "adapter")
     change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base-7b")
 
-    convert(inputs[0], adapter, out, Recipe(keep=("o_proj",)))
+    base = copy(inputs[0], tmp_path / "base-7b")
+
+    convert(base, adapter, out, Recipe(keep=("o_proj",)))
 
     card = (out / "README.md").read_text()
     assert card.startswith("---\nbase_model: maker/base-7b\nbase_model_relation: finetune\n")
@@ -1275,6 +1277,39 @@ def test_the_card_names_base_and_recipe(inputs: tuple[Path, Path], out: Path, tm
     for row in ("quant type | nf4", "double quant | true", "block size | 64", "kept in 16 bits | o_proj"):
         assert f"| {row} |" in card
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
+
+
+@pytest.mark.parametrize("config", [{}, {"_name_or_path": "elsewhere/another"}])
+def test_a_base_that_the_adapter_does_not_name_is_not_named_by_the_adapter(
+    config: dict[str, str], inputs: tuple[Path, Path], out: Path, tmp_path: Path
+) -> None:
+    adapter, base = copy(inputs[1], tmp_path / "adapter"), copy(inputs[0], tmp_path / "base")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base-7b")
+    change_json(base / "config.json", **config)
+
+    convert(base, adapter, out)
+
+    card, receipt = (out / "README.md").read_text(), (out / "conversion.json").read_text()
+    assert "base-7b" not in card
+    assert json.loads(receipt)["origin"]["base_name"] is None
+    assert "a local base, with a local adapter merged in" in card
+
+
+@pytest.mark.parametrize("folder", ["maker/base-7b", "models--maker--base-7b/snapshots/0123", "kept"])
+def test_a_base_in_a_folder_is_named_where_folder_or_config_has_the_name_that_the_adapter_has(
+    folder: str, inputs: tuple[Path, Path], out: Path, tmp_path: Path
+) -> None:
+    adapter, base = copy(inputs[1], tmp_path / "adapter"), tmp_path / folder
+    base.parent.mkdir(parents=True, exist_ok=True)
+    copy(inputs[0], base)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="maker/base-7b")
+    if folder == "kept":
+        change_json(base / "config.json", _name_or_path="maker/base-7b")
+
+    report = convert(base, adapter, out)
+
+    assert json.loads((out / "conversion.json").read_text())["origin"]["base_name"] == "maker/base-7b"
+    assert not any("this base has another name" in note for note in report.plan.notes)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_everything_in_the_bases_folder_that_is_no_weights_travels(
     convert(base, inputs[1], out)
 
     assert files_in(out) - OWN == TRAVEL
+    assert json.loads((out / "conversion.json").read_text())["files"].keys() >= TRAVEL
     assert verify(out, base, inputs[1]).problems == []
     assert convert(base, inputs[1], out).nothing_to_do
 

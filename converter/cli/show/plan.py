@@ -32,7 +32,9 @@ def plan_text(dry_run: DryRun, *, verbose: bool = False) -> str:
         f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
         f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
         times(dry_run.estimate),
-        "dry run: nothing was written",
+        "dry run: nothing would be done, for OUT is this very conversion, finished"
+        if dry_run.nothing_to_do
+        else "dry run: nothing was written",
     ]
     return text_of(lines)
 

@@ -23,9 +23,12 @@ def verification_text(out: Path, found: Verification) -> str:
     if found.recomputed:
         checked.append(f"{found.recomputed} made again and compared")
     count = "1 problem" if len(found.problems) == 1 else f"{len(found.problems)} problems"
-    verdict = ("good" if found.is_good else "a gate is missed") if not found.problems else count
+    good = "good" if found.is_converted else "whole, but no conversion"
+    verdict = (good if found.is_good else "a gate is missed") if not found.problems else count
     lines = [f"{out}: {', '.join(checked)}: {verdict}"]
-    if not found.has_receipt:
+    if not found.is_converted:
+        lines.append("note: no receipt, and no weight is quantized: a model as it was saved, or merged by another tool")
+    elif not found.has_receipt:
         lines.append("note: no receipt; not made by this tool, or not finished")
     elif not found.recomputed:
         lines.append(f"note: not compared with its base and adapter; to compare: {_how_to_compare(out, found)}")
