@@ -1,4 +1,7 @@
-"""A program: a batch that notes every tensor at once, and kills itself at the N-th call of note, accept or spend."""
+"""A program: a batch that notes every tensor at once, and kills itself at the N-th call of note, accept or spend.
+
+It imports nothing of the tests: pytest, transformers and PEFT take longer than all that it does.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converter import Job
+from converter import BatchOptions, Job, Resources
 from converter.batch.batch import convert_jobs
 from converter.batch.run import Access
 from converter.seal.destination import Destination
 from converter.seal.staging import Staging
-from tests.batch.scenes import EVERY_TENSOR_IS_NOTED
 
 
 class Death:
@@ -71,7 +73,7 @@ def main(where: str, base: str, out: str, *adapters: str) -> None:
     jobs = [Job(Path(out) / Path(adapter).name, adapter, base) for adapter in adapters]
     convert_jobs(
         jobs,
-        EVERY_TENSOR_IS_NOTED,
+        BatchOptions(Resources(journal_seconds=0.0)),
         access=Access(staging=lambda *arguments, **how: DeadlyStaging(death, *arguments, **how)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from bisect import bisect_left
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,10 @@ def test_memory_that_is_just_enough_for_each_alone_is_enough_for_all(
             return False
         return True
 
-    enough = next(memory for memory in range(64_000_000, 80_000_000, 1000) if alone(memory))
+    budgets = range(64_000_000, 80_000_000, 1000)
+    enough = budgets[bisect_left(budgets, True, key=alone)]
+    assert alone(enough)
+    assert not alone(enough - 1000)
     reads = Reads()
 
     outcomes = convert_jobs(

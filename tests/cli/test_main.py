@@ -17,6 +17,7 @@ import click
 import pytest
 import torch
 
+from converter import plan_conversion
 from converter.cli.main import main
 from tests.cli.conftest import is_one_line, start
 from tests.conftest import REPOSITORY
@@ -68,6 +69,7 @@ def test_the_package_converts_by_its_name(base: Path, out: Path) -> None:
 def test_what_needs_no_library_imports_none(arguments: list[str]) -> None:
     program = f"""
 import sys
+from converter import plan_conversion
 from converter.cli.main import main
 try:
     main({arguments!r})
@@ -112,6 +114,7 @@ def endless_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (base / "model.safetensors").open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
+    plan_conversion(base, None)  # its answers are remembered: to ask in a process of its own takes longer
     return base
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.cli.screens import COMMANDS, WIDTHS, golden, made_before, prepared, screen
+from tests.conftest import new_cache
 
 
 @pytest.fixture(scope="module", params=WIDTHS, ids=str)
 def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, answers: Path
 ) -> tuple[int | None, Path, dict[str, str]]:
     """Columns, the folder that the commands are run in, their environment."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    environment = {"XDG_CACHE_HOME": str(new_cache(tmp_path_factory.mktemp("cache"), answers))}
     folder = prepared(tmp_path_factory.mktemp("screens").resolve())
     made_before(folder, environment)
     return request.param, folder, environment

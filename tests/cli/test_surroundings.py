@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from converter import plan_conversion, verify
 from converter.cli.signals import Signals
 from tests.cli.conftest import Ran, Run
 from tests.conftest import REPOSITORY
@@ -42,6 +43,13 @@ def run() -> Run:
     return run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _its_answers_are_remembered(answers: Path) -> None:
+    """To ask transformers in a process of its own takes longer than what is tested."""
+    folder = REPOSITORY / "fixtures"
+    plan_conversion(folder / "tiny-base", folder / "tiny-adapter")
+
+
 # Standard streams
 
 
@@ -55,7 +63,7 @@ def test_closed_streams_are_no_reason_to_convert_nothing_nor_to_complain(
 
     assert (ran.code, ran.err) == (0, "")
     assert (ran.out == "") == (">&-" in closed.split())
-    assert run("verify", out).code == 0
+    assert verify(out).is_good
 
 
 def test_a_refusal_that_nobody_can_be_told_of_has_its_exit_code(run: Run, tmp_path: Path) -> None:
@@ -78,7 +86,7 @@ def test_what_standard_output_has_no_room_for_fails_in_one_line(
         ran = run(*command, *more, redirected=">/dev/full")
 
         assert (ran.code, ran.err) == (1, "error: standard output: No space left on device\n")
-    assert run("verify", out).code == 0
+    assert verify(out).is_good
 
 
 @pytest.mark.parametrize("more", [(), ("--json",)])

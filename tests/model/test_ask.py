@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from converter import errors
+from converter import errors, plan_conversion
 from converter.model.answers import answer
 from converter.model.ask import Questions, TransformersProcess
 from converter.read.checkpoint import Checkpoint
@@ -41,6 +41,11 @@ def question(base: Checkpoint, **changes: Any) -> str:
     shapes = {tensor.name: tensor.shape for tensor in base}
     asked = {"question": "describe", "config": base.config, "shapes": shapes, "quantize": True, "dtype": "bfloat16"}
     return json.dumps(asked | changes)
+
+
+def short(base: Checkpoint) -> str:
+    """A question that is answered soon: neither bitsandbytes nor a model is needed."""
+    return json.dumps({"question": "reads_alike", "config": base.config, "other": base.config})
 
 
 def send_while_it_answers(process: TransformersProcess, number: signal.Signals) -> None:
@@ -75,7 +80,7 @@ def test_a_refusal_comes_back_from_the_process_as_the_same_error(
 def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(
     base: Checkpoint, process: TransformersProcess
 ) -> None:
-    process.ask(question(base))
+    process.ask(short(base))
     send_while_it_answers(process, signal.SIGABRT)
 
     with no_hang(), pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
@@ -86,7 +91,7 @@ def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(
 def test_a_process_that_somebody_ends_is_no_fault_of_the_base(
     number: signal.Signals, base: Checkpoint, process: TransformersProcess
 ) -> None:
-    process.ask(question(base))
+    process.ask(short(base))
     send_while_it_answers(process, number)
 
     with no_hang(), pytest.raises(errors.ConversionFailed, match=f"was ended by {number.name}"):
@@ -139,7 +144,7 @@ def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint) -> Non
     with no_hang(), pytest.raises(errors.BadCheckpoint, match=r"config\.json: transformers .*MemoryError"):
         process.ask(question(base, config=settings))
 
-    assert process.ask(question(base))
+    assert process.ask(short(base))
     process.end()
 
 
@@ -197,6 +202,8 @@ def test_a_conversion_of_a_known_checkpoint_imports_neither_transformers_nor_bit
         f"convert({str(tiny_base)!r}, {str(tiny_adapter)!r}, sys.argv[1]); "
         "print(sorted({'transformers', 'bitsandbytes', 'huggingface_hub', 'peft'} & sys.modules.keys()))"
     )
+
+    plan_conversion(tiny_base, tiny_adapter)  # makes it known
 
     run = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True, check=True)
 
