@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ with quietly():
     import peft  # noqa: F401
     import transformers
 
+
 REPOSITORY = Path(__file__).parent.parent
 
 # By the clock on the wall, which is no measure on a busy machine; see limits.py.
@@ -27,9 +29,10 @@ hypothesis.settings.load_profile("without deadlines")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _one_process_of_several() -> None:
     """The reference is defined on one thread; and tests run side by side."""
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries' million objects stay: to look through them took a tenth of the tests' time
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 

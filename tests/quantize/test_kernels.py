@@ -16,6 +16,7 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter import plan_conversion
 from converter.merge.change import MergedTile, Rounding, add
 from converter.quantize import jit, kernels
 from converter.quantize.bnb import dynamic_map
@@ -199,6 +200,7 @@ def test_a_base_and_a_delta_that_are_large_and_cancel_overflow_no_figure() -> No
 def test_threads_find_the_code_that_they_need_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", dtype=dtype)
     adapter = save_adapter(tmp_path / "adapter", base, "llama")
+    plan_conversion(base, adapter)  # the program then has no need to ask transformers
     program = f"""
 from converter import convert
 from converter.quantize import kernels

@@ -79,6 +79,10 @@ def visible(out: Path) -> dict[str, bytes]:
 
 
 both = pytest.mark.parametrize("killed", [False, True], ids=["an error", "a kill"])
+a_kill = pytest.mark.parametrize(
+    "killed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["an error", "a kill"]
+)
+"""Of OUTs that are rarer, `make check` tries what leaves more behind."""
 
 
 def nothing(place: Path) -> Path:
@@ -142,7 +146,7 @@ def test_an_earlier_conversion_stays_as_it_was_until_the_new_one_is_whole_whatev
         assert not out.with_name("out.partial").exists()
 
 
-@both
+@a_kill
 def test_a_volume_with_an_earlier_conversion_is_never_a_mixture_whatever_fails(
     inputs: tuple[Path, Path],
     whole: dict[str, bytes],
@@ -179,7 +183,7 @@ def no_swap(code: int) -> Any:
     return Libc()
 
 
-@both
+@a_kill
 def test_a_folder_that_turns_out_to_keep_its_name_is_never_a_mixture_whatever_fails(
     inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
