@@ -15,6 +15,7 @@ QuantType = Literal["auto", "nf4", "fp4", "int8", "none", "w4a16", "w8a16", "fp8
 Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
 RoundingRule = Literal["auto", "nearest", "adapter"]
+MergeOnto = Literal["base", "dequantized"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
@@ -71,6 +72,8 @@ class Recipe:
     rounding: RoundingRule = "auto"
     """nearest: to the nearest code. adapter: so that what the adapter does survives (nf4, fp4, int8). auto: adapter for
     a quantized base, else nearest."""
+    merge_onto: MergeOnto = "base"
+    """dequantized: what the weights' NF4 codes stand for, which QLoRA trained on (none, for output in 16 bits)."""
     scale: float = 1.0
     """What the adapter's change is multiplied by."""
     combine: Combination | None = None
@@ -83,6 +86,7 @@ class Recipe:
             (self.merge_precision, get_args(MergePrecision), "`merge_precision`"),
             (self.block_size, BLOCK_SIZES, "`block_size`"),
             (self.rounding, get_args(RoundingRule), "`rounding`"),
+            (self.merge_onto, get_args(MergeOnto), "`merge_onto`"),
         ):
             if value not in allowed:
                 raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
@@ -100,6 +104,11 @@ class Recipe:
         if self.rounding == "adapter" and self.quant_type not in ("auto", *ROUNDED):
             raise BadRecipe(
                 f"`rounding` adapter has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} have it"
+            )
+        if self.merge_onto == "dequantized" and self.quant_type != "none":
+            raise BadRecipe(
+                "`merge_onto` dequantized is for output in 16 bits: give `quant_type` none. Codes of four bits made of "
+                "the 16-bit base are closer to it than codes of codes"
             )
         if not (math.isfinite(self.scale) and abs(self.scale) <= MOST_SCALE and self.scale):
             raise BadRecipe(f"`scale` {self.scale:g}: expected a number that is not 0, at most {MOST_SCALE:g}")
@@ -147,7 +156,7 @@ class Recipe:
         """JSON values, without those choices that came later and are not made."""
         combined = None if self.combine is None else self.combine.as_json()
         stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined}
-        unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None}
+        unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None, "merge_onto": "base"}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

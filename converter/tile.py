@@ -60,8 +60,9 @@ class Encoding:
         return self._by_dtype[tensor.dtype] if tensor.action == "quantize" else self._kept
 
     def rounding(self, tensor: TensorPlan) -> Rounding:
-        """How base and sum are rounded. Onto a dequantized base, PEFT adds the delta without rounding."""
-        if is_stored(tensor.source) and isinstance(tensor.change, Lora):
+        """How base and sum are rounded. PEFT adds a delta to what it dequantizes of a base without rounding."""
+        own = is_stored(tensor.source) and self._recipe.merge_onto == "base"
+        if own and isinstance(tensor.change, Lora):
             return Rounding("float32", self._recipe.dtype)
         return Rounding.of(self._recipe)
 

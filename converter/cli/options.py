@@ -146,6 +146,13 @@ QUALITY: tuple[Decorator, ...] = (
         "adapter for a quantized base, else nearest.",
     ),
     cloup.option(
+        "--merge-onto",
+        type=click.Choice(["base", "dequantized"]),
+        default="base",
+        show_default=True,
+        help="dequantized: what the base's NF4 codes stand for, as QLoRA trains on them; with --format bf16 or fp16.",
+    ),
+    cloup.option(
         "--scale",
         type=float,
         metavar="X",

@@ -22,6 +22,7 @@ from converter.plan.plan import Plan, TensorPlan, in_shards, packed
 from converter.plan.proof import proved
 from converter.plan.quantized_base import (
     as_stored,
+    as_trained_on,
     copied_outputs,
     described,
     keeps_format,
@@ -67,21 +68,24 @@ def make_plan(
     recipe = settled(recipe, sources)
     shapes = {name: source.shape for name, source in sources.by_name.items()}
     same_format = keeps_format(recipe, sources)
+    dequantized = recipe.merge_onto == "dequantized"
 
     def ask_for(plain_shapes: Mapping[str, Shape]) -> Architecture:
         return describe(
             base_config,
             plain_shapes,
-            quantize=recipe.quant_type != "none",
+            quantize=recipe.quant_type != "none" or dequantized,
             dtype=recipe.dtype,
             keep=recipe.keep,
             remote_code=trust_remote_code,
-            library=format_of(recipe).library,
+            library="bitsandbytes" if dequantized else format_of(recipe).library,
         )
 
     architecture, plain_shapes = described(ask_for, sources)
     if own := same_format and not recipe.keep:
         architecture = as_stored(architecture, sources)
+    if dequantized:
+        sources, architecture = as_trained_on(architecture, sources, recipe)
     recipe = fit(recipe, {name: shapes[name] for name, role in architecture.roles.items() if role.quantize})
 
     def ask(names: list[str]) -> Mapping[str, str]:

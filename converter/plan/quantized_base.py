@@ -9,8 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import BadCheckpoint
+from converter.errors import BadCheckpoint, Unsupported
 from converter.merge.lora import Lora
+from converter.quantize.dequantized import Dequantized
 from converter.quantize.format import Output
 from converter.read.stored.bnb_4bit import FourBitWeight
 from converter.read.stored.bnb_8bit import EightBitWeight
@@ -150,3 +151,19 @@ def as_stored(architecture: Architecture, sources: Sources) -> Architecture:
     stored = {source.name for source in sources.stored}
     roles = {name: replace(role, quantize=name in stored) for name, role in architecture.roles.items()}
     return replace(architecture, roles=roles)
+
+
+def as_trained_on(architecture: Architecture, sources: Sources, recipe: Recipe) -> tuple[Sources, Architecture]:
+    """The base as QLoRA trains on it: its linear layers are read as their NF4 codes; none is quantized in the output.
+
+    Raises `Unsupported` for a base that is quantized, and for layers of GPT-2's kind, whose codes lie turned.
+    """
+    if sources.stored:
+        raise Unsupported("`merge_onto` dequantized: the base is quantized already, and is merged onto as it is")
+    names = [name for name, role in architecture.roles.items() if role.quantize]
+    conv = next((name for name in names if architecture.roles[name].kind == "conv1d"), None)
+    if conv is not None:
+        raise Unsupported(f"{conv}: a Conv1D; `merge_onto` dequantized serves linear layers only")
+    read = {name: Dequantized.of(sources.by_name[name], recipe) for name in names}  # type: ignore[arg-type]
+    roles = {name: replace(role, quantize=False) for name, role in architecture.roles.items()}
+    return replace(sources, by_name={**sources.by_name, **read}), replace(architecture, roles=roles, skip_modules=None)
