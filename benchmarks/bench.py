@@ -4,7 +4,7 @@
 
 Makes the models, measures, and deletes them; prints a Markdown table, and writes every run into `result.json` and a
 picture into the work folder. The full run needs 20 GB of disk and twenty minutes; `--quick` does the smallest model
-alone, `--only batch` the batches alone.
+alone, `--only batch` the batches alone, `--only paths` each way to convert alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ REFERENCE_NEEDS = 3.1
 ADAPTERS = 10
 """In a batch."""
 
+_AS_WITHOUT_NUMBA = "import sys; sys.modules['numba'] = None; from converter.cli.main import console; console()"
+
 Runs = list[dict[str, Any]]
 
 
@@ -48,9 +50,10 @@ class Bench:
         """Run one of the scripts beside this one."""
         return self._run([sys.executable, str(HERE / f"{name}.py"), *map(str, arguments)])
 
-    def convert(self, *arguments: object, status: int = 0) -> Measured:
-        """Run the command line."""
-        return self._run([sys.executable, "-m", "converter", *map(str, arguments)], status)
+    def convert(self, *arguments: object, status: int = 0, numba: bool = True) -> Measured:
+        """Run the command line, as if numba were not installed unless `numba`."""
+        program = ["-m", "converter"] if numba else ["-c", _AS_WITHOUT_NUMBA]
+        return self._run([sys.executable, *program, *map(str, arguments)], status)
 
     def forget(self) -> None:
         """Make the next conversion the first one of this user: no compiled kernels, no answers remembered."""
@@ -194,6 +197,42 @@ def measure_batch(bench: Bench, name: str) -> None:
         remove(folder)
 
 
+WITHOUT_NUMBA = "NF4, without numba"
+PATHS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "NF4": ("base", ()),
+    "16 bits": ("base", ("--format", "bf16")),
+    "int8": ("base", ("--format", "int8")),
+    "NF4, single quant": ("base", ("--no-double-quant",)),
+    "NF4, float16 base": ("float16", ()),
+    "NF4, float32 base": ("float32", ()),
+    "16 bits, float32 base": ("float32", ("--format", "bf16")),
+    "NF4, one thread": ("base", ("--threads", "1")),
+    "NF4, Conv1D": ("conv1d", ()),
+    WITHOUT_NUMBA: ("base", ()),
+}
+"""What people convert to and from, beside the usual: a path → its base, and what it takes on the command line."""
+
+
+def measure_paths(bench: Bench, name: str) -> None:
+    """The processor's time of each path, on one model, in one run."""
+    folder, out = bench.model(name), bench.work / "out"
+    bench.forget()
+    found: dict[str, Runs] = {path: [] for path in PATHS}
+    bench.script("variants", name, folder)
+    for number in range(bench.runs + 1):  # in turns; the first compiles, and asks transformers
+        for path, (base, arguments) in PATHS.items():
+            adapter = folder / ("adapter-conv1d" if base == "conv1d" else "adapter")
+            words = ("--base", folder / base, "--adapter", adapter, "--out", out, *arguments)
+            run = bench.convert(*words, numba=path != WITHOUT_NUMBA)
+            remove(out)
+            if number:
+                found[path].append(figures(run))
+    bench.result["paths"] = {"model": name, "runs": found}
+    bench.save()
+    if not bench.keep:
+        remove(folder)
+
+
 def measure_plan(bench: Bench) -> None:
     """The plan for a model of 70 billion parameters, of which there are headers only."""
     folder = bench.model("70")
@@ -249,7 +288,7 @@ def conditions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--only", choices=["batch"], help="this section alone, and the imports")
+    parser.add_argument("--only", choices=["batch", "paths"], help="this section alone, and the imports")
     parser.add_argument("--work", type=Path, default=REPO / "build" / "bench", help="default: build/bench")
     parser.add_argument("--runs", type=int, help="of each command; the median counts (default: 3, --quick: 2)")
     parser.add_argument("--picture", type=Path, help="default: performance.png in the work folder")
@@ -267,7 +306,10 @@ def main() -> None:
         measure_stages(bench)
         for name in ["0.3"] if args.quick else ["0.3", "1.1", "3.2"]:
             measure_model(bench, name)
-    measure_batch(bench, "0.3" if args.quick else "1.1")
+    if args.only != "batch":
+        measure_paths(bench, "0.3" if args.quick else "1.1")
+    if args.only != "paths":
+        measure_batch(bench, "0.3" if args.quick else "1.1")
     if args.only is None and not args.quick:
         bench.runs = 1
         measure_model(bench, "wide", reference=False)

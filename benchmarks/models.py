@@ -129,7 +129,7 @@ def add_adapters(name: str, folder: Path, kind: str, count: int) -> None:
 
 def _make_base(model: Llama, folder: Path) -> None:
     folder.mkdir(parents=True)
-    values = None if model.hollow else (_pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
+    values = None if model.hollow else (pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
     groups: list[Shapes] = [{}]
     for name, shape in model.tensors().items():
         held = 2 * sum(math.prod(other) for other in groups[-1].values())
@@ -139,7 +139,7 @@ def _make_base(model: Llama, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        _write(folder / file, group, "BF16", 2, values)
+        write(folder / file, group, "BF16", 2, values)
         weight_map |= dict.fromkeys(group, file)
     total = 2 * sum(math.prod(shape) for shape in model.tensors().values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -148,15 +148,7 @@ def _make_base(model: Llama, folder: Path) -> None:
 
 
 def _make_adapter(model: Llama, folder: Path, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": RANK,
-        "target_modules": list(targets),
-        "bias": "none",
-    }
+    config = adapter_config(targets)
     stated = folder / "adapter_config.json"  # written last
     if stated.is_file() and stated.read_text() == json.dumps(config):
         return
@@ -166,15 +158,27 @@ def _make_adapter(model: Llama, folder: Path, targets: Sequence[str] = TARGETS, 
         if name.rpartition(".")[2] in targets:
             shapes[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
             shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
-    _write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else _pool(seed))
+    write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else pool(seed))
     stated.write_text(json.dumps(config))
 
 
-def _pool(seed: int = 0) -> NDArray[np.float32]:
+def adapter_config(targets: Sequence[str]) -> dict[str, object]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": list(targets),
+        "bias": "none",
+    }
+
+
+def pool(seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal(_POOL, np.float32) * np.float32(0.02)
 
 
-def _write(path: Path, shapes: Shapes, dtype: str, width: int, values: NDArray[np.generic] | None) -> None:
+def write(path: Path, shapes: Shapes, dtype: str, width: int, values: NDArray[np.generic] | None) -> None:
     """A safetensors file, durable; without `values` its header alone is written."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -28,6 +28,8 @@ def table(result: Result) -> str:
     parts = [_conditions(result), _goals(result)]
     if result["models"]:
         parts += [_models(result), _stages(result)]
+    if "paths" in result:
+        parts.append(_paths(result["paths"]))
     if "batch" in result:
         parts.append(_batches(result))
     return "\n\n".join([*parts, _commands(result)])
@@ -46,6 +48,16 @@ def peak(runs: Sequence[dict[str, Any]], key: str = "peak") -> int:
 def plain_seconds(model: Result) -> float:
     """The base read with a cold cache, and the output's bytes written and synced."""
     return seconds(model["read cold"]) + seconds(model["write"])
+
+
+def _paths(found: Result) -> str:
+    """The processor's time of each path, and how many times that of NF4 it is."""
+    cpu = {path: float(median(run["cpu_seconds"] for run in runs)) for path, runs in found["runs"].items()}
+    lines = [f"| {found['model']} B | processor's time | to NF4's | VmHWM |", "| --- | --- | --- | --- |"]
+    for path, time in cpu.items():
+        memory = peak(found["runs"][path]) / 1e6
+        lines.append(f"| {path} | {time:.1f} s | {time / cpu['NF4']:.2f} × | {memory:.0f} MB |")
+    return "\n".join(lines)
 
 
 def _conditions(result: Result) -> str:

@@ -139,7 +139,7 @@ class Conversion:
         """See rows from `start` on."""
         merge: object = self._merge
         if isinstance(merge, Surveying):
-            stored = stored.to(self._encoding.device, non_blocking=True)
+            stored = stored.to(self._encoding.device)  # waits: the tile's buffers are used again when this returns
             merge.survey(stored, start, start + int(stored.shape[0]))
 
     def convert(self, start: int, stored: Tensor, buffers: Buffers) -> None:
