@@ -4,7 +4,8 @@
 
 Makes the models, measures, and deletes them; prints a Markdown table, and writes every run into `result.json` and a
 picture into the work folder. The full run needs 20 GB of disk and twenty minutes; `--quick` does the smallest model
-alone, `--only batch` the batches alone, `--only paths` each way to convert alone.
+alone, `--only batch` the batches alone, `--only paths` each way to convert alone, `--only tuners` adapters of
+other kinds than LoRA alone.
 """
 
 from __future__ import annotations
@@ -233,6 +234,36 @@ def measure_paths(bench: Bench, name: str) -> None:
         remove(folder)
 
 
+def measure_tuners(bench: Bench, name: str) -> None:
+    """Adapters of several kinds on one base, in turns, beside the imports that each needs."""
+    folder, out = bench.model(name), bench.work / "out"
+    bench.script("tuners", name, folder)
+
+    def converted(kind: str) -> dict[str, Any]:
+        run = bench.convert(
+            "--base", folder / "base", "--adapter", folder / "tuners" / kind, "--out", out, "--threads", 1, "--json"
+        )
+        remove(out)
+        return figures(run) | {"predicted_memory_bytes": json.loads(run.output)["predicted_memory_bytes"]}
+
+    bench.forget()
+    bench.say(f"{name}: adapters of several kinds")
+    kinds = [place.name for place in sorted((folder / "tuners").iterdir())]
+    for kind in kinds:
+        converted(kind)  # compiles the kernels, and asks transformers
+    runs: dict[str, Runs] = {kind: [] for kind in kinds}
+    floors: dict[str, Runs] = {"imports": [], "imports with PEFT": []}
+    for _ in range(bench.runs):  # in turns
+        floors["imports"].append(figures(bench.script("imports")))
+        floors["imports with PEFT"].append(figures(bench.script("imports", "peft")))
+        for kind, some in runs.items():
+            some.append(converted(kind))
+    bench.result["tuners"] = {"model": name, "kinds": runs, **floors}
+    bench.save()
+    if not bench.keep:
+        remove(folder)
+
+
 def measure_plan(bench: Bench) -> None:
     """The plan for a model of 70 billion parameters, of which there are headers only."""
     folder = bench.model("70")
@@ -288,7 +319,7 @@ def conditions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--only", choices=["batch", "paths"], help="this section alone, and the imports")
+    parser.add_argument("--only", choices=["batch", "paths", "tuners"], help="this section alone, and the imports")
     parser.add_argument("--work", type=Path, default=REPO / "build" / "bench", help="default: build/bench")
     parser.add_argument("--runs", type=int, help="of each command; the median counts (default: 3, --quick: 2)")
     parser.add_argument("--picture", type=Path, help="default: performance.png in the work folder")
@@ -306,10 +337,12 @@ def main() -> None:
         measure_stages(bench)
         for name in ["0.3"] if args.quick else ["0.3", "1.1", "3.2"]:
             measure_model(bench, name)
-    if args.only != "batch":
+    if args.only in (None, "paths"):
         measure_paths(bench, "0.3" if args.quick else "1.1")
-    if args.only != "paths":
+    if args.only in (None, "batch"):
         measure_batch(bench, "0.3" if args.quick else "1.1")
+    if args.only in (None, "tuners"):
+        measure_tuners(bench, "0.3")
     if args.only is None and not args.quick:
         bench.runs = 1
         measure_model(bench, "wide", reference=False)

@@ -32,6 +32,8 @@ def table(result: Result) -> str:
         parts.append(_paths(result["paths"]))
     if "batch" in result:
         parts.append(_batches(result))
+    if "tuners" in result:
+        parts.append(_tuners(result["tuners"]))
     return "\n\n".join([*parts, _commands(result)])
 
 
@@ -112,6 +114,8 @@ def _goals(result: Result) -> str:
         goal("3.2 B to 0.3 B, peak memory", "3.2", lambda model: peak(_conversions(model)) / smallest, 1.05, _times)
     if "batch" in result:
         lines += _goals_of_batches(result["batch"], peak(imports))
+    if "tuners" in result:
+        lines += _goals_of_tuners(result["tuners"])
     return _markdown(("", "measured", "to reach", "reached"), lines)
 
 
@@ -131,6 +135,31 @@ def _goals_of_batches(batch: Result, floor: int) -> list[Sequence[str]]:
             what = f"{batch['model']} B, {who} on {_KINDS[kind]}, peak memory above the imports' {_mb(floor)}"
             lines.append(_goal(what, peak(batch[kind][which]) - floor, BUDGET, _mb))
     return lines
+
+
+def _goals_of_tuners(tuners: Result) -> list[Sequence[str]]:
+    slower = _work(tuners, "DoRA") / _work(tuners, "LoRA")
+    lines = [_goal(f"{tuners['model']} B, DoRA, processor time without start-up, to LoRA", slower, 2, _times)]
+    for kind, runs in tuners["kinds"].items():
+        said = peak(runs, "predicted_memory_bytes")
+        lines.append(_goal(f"the same, {kind}, memory (RssAnon) above the imports'", _above(tuners, kind), said, _mb))
+    return lines
+
+
+def _floor(tuners: Result, kind: str) -> list[dict[str, Any]]:
+    """What a conversion with such an adapter imports."""
+    floor: list[dict[str, Any]] = tuners["imports" if kind in ("LoRA", "DoRA") else "imports with PEFT"]
+    return floor
+
+
+def _work(tuners: Result, kind: str) -> float:
+    """Seconds of processor time, less those of the imports."""
+    runs, floor = tuners["kinds"][kind], _floor(tuners, kind)
+    return float(median(r["cpu_seconds"] for r in runs) - median(r["cpu_seconds"] for r in floor))
+
+
+def _above(tuners: Result, kind: str) -> int:
+    return peak(tuners["kinds"][kind], "anonymous") - min(run["anonymous"] for run in _floor(tuners, kind))
 
 
 def _goal(what: str, found: float, most: float, show: Callable[[float], str]) -> Sequence[str]:
@@ -178,6 +207,24 @@ def _batches(result: Result) -> str:
             lines.append((*cells, f"{median(r['cpu_seconds'] for r in runs):.1f} s", *memory, disk))
     header = (f"batches, {batch['model']} B", "runs", "time", "from–to", "CPU time", "VmHWM", "RssAnon", "disk")
     return _markdown(header, lines)
+
+
+def _tuners(tuners: Result) -> str:
+    lines = []
+    for kind, runs in tuners["kinds"].items():
+        spread = f"{min(r['cpu_seconds'] for r in runs):.1f}–{max(r['cpu_seconds'] for r in runs):.1f}"
+        cells = [kind, f"{median(r['cpu_seconds'] for r in runs):.1f} s", spread, f"{_work(tuners, kind):.1f} s"]
+        memory = [_mb(_above(tuners, kind)), _mb(peak(runs, "predicted_memory_bytes"))]
+        lines.append((*cells, _times(_work(tuners, kind) / _work(tuners, "LoRA")), *memory))
+    header = (
+        f"adapters, {tuners['model']} B",
+        "CPU time",
+        "from–to",
+        "less imports",
+        "to LoRA",
+        "RssAnon above imports",
+    )
+    return _markdown((*header, "as predicted"), lines)
 
 
 def _stages(result: Result) -> str:
