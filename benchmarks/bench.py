@@ -101,6 +101,8 @@ def measure_stages(bench: Bench) -> None:
     """Each stage that computes, alone."""
     bench.say("each stage alone")
     bench.result["stages"] = json.loads(bench.script("stages").output)
+    bench.say("each format's encoder and each scheme's reader alone")
+    bench.result["schemes"] = json.loads(bench.script("schemes").output)
 
 
 def measure_model(bench: Bench, name: str, *, reference: bool = True) -> None:

@@ -18,6 +18,10 @@ BUDGET = 512_000_000
 SHORT = 0.5
 """Seconds for a command that converts nothing."""
 
+SLOWER = 1.25
+"""How many times as long as NF4's encoder the one of a format that servers run fast may take."""
+
+_ALONE = {"encoders": "merge, rank 16, and encode alone", "readers": "read and dequantize alone"}
 _KINDS = {"qv": "q_proj and v_proj", "all": "all linear layers"}
 
 Result = dict[str, Any]
@@ -30,6 +34,8 @@ def table(result: Result) -> str:
         parts += [_models(result), _stages(result)]
     if "paths" in result:
         parts.append(_paths(result["paths"]))
+    if "schemes" in result:
+        parts += [_rates(result["schemes"][kind], what) for kind, what in _ALONE.items()]
     if "batch" in result:
         parts.append(_batches(result))
     if "tuners" in result:
@@ -112,6 +118,10 @@ def _goals(result: Result) -> str:
     if "3.2" in models:
         smallest = peak(_conversions(models["0.3"]))
         goal("3.2 B to 0.3 B, peak memory", "3.2", lambda model: peak(_conversions(model)) / smallest, 1.05, _times)
+    for name in ("w4a16", "fp8", "nvfp4a16") if "schemes" in result else ():
+        encoders = result["schemes"]["encoders"]
+        times = encoders["nf4"]["1 thread"] / encoders[name]["1 thread"]
+        lines.append(_goal(f"{name}, merge and encode, time on one thread, to NF4's", times, SLOWER, _times))
     if "batch" in result:
         lines += _goals_of_batches(result["batch"], peak(imports))
     if "tuners" in result:
@@ -192,6 +202,15 @@ def _models(result: Result) -> str:
             lines.append((name, what, f"{seconds(runs):.1f} s", spread if len(runs) > 1 else "", *[""] * 4))
     header = ("model", "", "time", "from–to", "CPU time", "VmHWM", "RssAnon", "its children")
     return _markdown(header, lines)
+
+
+def _rates(rates: dict[str, dict[str, float]], what: str) -> str:
+    lines = [
+        (name, threads, f"{rate:.2f} GB/s", f"{rate / rates['nf4'][threads]:.2f} ×")
+        for name, of_threads in rates.items()
+        for threads, rate in of_threads.items()
+    ]
+    return _markdown((what, "", "bytes of bfloat16 weights", "to NF4"), lines)
 
 
 def _batches(result: Result) -> str:
