@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,10 +105,11 @@ class Import(NamedTuple):
         return self.module.partition(".")[0]
 
 
-def imports(*, with_types: bool = False) -> Iterator[Import]:
+@cache
+def imports(*, with_types: bool = False) -> list[Import]:
     """Every import of the package; those for type checkers only if asked for."""
-    for name, tree in SOURCES.items():
-        yield from _imports(name, tree, at_the_top=True, with_types=with_types)
+    found = (_imports(name, tree, at_the_top=True, with_types=with_types) for name, tree in SOURCES.items())
+    return list(chain.from_iterable(found))
 
 
 def _imports(name: str, node: ast.AST, *, at_the_top: bool, with_types: bool) -> Iterator[Import]:

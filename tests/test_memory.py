@@ -147,7 +147,11 @@ def measure(
     ("resources", "recipe"),
     [
         ({"threads": 2}, {}),
-        ({"threads": 1, "kernels": False, "memory": 120_000_000}, {"merge_precision": "reference"}),
+        pytest.param(
+            {"threads": 1, "kernels": False, "memory": 120_000_000},
+            {"merge_precision": "reference"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["kernels", "bitsandbytes"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,22 @@ from tests.cli.screens import COMMANDS, WIDTHS, golden, made_before, prepared, s
 from tests.conftest import new_cache
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory, answers: Path) -> Path:
+    """The folder as each width finds it."""
+    folder = prepared(tmp_path_factory.mktemp("before").resolve())
+    made_before(folder, {"XDG_CACHE_HOME": str(new_cache(tmp_path_factory.mktemp("cache"), answers))})
+    return folder
+
+
 @pytest.fixture(scope="module", params=WIDTHS, ids=str)
 def place(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, answers: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, answers: Path, before: Path
 ) -> tuple[int | None, Path, dict[str, str]]:
     """Columns, the folder that the commands are run in, their environment."""
     environment = {"XDG_CACHE_HOME": str(new_cache(tmp_path_factory.mktemp("cache"), answers))}
-    folder = prepared(tmp_path_factory.mktemp("screens").resolve())
-    made_before(folder, environment)
+    folder = tmp_path_factory.mktemp("screens").resolve()
+    shutil.copytree(before, folder, dirs_exist_ok=True)
     return request.param, folder, environment
 
 
