@@ -477,9 +477,9 @@ REFUSED: dict[str, tuple[str, Damage, str]] = {
         sparse("adapter/tokenizer.json", 10_000_000_000),
         "tokenizer.json",
     ),
-    "a hundred sparse licences": (
+    "a hundred sparse vocabularies": (
         "base",
-        lambda p: [sparse(f"base/LICENSE-{number}", 150_000_000)(p) for number in range(100)],
+        lambda p: [sparse(f"base/vocab-{number}.txt", 150_000_000)(p) for number in range(100)],
         "and other files beside the weights have more than 200,000,000 bytes",
     ),
     "a sparse adapter": ("base", sparse(f"adapter/{WEIGHTS}", 10_000_000_000), "does not begin with '{'"),

@@ -177,21 +177,22 @@ def cli(context: click.Context, /, **options: Any) -> None:
     from converter.samples import Samples
 
     keep_small()
-    samples = Samples()
+    samples = Samples() if report_file is not None else None
     with display(printing.progress) as shown:
 
         def hear(progress: Progress) -> None:
             shown.progress(progress)
-            samples.hear(progress)
+            if samples is not None:
+                samples.hear(progress)
 
         try:
             report = convert(**what, **options, progress=hear, stop=context.obj)
         except GateFailed as failed:
-            if report_file is not None:
+            if report_file is not None and samples is not None:
                 file, place = Path(report_file).expanduser(), Path(options["out"])
                 write_report_of_failure(failed, place, file, options["gates"], samples.ended())
             raise
-    if report_file is not None:
+    if report_file is not None and samples is not None:
         taken = () if report.nothing_to_do else samples.ended()
         write_report(report.out, Path(report_file).expanduser(), options["gates"], taken)
     if printing.as_json:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from converter.errors import BadCheckpoint, ConversionRefused
@@ -185,7 +186,8 @@ def left_of_adapter(adapter: Folder, chosen: Iterable[SideFile]) -> list[str]:
 def _links_left(base: Folder) -> set[str]:
     if base.path is None:
         return set()
-    links = {entry.name for entry in os.scandir(base.path) if entry.is_symlink() and not entry.is_dir()}
+    with os.scandir(base.path) as entries:
+        links = {entry.name for entry in entries if entry.is_symlink() and not Path(entry.path).is_dir()}
     return links - base.names()
 
 

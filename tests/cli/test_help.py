@@ -116,7 +116,7 @@ def completed(words: str) -> list[str]:
 
 def test_commands_options_folders_files_and_formats_are_completed() -> None:
     assert completed("convert ver") == ["plain,verify"]
-    assert completed("convert --merge") == ["plain,--merge-precision"]
+    assert completed("convert --merge-p") == ["plain,--merge-precision"]
     assert completed("convert --base mod") == ["dir,mod"]
     assert completed("convert verify ou") == ["dir,ou"]
     assert completed("convert batch jo") == ["file,jo"]

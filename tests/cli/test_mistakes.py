@@ -59,11 +59,11 @@ def adapter_of(**changes: Any) -> Callable[[Places], list[object]]:
 
 
 def quantized(at: Places) -> list[object]:
-    base = copy(at.base, at.here / "gptq")
-    change_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    base = copy(at.base, at.here / "aqlm")
+    change_json(base / "config.json", quantization_config={"quant_method": "aqlm"})
     tensors = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
-    tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").to(torch.int32)
+    tensors[f"{name}.codes"] = tensors.pop(f"{name}.weight").to(torch.int32)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     return ["--base", base, "--adapter", at.adapter, "--out", "out"]
 
