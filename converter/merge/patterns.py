@@ -54,10 +54,10 @@ class Pattern(NamedTuple):
 class Patterns:
     """The patterns of one adapter's config, which messages call `where`."""
 
-    def __init__(self, where: str, patterns: Iterable[Pattern], seconds: float = SECONDS, memory: int = MEMORY) -> None:
+    def __init__(self, where: str, patterns: Iterable[Pattern], seconds: float = SECONDS) -> None:
         """Raises `BadAdapter` for a pattern that is not a regular expression."""
         self._where = where
-        self._seconds, self._memory = seconds, memory
+        self._seconds = seconds
         self._patterns = tuple(dict.fromkeys(patterns))
         self._found: dict[str, dict[Pattern, str | None]] = {}
         """Text → the patterns that match it, and the group `idx` of each."""
@@ -99,7 +99,7 @@ class Patterns:
     def _match_in_a_process(self, texts: list[str]) -> list[list[tuple[int, str | None]]]:
         request = {
             "seconds": self._seconds,
-            "memory": self._memory,
+            "memory": MEMORY,
             "expressions": [(one.expression, one.whole) for one in self._patterns],
             "texts": texts,
         }
