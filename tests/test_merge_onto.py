@@ -28,7 +28,9 @@ def flow(base: Path, adapter: Path | None, out: Path, quantization: Any, dtype: 
     return out
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("qwen3", marks=pytest.mark.slow), pytest.param("gpt_neox", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
