@@ -16,19 +16,18 @@ from typing import Any
 
 import xxhash
 
+from converter.effect import Comparison, may_be_without_effect, without_change
 from converter.errors import ConverterError, GateFailed, Interrupted, NoEffect
 from converter.gates import in_words, report_of
 from converter.job import Job, RunOptions
-from converter.merge.change import Change
 from converter.observer import Observer
 from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
 from converter.plan.inputs import Inputs
-from converter.plan.plan import Plan, TensorPlan
+from converter.plan.plan import Plan
 from converter.quantize.measure import Fidelity
 from converter.read.digests import remember_digests
-from converter.read.folder import Folder, LocalFolder
-from converter.read.header import read_header
+from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
 from converter.seal.card import CardOf, metadata_of, model_card
 from converter.seal.destination import Destination, already_made
@@ -39,9 +38,6 @@ from converter.tensors import torch_device
 from converter.threads import Crew, one_thread
 from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
 from converter.write.journal import job_of
-
-_NOISE = 100
-"""A survival that is further from 1 tells of the rounding errors of the base's weights, not of the adapter."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,11 +118,11 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
     adapter = inputs.adapter.folder if inputs.adapter else None
-    if _may_be_without_effect(plan, fidelity) and not _has_effect(output, inputs.base.folder, adapter):
+    if may_be_without_effect(plan, fidelity) and not _has_effect(output, inputs.base.folder, adapter):
         rounded = plan.recipe.dtype if plan.recipe.quant_type == "none" else plan.recipe.quant_type
         raise NoEffect(
             f"{job.out}: what the adapter changes is not zero, but rounding to {rounded} takes all of it away: the "
-            "output would be the base alone; look at lora_alpha, and at the size of the adapter's tensors"
+            "output would equal the base. Check lora_alpha and the values of the adapter's tensors"
         )
     if misses := job.gates.misses(fidelity):
         found = json.dumps(report_of(job.gates, misses), indent=2, sort_keys=True)
@@ -141,58 +137,16 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     return Report(job.out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
 
 
-def _may_be_without_effect(plan: Plan, fidelity: Mapping[str, Fidelity]) -> bool:
-    """Whether each survival is 0, or so far from 1 that it tells of rounding alone; nothing is replaced."""
-    survivals = [of.survival for of in fidelity.values() if of.survival is not None]
-    replaced = any(tensor.origin == "adapter" for tensor in plan.tensors())
-    return bool(survivals) and not replaced and all(s == 0 or not abs(s - 1) < _NOISE for s in survivals)
-
-
 def _has_effect(output: Production, base: Folder, adapter: Folder | None) -> bool:
     """Whether a tensor that the adapter changes is another one than the base alone gives. They are made again."""
-    untouched = [_without_change(tensor) for tensor in output.plan.tensors() if tensor.is_touched]
-    written = _Comparison(output)
-    targets = ([Target(one, adapter, written)] for one in untouched)
-    try:
-        encoding = Encoding(output.plan)
-        with crew_of(output.plan, encoding) as crew:
-            for _, made in convert_tensors(targets, base, encoding, crew):
-                if isinstance(made, ConverterError):
-                    raise made
-                if written.differs:
-                    return True
-        return False
-    finally:
-        written.folder.close()
-
-
-def _without_change(tensor: TensorPlan) -> TensorPlan:
-    """The base's tensor alone, on the same way: a sum with zeros is computed in float32, as the other one was."""
-    return replace(tensor, change=_zero(tensor.change), fused=tuple(_zeroed(part) for part in tensor.fused))
-
-
-def _zeroed(part: TensorPlan) -> TensorPlan:
-    return replace(part, change=_zero(part.change))
-
-
-def _zero(change: Change | None) -> Change | None:
-    return change.scaled(0.0) if change is not None and change.is_additive and change.parts else None
-
-
-class _Comparison:
-    """Takes what a conversion would write, and compares it with the finished shards of an output."""
-
-    def __init__(self, output: Production) -> None:
-        self.differs = False
-        self.folder = LocalFolder(output.staging.folder)
-        headers = (read_header(self.folder, shard.file) for shard in output.plan.shards)
-        self._there = {name: tensor for header in headers for name, tensor in header.items()}
-
-    def write(self, name: str, start: int, raw: bytes | memoryview) -> int:
-        there = bytearray(len(raw))
-        self.folder.read_into(self._there[name].file, self._there[name].offset + start, memoryview(there))
-        self.differs = self.differs or memoryview(there) != memoryview(raw)
-        return len(raw)
+    with Comparison(output) as written, crew_of(output.plan, encoding := Encoding(output.plan)) as crew:
+        targets = ([Target(without_change(one), adapter, written)] for one in output.plan.tensors() if one.is_touched)
+        for _, made in convert_tensors(targets, base, encoding, crew):
+            if isinstance(made, ConverterError):
+                raise made
+            if written.differs:
+                return True
+    return False
 
 
 def _figures(made: Destination) -> dict[str, Fidelity]:

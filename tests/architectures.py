@@ -10,15 +10,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from tests.models import SIZES
+
 # What configs call their sizes; each gets those that it has.
 _SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
+    **SIZES,
     "n_embd": 64,
     "n_layer": 2,
     "n_head": 4,
@@ -44,9 +40,6 @@ _SIZES: dict[str, Any] = {
     "decoder_ffn_dim": 128,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "decoder_start_token_id": 1,
     "image_size": 32,
     "patch_size": 8,
@@ -172,7 +165,7 @@ def save_tiny_adapter(folder: Path, base: Path, name: str) -> Path:
 
 
 def said(folder: Path) -> torch.Tensor:
-    """What a model says to fixed inputs of its kind."""
+    """The first output of a model, for fixed inputs of its kind."""
     config = transformers.AutoConfig.from_pretrained(folder)
     model: PreTrainedModel = getattr(transformers, config.architectures[0]).from_pretrained(folder).eval()
     for module in model.modules():

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from converter import Job, Recipe
 
 # Sizes that bitsandbytes' CPU forward accepts: in_features a multiple of 64, out_features of 32.
-_COMMON = {
+SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -25,19 +25,19 @@ _COMMON = {
     "pad_token_id": 0,
     "max_position_embeddings": 128,
 }
-_NO_GROUPS = {key: value for key, value in _COMMON.items() if key != "num_key_value_heads"}
+_NO_GROUPS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _ALL = [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
-    "llama": ("llama", "LlamaForCausalLM", _COMMON, _ALL),
-    "mistral": ("mistral", "MistralForCausalLM", _COMMON, _ALL),
-    "granite": ("granite", "GraniteForCausalLM", _COMMON, _ALL),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM", _COMMON, _ALL),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM", {**_COMMON, "head_dim": 16, "tie_word_embeddings": True}, _ALL),
-    "gemma2": ("gemma2", "Gemma2ForCausalLM", {**_COMMON, "head_dim": 16}, _ALL),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM", {**_COMMON, "head_dim": 16}, _ALL),
-    "phi3": ("phi3", "Phi3ForCausalLM", _COMMON, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "llama": ("llama", "LlamaForCausalLM", SIZES, _ALL),
+    "mistral": ("mistral", "MistralForCausalLM", SIZES, _ALL),
+    "granite": ("granite", "GraniteForCausalLM", SIZES, _ALL),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM", SIZES, _ALL),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", {**SIZES, "head_dim": 16, "tie_word_embeddings": True}, _ALL),
+    "gemma2": ("gemma2", "Gemma2ForCausalLM", {**SIZES, "head_dim": 16}, _ALL),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM", {**SIZES, "head_dim": 16}, _ALL),
+    "phi3": ("phi3", "Phi3ForCausalLM", SIZES, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     "gpt2": (
         "gpt2",
         "GPT2LMHeadModel",
@@ -51,11 +51,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
         _NO_GROUPS,
         ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
     ),
-    "mixtral": ("mixtral", "MixtralForCausalLM", {**_COMMON, "num_local_experts": 4}, _ATTENTION),
+    "mixtral": ("mixtral", "MixtralForCausalLM", {**SIZES, "num_local_experts": 4}, _ATTENTION),
     "qwen2_moe": (
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        {**_COMMON, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+        {**SIZES, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
         _ATTENTION,
     ),
     "opt": (

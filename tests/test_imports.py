@@ -46,6 +46,7 @@ WITHOUT_A_ROOM = {
     "threads": FOUNDATION,
     "observer": LOOP,
     "tile": LOOP,
+    "effect": LOOP,
     "pipeline": LOOP,
     "compare": LOOP,
     "verification": LOOP,

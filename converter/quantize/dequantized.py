@@ -33,7 +33,6 @@ from converter.threads import Buffers
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from converter.quantize.four_bit import FourBitEncoder
     from converter.read.folder import Folder
     from converter.read.header import TensorHeader
     from converter.recipe import Recipe
@@ -87,23 +86,21 @@ class Dequantized(Parts):
 
     def open(self, folder: Folder) -> OpenedDequantized:
         """Reads the whole weight, for double quant needs the absmax of all its blocks."""
-        encoder = FourBit(self.codes).encoder(torch_device("cpu"), kernels=True)
-        encoder.load({self.parts[0].dtype})
-        opened = OpenedDequantized(self, folder, encoder)
-        opened.restored = opened.restore()
-        return opened
+        return OpenedDequantized(self, folder)
 
 
 class OpenedDequantized:
     """Rows as their codes give them, in the codes' dtype."""
 
     raw: Sequence[memoryview] = ()
-    restored: OpenedFourBit
 
-    def __init__(self, weight: Dequantized, folder: Folder, encoder: FourBitEncoder) -> None:
-        self._weight, self._folder, self._encoder = weight, folder, encoder
+    def __init__(self, weight: Dequantized, folder: Folder) -> None:
+        self._weight, self._folder = weight, folder
+        self._encoder = FourBit(weight.codes).encoder(torch_device("cpu"), kernels=True)
+        self._encoder.load({weight.parts[0].dtype})
+        self._restored = self._restore()
 
-    def restore(self) -> OpenedFourBit:
+    def _restore(self) -> OpenedFourBit:
         """The same weight of 4-bit codes, with absmax as a loader restores it: (blocks,) in float32."""
         import torch
 
@@ -130,7 +127,7 @@ class OpenedDequantized:
     def decode(self, start: int, end: int, raw: memoryview, buffers: Buffers) -> Tensor:
         """`bitsandbytes.functional.dequantize_4bit` of `quantize_4bit`, bit for bit."""
         packed, _ = self._encoded(start, end, raw, buffers)
-        return self.restored.decode(start, end, memoryview(packed.flatten().numpy()), buffers)
+        return self._restored.decode(start, end, memoryview(packed.flatten().numpy()), buffers)
 
     def _encoded(self, start: int, end: int, raw: memoryview, buffers: Buffers) -> tuple[Tensor, Tensor]:
         """Codes and absmax of some rows, which are rounded to the codes' dtype first, as a loader does it."""

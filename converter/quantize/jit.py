@@ -23,6 +23,12 @@ EXACT, BFLOAT16, FLOAT16 = 0, 1, 2
 """What base and sum are rounded to before they are quantized: nothing, or a 16-bit type."""
 SUMS = 4
 """Sums of a row: ‖Q(S) − S‖², ‖S‖², ⟨Q(S) − W, Δ⟩, ⟨Δ, Δ⟩."""
+STEP = 2048
+"""Weights that a step takes at a time, in the kernels that work by steps; no result depends on it."""
+SIZE = np.uint32(0x7FFFFFFF)
+"""All bits of a float32 but its sign."""
+TO_INTEGER, INTEGER_BITS = np.float32(12582912.0), np.uint32(0x4B400000)
+"""1.5 · 2²³, whose neighbours in float32 are 1 away, and its bits."""
 
 _INFINITY = np.uint32(0x7F800000)
 _intrinsic: Any = intrinsic

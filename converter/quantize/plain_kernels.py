@@ -15,7 +15,11 @@ from converter.quantize.jit import (
     BFLOAT16,
     EXACT,
     FLOAT16,
+    INTEGER_BITS,
+    SIZE,
+    STEP,
     SUMS,
+    TO_INTEGER,
     Array,
     bits_of,
     jitted,
@@ -24,13 +28,9 @@ from converter.quantize.jit import (
     tally_row,
 )
 
-_STEP = 2048
-"""Weights that a step takes at a time; no result depends on it."""
-_SIZE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+_INFINITY = np.uint32(0x7F800000)
 _SMALLEST_OF_FLOAT16 = np.uint32(0x38800000)
 """2⁻¹⁴, the smallest normal one, as a float32. Below it, all are multiples of 2⁻²⁴."""
-_TO_INTEGER, _INTEGER_BITS = np.float32(12582912.0), np.uint32(0x4B400000)
-"""1.5 · 2²³, whose neighbours in float32 are 1 away, and its bits."""
 
 
 def keep_rows(
@@ -91,7 +91,7 @@ def _rounded_to(values, size, dtype):  # type: ignore[no-untyped-def]
     for j in range(size):
         value = round_float(values[np.uintp(j)], dtype)
         values[np.uintp(j)] = value
-        most = max(most, np.uint32(bits_of(value) & _SIZE))
+        most = max(most, np.uint32(bits_of(value) & SIZE))
     return most
 
 
@@ -116,7 +116,7 @@ def _write(values, size, dtype, begin, out):  # type: ignore[no-untyped-def]
     else:
         for j in range(size):
             bits = bits_of(values[np.uintp(j)])
-            amount, sign = np.uint32(bits & _SIZE), np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+            amount, sign = np.uint32(bits & SIZE), np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
             if amount >= _SMALLEST_OF_FLOAT16:
                 out[np.uintp(begin + j)] = np.uint16(sign | ((amount - np.uint32(0x38000000)) >> np.uint32(13)))
             else:
@@ -127,12 +127,12 @@ def _write(values, size, dtype, begin, out):  # type: ignore[no-untyped-def]
 
 @jitted()
 def _keep(stored, delta, merged, scaling, columns, rounding, dtype, out, sums):  # type: ignore[no-untyped-def]
-    rounded, largest = np.empty(_STEP, np.float32), np.empty(1, np.float32)
+    rounded, largest = np.empty(STEP, np.float32), np.empty(1, np.float32)
     finite = True
     sums[:] = 0.0
     for row in range(sums.shape[0]):
-        for first in range(0, columns, _STEP):
-            size, begin = min(_STEP, columns - first), row * columns + first
+        for first in range(0, columns, STEP):
+            size, begin = min(STEP, columns - first), row * columns + first
             finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, rounded, largest)
             if dtype == BFLOAT16:
                 finite &= _rounded_to(rounded, size, BFLOAT16) < _INFINITY
@@ -162,8 +162,8 @@ def _eight_bit(  # type: ignore[no-untyped-def]
         inverse = (np.float32(1.0) / most) * np.float32(127.0) if most > np.float32(0.0) else np.float32(0.0)
         scale = most / np.float32(127.0)
         for j in range(columns):
-            whole = (rounded[np.uintp(j)] * inverse) + _TO_INTEGER
-            codes[np.uintp(begin + j)] = np.int8(np.int32(bits_of(whole) - _INTEGER_BITS))
-            rounded[np.uintp(j)] = (whole - _TO_INTEGER) * scale
+            whole = (rounded[np.uintp(j)] * inverse) + TO_INTEGER
+            codes[np.uintp(begin + j)] = np.int8(np.int32(bits_of(whole) - INTEGER_BITS))
+            rounded[np.uintp(j)] = (whole - TO_INTEGER) * scale
         tally_row(stored, delta, merged, scaling, begin, columns, rounded, sums[row])
     return finite

@@ -15,7 +15,11 @@ from converter.quantize.jit import (
     BFLOAT16,
     EXACT,
     FLOAT16,
+    INTEGER_BITS,
+    SIZE,
+    STEP,
     SUMS,
+    TO_INTEGER,
     Array,
     bits_of,
     jitted,
@@ -28,14 +32,9 @@ from converter.quantize.jit import (
 from converter.quantize.schemes import Scheme
 
 _INT4, _INT8, _NVFP4, _MXFP4 = 0, 1, 2, 3
-_STEP = 2048
-"""Weights that a step takes at a time; no result depends on it."""
 _RUN = 128
 """Weights of a row in E4M3 whose sums are taken together."""
 _ZERO, _ONE = np.uint32(0), np.uint32(1)
-_SIZE = np.uint32(0x7FFFFFFF)
-_TO_INTEGER, _INTEGER_BITS = np.float32(12582912.0), np.uint32(0x4B400000)
-"""1.5 · 2²³, whose neighbours in float32 are 1 away, and its bits."""
 _TO_E4M3, _E4M3_BITS = np.float32(16384.0), np.uint32(0x46800000)
 """2¹⁴, whose neighbours are 2⁻⁹ away: as far as those of E4M3's smallest numbers."""
 _TO_E2M1, _E2M1_BITS = np.float32(4194304.0), np.uint32(0x4A800000)
@@ -92,7 +91,7 @@ def compiled() -> int:
 @jitted(inline="always")
 def _to_e4m3(value):  # type: ignore[no-untyped-def]
     """The code of a float32 in E4M3 without its sign, and its size; at most 448."""
-    size = min(np.uint32(bits_of(value) & _SIZE), np.uint32(0x43E00000))
+    size = min(np.uint32(bits_of(value) & SIZE), np.uint32(0x43E00000))
     few = np.float32(value_of(size) + _TO_E4M3)
     even = np.uint32(size >> np.uint32(20)) & _ONE
     many = np.uint32((size + np.uint32(0x7FFFF) + even) & np.uint32(0xFFF00000))
@@ -104,7 +103,7 @@ def _to_e4m3(value):  # type: ignore[no-untyped-def]
 @jitted(inline="always")
 def _to_e2m1(value):  # type: ignore[no-untyped-def]
     """The code of a float32 in E2M1 without its sign, and its size; at most 6."""
-    size = min(np.uint32(bits_of(value) & _SIZE), np.uint32(0x40C00000))
+    size = min(np.uint32(bits_of(value) & SIZE), np.uint32(0x40C00000))
     few = np.float32(value_of(size) + _TO_E2M1)
     even = np.uint32(size >> np.uint32(22)) & _ONE
     many = np.uint32((size + np.uint32(0x1FFFFF) + even) & np.uint32(0xFFC00000))
@@ -150,16 +149,16 @@ def _scale(largest, kind, rounding, dtype, global_scale, scales, divisors):  # t
 
 @jitted(inline="always")
 def _to_integers(values, divisors, group, half, rounding, codes, restored):  # type: ignore[no-untyped-def]
-    low, high, first = np.float32(-half), np.float32(half - 1), np.uint32(_INTEGER_BITS - np.uint32(half))
+    low, high, first = np.float32(-half), np.float32(half - 1), np.uint32(INTEGER_BITS - np.uint32(half))
     for number in range(divisors.size):
         divisor, start = divisors[number], number * group
         for i in range(group):
             j = start + i
             value = round_float(values[np.uintp(j)] / divisor, rounding)
             value = select(value < low, low, select(value > high, high, value))
-            shifted = np.float32(value + _TO_INTEGER)
+            shifted = np.float32(value + TO_INTEGER)
             codes[np.uintp(j)] = np.uint32(bits_of(shifted) - first)
-            restored[np.uintp(j)] = np.float32(shifted - _TO_INTEGER) * divisor
+            restored[np.uintp(j)] = np.float32(shifted - TO_INTEGER) * divisor
 
 
 @jitted(inline="always")
@@ -213,7 +212,7 @@ def _largest_of(values, group, largest):  # type: ignore[no-untyped-def]
     for number in range(largest.size):
         most, start = _ZERO, number * group
         for i in range(group):
-            most = max(most, np.uint32(bits_of(values[np.uintp(start + i)]) & _SIZE))
+            most = max(most, np.uint32(bits_of(values[np.uintp(start + i)]) & SIZE))
         largest[number] = value_of(most)
 
 
@@ -239,20 +238,20 @@ def _merge(stored, delta, merged, scaling, rounding, begin, size, block, values,
 def _quantize_groups(  # type: ignore[no-untyped-def]
     stored, delta, merged, scaling, columns, rounding, group, kind, dtype, global_scale, packed, scales, sums
 ):
-    values, restored = np.empty(_STEP, np.float32), np.empty(_STEP, np.float32)
-    codes = np.empty(_STEP, np.uint32)
-    largest, divisors = np.empty(_STEP // group, np.float32), np.empty(_STEP // group, np.float32)
-    most, ones = np.empty(1, np.float32), np.ones(_STEP // group, np.float32)
+    values, restored = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
+    codes = np.empty(STEP, np.uint32)
+    largest, divisors = np.empty(STEP // group, np.float32), np.empty(STEP // group, np.float32)
+    most, ones = np.empty(1, np.float32), np.ones(STEP // group, np.float32)
     together = _RUN  # whose sums are taken together: they don't go from row to row
     while columns % together:
         together //= 2
     finite, top = True, np.float32(0.0)
     sums[:] = 0.0
-    for begin in range(0, stored.size, _STEP):
-        size = min(_STEP, stored.size - begin)
+    for begin in range(0, stored.size, STEP):
+        size = min(STEP, stored.size - begin)
         count = size // group
         here, by = scales[begin // group : begin // group + count], divisors[:count]
-        finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, _STEP, values, most)
+        finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, STEP, values, most)
         top = max(top, most[0])
         _find_largest(values, group, largest[:count])
         _scale(largest[:count], kind, rounding, dtype, global_scale, here, by)
