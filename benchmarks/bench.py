@@ -217,7 +217,7 @@ PATHS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def measure_paths(bench: Bench, name: str) -> None:
-    """The processor's time of each path, on one model, in one run."""
+    """Processor time of each path, on one model, in one run."""
     folder, out = bench.model(name), bench.work / "out"
     bench.forget()
     found: dict[str, Runs] = {path: [] for path in PATHS}

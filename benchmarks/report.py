@@ -59,7 +59,7 @@ def plain_seconds(model: Result) -> float:
 
 
 def _paths(found: Result) -> str:
-    """The processor's time of each path, and how many times that of NF4 it is."""
+    """Processor time of each path, and its ratio to NF4's."""
     cpu = {path: float(median(run["cpu_seconds"] for run in runs)) for path, runs in found["runs"].items()}
     lines = [f"| {found['model']} B | processor's time | to NF4's | VmHWM |", "| --- | --- | --- | --- |"]
     for path, time in cpu.items():

@@ -110,7 +110,7 @@ class Combination:
 
     @classmethod
     def from_options(cls, stated: Mapping[str, Any]) -> Combination | None:
-        """From the options that a recipe's file has, by the names of `OPTIONS`; None without any.
+        """The combination that a file's options, named as in `OPTIONS`, ask for; None if it has none of them.
 
         `combine` may be a kind, beside the others, or a table of all, as `as_json` gives it. `BadRecipe` for
         contradictions."""

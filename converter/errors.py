@@ -139,7 +139,7 @@ class HubFailed(ConversionFailed):
 
 
 class NoEffect(ConversionFailed):
-    """The adapter's change is not zero, and alters no value of the output."""
+    """The adapter's change is not zero, but no value of the output differs from the base's."""
 
 
 class GateFailed(ConversionFailed):

@@ -95,7 +95,7 @@ def inner_folders(path: Path | None) -> list[str]:
 
 
 def is_of_mlx(names: Iterable[str]) -> bool:
-    """Whether a folder of these files has an adapter of MLX, and none of PEFT."""
+    """Whether these are the files of an MLX adapter, and not of a PEFT adapter."""
     return WEIGHTS not in names and {CONFIG, OF_MLX} <= set(names)
 
 

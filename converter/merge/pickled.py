@@ -1,6 +1,6 @@
 """Pickled weights of an adapter, which are read only where the user says so (`allow_pickle`), and as weights only.
 
-What they hold is copied, tensor by tensor, into a safetensors file that lasts as long as the run.
+Their tensors are copied, one at a time, into a temporary safetensors file, which is gone when the run ends.
 """
 
 from __future__ import annotations

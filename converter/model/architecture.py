@@ -37,7 +37,7 @@ class Slice(NamedTuple):
     tensor: str
     expert: int
     first: int
-    """The row of the expert's matrix, (out_features, in_features), with which the layer's begins."""
+    """The layer's first row in the expert's matrix, which is (out_features, in_features)."""
     shape: tuple[int, int]
     """(out_features, in_features) of the layer."""
     turned: bool
