@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from converter.errors import ConverterError
 from converter.merge.change import Rounding, Surveying
-from converter.merge.lora import Lora
 from converter.quantize.cut import tile_bounds
 from converter.quantize.format import Encoded, Rows, Sharing
 from converter.quantize.formats import format_of
@@ -60,11 +59,8 @@ class Encoding:
         return self._by_dtype[tensor.dtype] if tensor.action == "quantize" else self._kept
 
     def rounding(self, tensor: TensorPlan) -> Rounding:
-        """How base and sum are rounded. PEFT adds a delta to what it dequantizes of a base without rounding."""
-        own = is_stored(tensor.source) and self._recipe.merge_onto == "base"
-        if own and isinstance(tensor.change, Lora):
-            return Rounding("float32", self._recipe.dtype)
-        return Rounding.of(self._recipe)
+        """How base and sum are rounded."""
+        return tensor.rounding(self._recipe)
 
     def load(self, plan: Plan) -> None:
         """Load the compiled code before there are threads: if one of several ran out of memory while it loads, numba's

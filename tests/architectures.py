@@ -139,12 +139,12 @@ WITHOUT_ADAPTER = ("mamba", "mamba2", "wav2vec2", "hubert")
 """PEFT doesn't take all linear layers of a Mamba, nor these models of speech without a token embedding."""
 
 
-def save_tiny(folder: Path, name: str) -> Path:
-    """A random base in bfloat16, seeded."""
+def save_tiny(folder: Path, name: str, **more: Any) -> Path:
+    """A random base in bfloat16, seeded; `more` of its config."""
     class_name, changes = TINY[name]
     config_class = CONFIG_MAPPING[name]
     usual = config_class()
-    config = config_class(**{key: size for key, size in _SIZES.items() if hasattr(usual, key)} | changes)
+    config = config_class(**{key: size for key, size in _SIZES.items() if hasattr(usual, key)} | changes | more)
     config.architectures = [class_name]
     torch.manual_seed(len(name))
     getattr(transformers, class_name)(config).to(torch.bfloat16).save_pretrained(folder)

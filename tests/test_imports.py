@@ -32,7 +32,7 @@ SOURCES = {_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.r
 
 FOUNDATION, LOOP = "foundation", "loop"
 """The modules that lie in no room: those below all rooms, and those that run the conversion."""
-ROOMS = (FOUNDATION, "read", "model", "merge", "quantize", "plan", "write", "seal", LOOP, "batch", "cli")
+ROOMS = (FOUNDATION, "read", "model", "merge", "quantize", "plan", "write", "seal", "layers", LOOP, "batch", "cli")
 """A room imports from itself and from those before it."""
 WITHOUT_A_ROOM = {
     "errors": FOUNDATION,
@@ -61,7 +61,7 @@ WITHOUT_A_ROOM = {
 
 COMMANDS = ("config", "convert", "verify", "batch", "report", "doctor", "completion")
 ONLY_IN = {
-    "transformers": {"model.meta_model"},
+    "transformers": {"model.meta_model", "model.skeleton"},
     "bitsandbytes": {"quantize.bnb"},
     "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login"},
     "numba": {"quantize.jit"},

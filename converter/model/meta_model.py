@@ -1,6 +1,6 @@
 """A model on the meta device: transformers' classes, no weights, no code of the checkpoint, milliseconds.
 
-The only module that imports transformers, some of whose private functions it calls;
+With `skeleton`, the only module that imports transformers, some of whose private functions it calls;
 `tests/model/test_versions.py` watches them.
 """
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from converter.merge.change import Change
+from converter.merge.change import Change, Rounding
+from converter.merge.lora import Lora
 from converter.plan.layout import LIMITS, ShardLayout, lay_out, pack_shards, shard_names
 from converter.quantize.format import Output
 from converter.read.side_files import SideFile
@@ -122,6 +123,12 @@ class TensorPlan:
         if self.transpose:
             return "its rows are not together on disk"
         return None if self.change is None else self.change.whole
+
+    def rounding(self, recipe: Recipe) -> Rounding:
+        """How base and sum are rounded. PEFT adds a delta to what it dequantizes of a base without rounding."""
+        if is_stored(self.source) and recipe.merge_onto == "base" and isinstance(self.change, Lora):
+            return Rounding("float32", recipe.dtype)
+        return Rounding.of(recipe)
 
 
 @dataclass(frozen=True)

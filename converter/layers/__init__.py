@@ -1,0 +1,1 @@
+"""A model run one decoder layer at a time."""
