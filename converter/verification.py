@@ -22,7 +22,8 @@ from converter.errors import (
 )
 from converter.gates import Gates
 from converter.job import RunOptions
-from converter.model.ask import check_output
+from converter.model.ask import check_loaders
+from converter.model.loaders import TRANSFORMERS
 from converter.observer import Observer
 from converter.quantize.format import Found
 from converter.quantize.formats import all_formats
@@ -63,6 +64,8 @@ class Verification:
     """Weights that are quantized, in whatever format."""
     missed: list[str] = field(default_factory=list)
     """Tensors that don't reach a gate, one line each, the worst first."""
+    loaders: dict[str, list[str]] = field(default_factory=dict)
+    """Loader → what it would find wrong, by its rules; empty: nothing that is known."""
 
     def __repr__(self) -> str:
         wrong = [*self.problems, *self.missed]
@@ -198,7 +201,8 @@ def _check_structure(written: Checkpoint, found: Verification) -> Found:
         found.problems += one.problems
     shapes = {name: tensor.shape for name, tensor in written.tensors.items() if name not in quantized.parts}
     try:
-        found.problems += check_output(written.config, shapes | quantized.weights, quantized.weights)
+        found.loaders = check_loaders(written.config, shapes | quantized.weights, quantized.weights)
+        found.problems += found.loaders[TRANSFORMERS]
     except ConversionRefused as exc:
         found.problems.append(str(exc))
     return quantized

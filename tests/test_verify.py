@@ -62,6 +62,7 @@ def test_what_was_made_is_good_and_is_what_base_and_adapter_give(
     found = verify(out, *inputs)
 
     assert (found.problems, found.has_receipt) == ([], True)
+    assert found.loaders == {loader: [] for loader in ("transformers 5", "transformers 4.57", "vLLM", "SGLang")}
     assert found.recomputed == len(load_file_names(inputs[0]))
     assert found.files == len(list(out.iterdir())) - 2  # SHA256SUMS, and the model card, which people edit
 
@@ -243,6 +244,9 @@ def test_a_config_that_quantizes_other_modules_is_found(out: Path) -> None:
 
     assert any("config.json" in problem for problem in problems)
     assert f"{WEIGHT}: quantized here, not by transformers" in problems
+    loaders = verify(out).loaders
+    assert loaders["transformers 4.57"][0] == "model.layers.0.mlp.up_proj: quantized, it would keep it"
+    assert loaders["vLLM"] == []  # where it is called gate_up_proj
 
 
 def test_missing_and_superfluous_files_are_found(out: Path) -> None:

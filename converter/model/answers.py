@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import BadRecipe, ConversionRefused
 from converter.model.architecture import Architecture, Role, Shape
 from converter.model.linear_layers import modules_to_ignore, quantizable, tensors_expected
+from converter.model.loaders import TRANSFORMERS, Layer, Written, objections
 from converter.model.meta_model import (
     Names,
     meta_model,
@@ -29,7 +30,7 @@ from converter.model.meta_model import (
     swapped_by_loading,
 )
 from converter.model.read_directly import modules_read_directly
-from converter.model.skip_list import skip_modules
+from converter.model.skip_list import default_skips_of_version_4, head_of, linear_modules, skip_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,11 +106,30 @@ def _ends(model: PreTrainedModel) -> list[object]:
 def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]) -> list[str]:
     """The static verifier: what a loader would find wrong with a checkpoint of this config, these tensors (name →
     shape; the quant states of a weight left out) and these quantized weights. Empty: nothing."""
-    quantization = config.get("quantization_config")
+    return _problems_of_transformers(_model_of(config, tensors), config, tensors, set(quantized))
+
+
+def check_loaders(
+    config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
+) -> dict[str, list[str]]:
+    """Loader → what it would find wrong with a checkpoint, as `check_output` takes it; empty: nothing."""
+    found, model = set(quantized), _model_of(config, tensors)
+    others = objections(_written(model, config, tensors, found))
+    return {TRANSFORMERS: _problems_of_transformers(model, config, tensors, found), **others}
+
+
+def _model_of(config: Mapping[str, Any], tensors: Mapping[str, Shape]) -> PreTrainedModel:
     dtype = str(config.get("dtype", "bfloat16"))
     model = meta_model({k: v for k, v in config.items() if k != "quantization_config"}, tensors, dtype)
     assert model is not None  # noqa: S101  (without remote_code a missing class raises)
-    found = set(quantized)
+    return model
+
+
+def _problems_of_transformers(
+    model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Shape], found: set[str]
+) -> list[str]:
+    """Those of version 5. Its function replaces layers of the model."""
+    quantization = config.get("quantization_config")
     swapped = swapped_by_loading(model, quantization) if quantization is not None else {}
     if swapped:
         module, (old, new) = min(swapped.items())
@@ -134,6 +154,37 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
     return problems
 
 
+def _written(
+    model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: set[str]
+) -> Written:
+    """The checkpoint as rules of loaders see it."""
+    names = Names(model, tensors)
+    head = head_of(model, names)
+    roles = {name: names.role(name, shape) for name, shape in tensors.items()}
+    layers = {}
+    for module in sorted(linear_modules(names, roles) - head):
+        weight = f"{module}.weight"
+        parameter = str(roles[weight].parameter).removesuffix(".weight")
+        if parameter not in head:
+            layers[module] = Layer(parameter, tensors[weight], weight in quantized, weight in names.converted)
+    stacks = {
+        name: bool(stack.parts)
+        for stack in names.stacks(tensors)
+        for name, (expert, _, _) in stack.pieces.items()
+        if expert is None
+    }
+    heads = sorted(quantized & {f"{module}.weight" for module in head})
+    return Written(
+        class_name=type(model).__name__,
+        model_type=str(config.get("model_type")),
+        quantization=config.get("quantization_config"),
+        layers=layers,
+        head=heads[0] if heads else None,
+        stacks=stacks,
+        default_skips=default_skips_of_version_4(model, head),
+    )
+
+
 def parameters(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], names: Iterable[str], *, dtype: str
 ) -> dict[str, str]:
@@ -155,7 +206,7 @@ def answer(request: dict[str, Any]) -> Any:
     if question == "reads_alike":
         return reads_alike(request["config"], request["other"])
     tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
-    return check_output(request["config"], tensors, request["quantized"])
+    return check_loaders(request["config"], tensors, request["quantized"])
 
 
 def serve(memory: int) -> None:

@@ -34,7 +34,7 @@ checkpoint may have take about one billion."""
 _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 """Signals that no config is at fault for, but a user, or a system without memory."""
 _KIND, _MOST_ANSWERS = "architectures", 64
-_ANSWERS = "5"
+_ANSWERS = "6"
 """Changes with what an answer says: answers of another kind are not remembered."""
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from converter.model.answers import serve; serve({memory})"
 """With this process's own path: a folder named converter may lie where the command is run."""
@@ -165,13 +165,13 @@ class Questions:
         found: dict[str, str] = self._ask({"question": "parameters", **request})
         return found
 
-    def check_output(
+    def check_loaders(
         self, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
-    ) -> list[str]:
-        """`answers.check_output`. Of a sealed folder that is what was planned, the plan's answer holds."""
+    ) -> dict[str, list[str]]:
+        """`answers.check_loaders`. Of a sealed folder that is what was planned, the plan's answer holds."""
         request = {"config": config, "tensors": tensors, "quantized": sorted(quantized)}
-        problems: list[str] = self._ask({"question": "check_output", **request})
-        return problems
+        found: dict[str, list[str]] = self._ask({"question": "check_loaders", **request})
+        return found
 
     def reads_alike(self, config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         """`meta_model.reads_alike`."""
@@ -192,6 +192,6 @@ class Questions:
 
 _questions = Questions()
 describe = _questions.describe
-check_output = _questions.check_output
+check_loaders = _questions.check_loaders
 parameters = _questions.parameters
 reads_alike = _questions.reads_alike

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from converter.errors import Unsupported
 from converter.model.architecture import Role
 from converter.model.meta_model import Names, quantized_modules
+from converter.model.servers import unskipped
+from converter.model.version_4 import modules_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_EXPERT = re.compile(r"\.experts\..*")
 
 
 def skip_modules(
@@ -20,12 +24,56 @@ def skip_modules(
     """None where all loaders' defaults give `wanted` (modules, by the model's names), else full module paths.
 
     transformers 5 quantizes `nn.Linear` proper; 4.57 its subclasses too, and the modules that 5 has since fused into
-    parameters (experts, routers); vLLM everything but embeddings and the head. Full paths mean the same to all.
+    parameters (experts, routers); vLLM everything but embeddings and the head. Full paths mean the same to all, in the
+    spelling of each.
     """
+    head = head_of(model, names)
+    linear_like = linear_modules(names, roles)
+    kept = {
+        module
+        for module in linear_like
+        if not roles[f"{module}.weight"].quantize and _parameter_module(roles, module) not in head
+    }
+    if not kept and quantized_modules(model, None) == wanted:
+        default = default_skips_of_version_4(model, head)
+        quantized = {name.removesuffix(".weight") for name, role in roles.items() if role.quantize}
+        if modules_quantized(linear_like, default) == quantized:
+            return None
+    skip = set(head)
+    for module in kept:
+        # Experts are skipped as one: a list of thousands of paths would say no more.
+        skip |= {_EXPERT.sub(".experts", name) for name in (module, _parameter_module(roles, module))}
+    skip |= {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    skip |= quantized_modules(model, skip) - wanted
+    if quantized_modules(model, skip) != wanted:
+        first = min(quantized_modules(model, skip) ^ wanted)
+        raise Unsupported(f"{first}: no list of kept modules makes transformers quantize just the rest")
+    quantized = {module for module in linear_like if roles[f"{module}.weight"].quantize}
+    names_of = {module: (module, _parameter_module(roles, module)) for module in linear_like}
+    return tuple(sorted(skip | _for_servers(kept, quantized, names_of, skip)))
+
+
+def _for_servers(
+    kept: Collection[str], quantized: Collection[str], names: Mapping[str, tuple[str, str]], skip: Collection[str]
+) -> set[str]:
+    """Entries for servers, which have other names; none that would keep a module here that is to be quantized."""
+    found = {_EXPERT.sub(".experts", entry) for entry in unskipped(kept, quantized, names, skip)}
+    every = [name for module in quantized for name in names[module]] if found else []
+    return {entry for entry in found if not any(entry in f"{name}." for name in every)}
+
+
+def head_of(model: PreTrainedModel, names: Names) -> set[str]:
+    """The module that gives the output, by transformers' name and by the checkpoint's."""
     output = model.get_output_embeddings()
     head = {name for name, module in model.named_modules() if output is not None and module is output}
-    head |= {names.tensor_of[f"{m}.weight"].removesuffix(".weight") for m in head if f"{m}.weight" in names.tensor_of}
-    linear_like = {
+    return head | {
+        names.tensor_of[f"{m}.weight"].removesuffix(".weight") for m in head if f"{m}.weight" in names.tensor_of
+    }
+
+
+def linear_modules(names: Names, roles: Mapping[str, Role]) -> set[str]:
+    """Modules whose weight is a matrix and no embedding, experts and routers included, as the checkpoint has them."""
+    return {
         name.removesuffix(".weight")
         for name, role in roles.items()
         if role.parameter is not None
@@ -33,41 +81,13 @@ def skip_modules(
         and len(names.parameters[role.parameter] if name not in names.converted else (0, 0)) == 2
         and role.kind != "embedding"
     }
-    kept = {
-        module
-        for module in linear_like
-        if not roles[f"{module}.weight"].quantize
-        and str(roles[f"{module}.weight"].parameter).removesuffix(".weight") not in head
-    }
-    if not kept and quantized_modules(model, None) == wanted:
-        default = _default_skips_of_version_4(model, head)
-        quantized = {name.removesuffix(".weight") for name, role in roles.items() if role.quantize}
-        if _quantized_by_version_4(linear_like, default) == quantized:
-            return None
-    skip = set(head)
-    for module in kept:
-        both = (module, str(roles[f"{module}.weight"].parameter).removesuffix(".weight"))
-        # Experts are skipped as one: a list of thousands of paths would say no more.
-        skip |= {re.sub(r"\.experts\..*", ".experts", name) for name in both}
-    skip |= {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
-    skip |= quantized_modules(model, skip) - wanted
-    if quantized_modules(model, skip) != wanted:
-        first = min(quantized_modules(model, skip) ^ wanted)
-        raise Unsupported(f"{first}: no list of kept modules makes transformers quantize just the rest")
-    return tuple(sorted(skip))
 
 
-def _quantized_by_version_4(linear: Iterable[str], skip: Iterable[str]) -> set[str]:
-    """Modules that transformers 4.57 quantizes: all linear ones, less those that the list names literally."""
-    names = list(skip)
-    return {
-        module
-        for module in linear
-        if module.rpartition(".")[2] not in names and not any(f"{n}." in f"{module}." or n == module for n in names)
-    }
+def _parameter_module(roles: Mapping[str, Role], module: str) -> str:
+    return str(roles[f"{module}.weight"].parameter).removesuffix(".weight")
 
 
-def _default_skips_of_version_4(model: PreTrainedModel, head: set[str]) -> set[str]:
+def default_skips_of_version_4(model: PreTrainedModel, head: set[str]) -> set[str]:
     """Transformers 4.57's `get_keys_to_not_convert`."""
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if not tied and head:

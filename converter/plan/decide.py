@@ -13,7 +13,8 @@ from converter.merge.adapter import Adapter
 from converter.merge.change import Change, Replacement
 from converter.merge.match import Match, match, scaled
 from converter.model.architecture import Architecture, Role, Shape
-from converter.model.ask import check_output, describe, dismiss, parameters
+from converter.model.ask import check_loaders, describe, dismiss, parameters
+from converter.model.loaders import TRANSFORMERS
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
 from converter.plan.inputs import is_called
@@ -34,7 +35,6 @@ from converter.plan.quantized_base import (
 from converter.plan.rope import in_words_of_all_versions
 from converter.quantize.format import Output
 from converter.quantize.formats import fit, format_of, notes_for_servers, sharing
-from converter.quantize.schemes import FUSED
 from converter.read.checkpoint import Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import TensorHeader
@@ -122,8 +122,9 @@ def make_plan(
         config["quantization_config"] = own_quantization(sources)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
-    loads = architecture.known
-    if loads and (problem := _problem_of(config, tensors)) is not None:
+    loads, loaders = architecture.known, _loaders_of(config, tensors) if architecture.known else {}
+    if problems := loaders.get(TRANSFORMERS):
+        problem = f"{problems[0]} ({len(problems)} in all)"
         if not own:
             raise Unsupported(f"the output would not load: {problem}")
         found.notes.append(f"transformers 5 loads neither this base nor the output: {problem}")
@@ -151,7 +152,7 @@ def make_plan(
             *notes_on(sources, recipe, touched=sum(t.is_touched and is_stored(t.source) for t in tensors)),
             *spelling_notes,
             *_notes_on_the_base(base, adapter),
-            *_notes_for_servers(tensors, recipe),
+            *notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.is_quantized}),
         ),
         base_bytes=base.nbytes,
         adapter_digest=adapter.check_finite() if adapter is not None else None,
@@ -159,6 +160,7 @@ def make_plan(
         resources=resources,
         memory=memory,
         verifiable=loads,
+        loaders=loaders,
     )
 
 
@@ -244,11 +246,10 @@ def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
             raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
 
 
-def _problem_of(config: Mapping[str, Any], tensors: list[TensorPlan]) -> str | None:
-    """What transformers 5 would find wrong with the output."""
+def _loaders_of(config: Mapping[str, Any], tensors: list[TensorPlan]) -> dict[str, list[str]]:
+    """Loader → what it would find wrong with the output."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    problems = check_output(config, shapes, [tensor.name for tensor in tensors if tensor.is_quantized])
-    return f"{problems[0]} ({len(problems)} in all)" if problems else None
+    return check_loaders(config, shapes, [tensor.name for tensor in tensors if tensor.is_quantized])
 
 
 def _check_tokenizer(
@@ -320,16 +321,3 @@ def _notes_on_the_base(base: Checkpoint, adapter: Adapter | None) -> list[str]:
     if is_called(base, trained_on):
         return []
     return [f"the adapter says that it was trained on {trained_on[:100]}: this base has another name"]
-
-
-def _notes_for_servers(tensors: list[TensorPlan], recipe: Recipe) -> list[str]:
-    """What servers make of the shapes. VLLM fuses some weights: all parts of such a group are quantized, or none."""
-    notes = notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.is_quantized})
-    actions = {tensor.name: tensor.is_quantized for tensor in tensors}
-    for parts in FUSED:
-        for name, action in actions.items():
-            head, dot, tail = name.partition(f".{parts[0]}.")
-            if dot and any(actions.get(f"{head}.{part}.{tail}", action) != action for part in parts):
-                listed = ", ".join(parts)
-                return [*notes, f"{head}: {listed} are quantized in part; vLLM fuses them and needs all or none"]
-    return notes

@@ -61,8 +61,9 @@ class DryRun:
     """Whether OUT already is a finished conversion of the same inputs by the same recipe."""
 
     def as_json(self) -> dict[str, Any]:
-        """The plan's JSON values, and the estimate's."""
-        found = {"nothing_to_do": True} if self.nothing_to_do else {}
+        """The plan's JSON values, the estimate's, and what loaders would find wrong."""
+        found: dict[str, Any] = {"nothing_to_do": True} if self.nothing_to_do else {}
+        found["loaders"] = {loader: list(problems) for loader, problems in self.plan.loaders.items()}
         return self.plan.as_json() | {"estimate": self.estimate.as_json()} | found
 
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -184,6 +184,8 @@ class Plan:
     """Predicted peak of memory above what Python and its libraries take, in bytes."""
     verifiable: bool = True
     """Whether transformers can build the model. It can't where the base's own code defines it."""
+    loaders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Loader → what it would find wrong with the output, by its rules; empty: nothing that is known."""
 
     def tensors(self) -> Iterator[TensorPlan]:
         for shard in self.shards:

@@ -9,16 +9,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.model.servers import FUSED
+
 VERSION = "0.20.0"
 """Of compressed-tensors, whose tensors and config ours equal; the config names it."""
 GROUP_SIZES = (128, 64, 32)
 """Values that may share a scale in the integer schemes, those first that more servers' kernels take."""
 LARGEST_E4M3, SMALLEST_E4M3, LARGEST_E2M1 = 448.0, 0.125, 6.0
 """The largest values of both floating-point types; what a scale in E4M3 is where it would be zero."""
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Layers of one module that servers fuse into one layer; the fused layer has one global scale. vLLM's
-`packed_modules_mapping`s; llm-compressor's `DEFAULT_FUSED_MAPPINGS`."""
 
 Shape = tuple[int, ...]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConverterError
+from converter.model.loaders import SGLANG_, TRANSFORMERS, VLLM_
 from converter.quantize.formats import format_of
 from converter.quantize.measure import Fidelity
 from converter.read.folder import read_bytes
@@ -157,26 +158,30 @@ def _figures(plan: Plan, fidelity: Mapping[str, Fidelity]) -> list[str]:
 
 
 def _how_to_load(plan: Plan) -> list[str]:
-    """With each server that loads this format."""
-    lines = [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        "```",
-        "",
-    ]
+    """With each loader that takes this format, less those whose rules say that they don't."""
+    lines = (
+        []
+        if plan.loaders.get(TRANSFORMERS)
+        else [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            "```",
+            "",
+        ]
+    )
     library = format_of(plan.recipe).library
     if library == "compressed-tensors":
         lines += ["transformers needs `pip install compressed-tensors` to load it; vLLM needs nothing else.", ""]
-    if library != "bitsandbytes" or plan.recipe.quant_type == "none":
-        return [*lines, "```", "vllm serve PATH", "python -m sglang.launch_server --model-path PATH", "```"]
-    return [
-        *lines,
-        "```",
-        "pip install vllm-bnb-plugin  # with vLLM 0.28 or newer; without it up to 0.27",
-        "vllm serve PATH",
-        "python -m sglang.launch_server --model-path PATH --load-format bitsandbytes",
-        "```",
-    ]
+    by_bitsandbytes = library == "bitsandbytes" and plan.recipe.quant_type != "none"
+    commands = []
+    if not plan.loaders.get(VLLM_):
+        if by_bitsandbytes:
+            commands.append("pip install vllm-bnb-plugin  # with vLLM 0.28 or newer; without it up to 0.27")
+        commands.append("vllm serve PATH")
+    if not plan.loaders.get(SGLANG_):
+        option = " --load-format bitsandbytes" if by_bitsandbytes else ""
+        commands.append(f"python -m sglang.launch_server --model-path PATH{option}")
+    return [*lines, "```", *commands, "```"] if commands else lines

@@ -24,7 +24,8 @@ from converter.errors import (
     VerificationFailed,
     WriteFailed,
 )
-from converter.model.ask import check_output
+from converter.model.ask import check_loaders
+from converter.model.loaders import TRANSFORMERS
 from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
@@ -215,8 +216,8 @@ def check_written(folder: Path, plan: Plan) -> None:
                 raise VerificationFailed(f"{name}: {found.dtype} {list(found.shape)}, planned {output}")
         shapes = {tensor.name: tensor.shape for tensor in plan.tensors()} | format_of(plan.recipe).find(written).weights
         if plan.verifiable:
-            problems = check_output(written.config, shapes, [t.name for t in plan.tensors() if t.is_quantized])
-            if problems:
+            quantized = [tensor.name for tensor in plan.tensors() if tensor.is_quantized]
+            if problems := check_loaders(written.config, shapes, quantized)[TRANSFORMERS]:
                 raise VerificationFailed(f"the output would not load: {problems[0]} ({len(problems)} in all)")
 
 

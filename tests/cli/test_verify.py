@@ -14,6 +14,7 @@ from tests.hub_server import StandInHub
 from tests.models import save_adapter
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
+TAKEN = "loaders that take it, by their rules: transformers 5, transformers 4.57, vLLM, SGLang"
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def test_what_is_as_it_was_made_ends_with_0_and_says_how_to_compare(run: Run, ou
     assert ran.out.splitlines() == [
         f"{out}: 4 files as the receipt says, 49 tensors read: good",
         f"note: not compared with its base and adapter; to compare: convert verify {out} --base BASE --adapter ADAPTER",
+        TAKEN,
     ]
 
 
@@ -115,7 +117,7 @@ def test_what_is_not_given_is_taken_from_the_receipt_at_its_commit(
     ran = run("verify", tmp_path / "out", *given)
 
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.endswith("49 tensors read, 21 made again and compared: good\n")
+    assert ran.out.endswith(f"49 tensors read, 21 made again and compared: good\n{TAKEN}\n")
 
 
 def test_the_hint_of_an_output_from_the_hub_needs_no_names(run: Run, hub: StandInHub, tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_the_hint_of_an_output_from_the_hub_needs_no_names(run: Run, hub: StandI
 
     ran = run("verify", tmp_path / "out")
 
-    assert ran.out.endswith(f"to compare: convert verify {tmp_path}/out --compare\n")
+    assert ran.out.endswith(f"to compare: convert verify {tmp_path}/out --compare\n{TAKEN}\n")
 
 
 def test_a_base_of_the_receipts_name_that_is_another_decides_nothing(

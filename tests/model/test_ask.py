@@ -188,10 +188,10 @@ def test_another_question_or_another_version_is_asked_anew(base: Checkpoint) -> 
 
 def test_no_more_than_the_newest_answers_are_kept(cold_cache: Path) -> None:
     for number in range(70):
-        Questions(lambda _: []).check_output({"number": number}, {}, [])
+        Questions(lambda _: {}).check_loaders({"number": number}, {}, [])
 
     assert len(list((cold_cache / "nf4-converter" / "architectures").iterdir())) == 64
-    assert Questions(never).check_output({"number": 69}, {}, []) == []
+    assert Questions(never).check_loaders({"number": 69}, {}, []) == {}
 
 
 def test_a_conversion_of_a_known_checkpoint_imports_neither_transformers_nor_bitsandbytes(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from converter.cli.show.words import amount, duration, table, text_of
+from converter.cli.show.words import amount, duration, loader_lines, table, text_of
 from converter.plan.estimate import WRITE_RATE, DryRun, Estimate
 from converter.plan.plan import TensorPlan
 
@@ -20,6 +20,7 @@ def plan_text(dry_run: DryRun, *, verbose: bool = False) -> str:
     lines = table(rows)
     lines += [""]
     lines += [f"note: {note}" for note in plan.notes]
+    lines += loader_lines(plan.loaders)
     skipped = (plan.config.get("quantization_config") or {}).get("llm_int8_skip_modules")
     if skipped:
         lines.append(

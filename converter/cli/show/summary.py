@@ -7,7 +7,7 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from converter.cli.show.words import amount, peak_memory, table, text_of
+from converter.cli.show.words import amount, peak_memory, refusing_lines, table, text_of
 from converter.pipeline import Report
 from converter.plan.plan import Plan
 from converter.quantize.formats import format_of
@@ -49,6 +49,7 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
     lines += [f"note: {note}" for note in report.plan.notes]
+    lines += refusing_lines(report.plan.loaders)
     publish = f"hf upload ORG/NAME {shlex.quote(str(report.out))}"
     return text_of([*lines, f"load with: {_load(report)}", f"publish with: {publish}"])
 

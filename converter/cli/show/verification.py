@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from converter.cli.show.words import text_of
+from converter.cli.show.words import loader_lines, text_of
 from converter.verification import Verification
 
 MOST_OF_A_KIND = 10
@@ -32,7 +32,8 @@ def verification_text(out: Path, found: Verification) -> str:
         lines.append("note: no receipt; not made by this tool, or not finished")
     elif not found.recomputed:
         lines.append(f"note: not compared with its base and adapter; to compare: {_how_to_compare(out, found)}")
-    return text_of([*lines, *_listed(found.problems), *_first(found.missed)])
+    lines += [*_listed(found.problems), *_first(found.missed)]
+    return text_of([*lines, *([] if found.problems else loader_lines(found.loaders))])
 
 
 def _how_to_compare(out: Path, found: Verification) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from converter.cli.printing import as_options
@@ -58,6 +58,21 @@ def _strict(value: Any) -> Any:
 def text_of(lines: Iterable[str]) -> str:
     """Lines for a terminal: names of files, of classes and of outputs may have control characters."""
     return "".join(f"{printable(as_options(line))}\n" for line in lines)
+
+
+def loader_lines(loaders: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which loaders take an output, by their rules, and why the others don't."""
+    taking = [loader for loader, problems in loaders.items() if not problems]
+    return [f"loaders that take it, by their rules: {', '.join(taking)}"] * bool(taking) + refusing_lines(loaders)
+
+
+def refusing_lines(loaders: Mapping[str, Sequence[str]]) -> list[str]:
+    """Why some loaders don't take an output."""
+    return [
+        f"not {loader}: {problems[0]}" + (f" ({len(problems)} in all)" if len(problems) > 1 else "")
+        for loader, problems in loaders.items()
+        if problems
+    ]
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
