@@ -36,6 +36,7 @@ def convert(
     trust_remote_code: bool = False,
     resume: bool = True,
     allow_pickle: bool = False,
+    check_tiles: int = RunOptions.check_tiles,
     card: str = "",
     gates: Gates = Gates(),
     progress: Callable[[Progress], None] | bool = False,
@@ -50,12 +51,12 @@ def convert(
     read pickled weights of a base or an adapter, as weights only. `progress`: True shows a bar in a terminal or a
     notebook, and elsewhere prints a line every ten seconds; a function is called at each step. `stop` is asked before
     each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends
-    with `Interrupted`.
+    with `Interrupted`. `check_tiles`: of an accelerator's tiles, one in so many is made again on the CPU; 0: none.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
-    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle)
+    options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle, check_tiles)
     if progress is False:
         return convert_job(job, options, Observer(stop=stop))
     if progress is not True:

@@ -21,6 +21,7 @@
         ├── NoThread             the system starts no thread, or has no memory for one
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
+        ├── DeviceDisagrees      an accelerator computes something else than the CPU
         ├── NoEffect             the adapter's change is not zero, and alters no value of the output
         ├── GateFailed           a figure of the output does not reach its gate; exit code 4
         ├── Undecided            what a verification needs can't be had; exit code 3
@@ -136,6 +137,10 @@ class HubFailed(ConversionFailed):
     """The connection or the server failed."""
 
     resumable = True
+
+
+class DeviceDisagrees(ConversionFailed):
+    """An accelerator made codes or scales that the CPU doesn't, and rounding doesn't explain it."""
 
 
 class NoEffect(ConversionFailed):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.device import OpenDevice, open_device
 from converter.gates import Gates
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -55,6 +56,10 @@ class RunOptions:
     """Resume an interrupted run of the same job."""
     allow_pickle: bool = False
     """Read pickled weights of a base or an adapter, as weights only: no code that they name is run."""
+    check_tiles: int = 50
+    """Of the tiles that an accelerator makes, one in so many is made again on the CPU and compared; 0: none."""
+    open_device: OpenDevice = open_device
+    """Gives the device of a name; for devices of your own."""
 
     def of_inputs(self) -> dict[str, Any]:
         """Those that opening base and adapter depends on."""

@@ -25,6 +25,7 @@ from converter.plan.decide import make_plan
 from converter.plan.estimate import DryRun, estimate
 from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
+from converter.quantize.agreement import Agreement, total_of
 from converter.quantize.measure import Fidelity
 from converter.read.digests import remember_digests
 from converter.read.folder import Folder
@@ -54,6 +55,8 @@ class Report:
     checked: dict[str, dict[str, str]] = field(default_factory=dict)
     """base or adapter → weights file → who stated the sha256 that it has: `checksums.HUB`, `CACHE`, `DOWNLOAD` or
     `SUMS`. Files without a known sha256 are absent."""
+    agreement: Agreement | None = None
+    """Of the tiles that an accelerator made and the CPU made again; None on a CPU."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -85,9 +88,9 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
             job.gates.refuse_without_adapter()
         before = inputs.identities()
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
-        encoding = Encoding(plan)
+        encoding = Encoding(plan, options.open_device(plan.device), options.check_tiles)
         destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
-        if (known := already_made(destination, plan, inputs, encoding.device.type)) is not None:
+        if (known := already_made(destination, plan, inputs, encoding.device.place.type)) is not None:
             job.gates.hold(_figures(destination), str(destination.out))
             return Report(job.out, plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
@@ -133,8 +136,9 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
         raise failed
     cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
     side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}
-    output.staging.seal(plan, origin, side_files, fidelity)
-    return Report(job.out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked)
+    agreement = total_of(output.made[tensor.name].agreement for tensor in plan.tensors())
+    output.staging.seal(plan, origin, side_files, fidelity, agreement)
+    return Report(job.out, plan, fingerprint(plan, origin), fidelity, checked=inputs.checked, agreement=agreement)
 
 
 def _has_effect(output: Production, base: Folder, adapter: Folder | None) -> bool:
@@ -257,7 +261,10 @@ class _UnderWay:
             tensor = conversion.target.tensor
             made = conversion.made()
             if isinstance(made, Fidelity):
-                yield conversion.target, Made(tensor.name, made, self.digest.hexdigest(), tensor.source.nbytes)
+                yield (
+                    conversion.target,
+                    Made(tensor.name, made, self.digest.hexdigest(), tensor.source.nbytes, conversion.agreement),
+                )
             else:
                 yield conversion.target, made
 
@@ -266,4 +273,4 @@ def crew_of(plan: Plan, encoding: Encoding) -> Crew:
     """The threads that convert a plan's tiles. Their compiled code is loaded first."""
     encoding.load(plan)
     # Only from pinned memory do copies to an accelerator overlap its work.
-    return Crew(plan.resources.threads, plan.resources.slots, pinned=plan.device.startswith("cuda"))
+    return Crew(plan.resources.threads, plan.resources.slots, pinned=encoding.device.place.type == "cuda")

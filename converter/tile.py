@@ -6,12 +6,16 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from converter.device import Device, open_device
 from converter.errors import ConverterError
 from converter.merge.change import Rounding, Surveying
+from converter.quantize.agreement import Agreement
 from converter.quantize.cut import tile_bounds
 from converter.quantize.format import Encoded, Rows, Sharing
 from converter.quantize.formats import format_of
@@ -20,7 +24,9 @@ from converter.quantize.rounding.encoders import with_rounding
 from converter.quantize.sixteen_bit import kept_by
 from converter.read.stored.rows import open_source
 from converter.read.stored.stored import is_stored
-from converter.tensors import as_bytes, refuse_not_finite, torch_device
+from converter.recheck import Recheck, sampled
+from converter.resources import Resources
+from converter.tensors import as_bytes, refuse_not_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +46,21 @@ _log = logging.getLogger(__name__)
 class Encoding:
     """How a plan's tensors are computed: on which device, to what they are rounded, by which encoders."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.device = torch_device(plan.device)
+    def __init__(self, plan: Plan, device: Device | None = None, check_tiles: int = 0) -> None:
+        """`device`: that which the plan names, if none is given. `check_tiles`: of an accelerator's tiles, one in so
+        many is made again on the CPU."""
+        self.device = device or open_device(plan.device)
         self._recipe, self._kernels = plan.recipe, plan.resources.kernels
-        self._kept = kept_by(self.device, kernels=self._kernels)
+        self.on_cpu: Encoding | None = None
+        """How the tiles in `sampled` are made again."""
+        self.sampled: dict[str, frozenset[int]] = {}
+        """Tensor → numbers of its tiles."""
+        if self.device.is_accelerator and check_tiles:
+            resources = replace(plan.resources, kernels=Resources().kernels)
+            self.on_cpu = Encoding(replace(plan, device="cpu", resources=resources))
+            self.sampled = sampled(plan, check_tiles)
+        self.recheck = Recheck(plan.recipe, plan.device)
+        self._kept = kept_by(self.device.place, kernels=self._kernels)
         self._quantized = self._of_dtype(None)
         dtypes = {tensor.dtype for tensor in plan.tensors() if tensor.action == "quantize"}
         self._by_dtype = {dtype: self._of_dtype(dtype) for dtype in dtypes}
@@ -52,8 +69,9 @@ class Encoding:
 
     def _of_dtype(self, dtype: str | None) -> Encoder:
         """The encoder whose quant states name a dtype; None: the recipe's."""
-        nearest = format_of(self._recipe, dtype).encoder(self.device, kernels=self._kernels)
-        return with_rounding(nearest, self._recipe, self.device, kernels=self._kernels)
+        place, kernels = self.device.place, self._kernels
+        nearest = format_of(self._recipe, dtype).encoder(place, kernels=kernels)
+        return with_rounding(nearest, self._recipe, place, kernels=kernels)
 
     def encoder(self, tensor: TensorPlan) -> Encoder:
         return self._by_dtype[tensor.dtype] if tensor.action == "quantize" else self._kept
@@ -68,6 +86,14 @@ class Encoding:
         self._quantized.load({tensor.source.dtype for tensor in plan.tensors() if tensor.action == "quantize"})
         kept = (tensor for tensor in plan.tensors() if tensor.action == "keep" and not tensor.is_copy)
         self._kept.load({tensor.source.dtype for tensor in kept})
+        if self.on_cpu is not None:
+            self.on_cpu.load(plan)
+
+    def merge(self, tensor: TensorPlan, adapter: Folder | None) -> Merge | None:
+        """What the adapter makes of a tensor, with its factors on the device. Raises what reading raises."""
+        if tensor.change is None or adapter is None:
+            return None
+        return tensor.change.load(adapter, self.device.place, self.rounding(tensor))
 
 
 class Conversion:
@@ -86,16 +112,23 @@ class Conversion:
         self._left = len(target.tensor.tiles) - 1
         self._counting = threading.Lock()
         self._made: Fidelity | None = None
+        self.agreement: Agreement | None = None
+        """Of the tiles that were made again on the CPU; None on a CPU, or if none was."""
         self._failure: ConverterError | None = None
         tensor = target.tensor
         # Of an untouched group the largest value is the same in every output.
         self._group = id(target.adapter) if tensor.is_touched else 0, tuple(part.name for part in tensor.fused)
-        change = tensor.change
-        if change is not None and target.adapter is not None:
-            try:
-                self._merge = change.load(target.adapter, encoding.device, encoding.rounding(tensor))
-            except ConverterError as exc:
-                self._failure = exc
+        self._merge_again: Merge | None = None
+        try:
+            self._merge = encoding.merge(tensor, target.adapter)
+            if encoding.on_cpu is not None and tensor.name in encoding.sampled:
+                self._merge_again = encoding.on_cpu.merge(tensor, target.adapter)
+        except ConverterError as exc:
+            self._failure = exc
+
+    @property
+    def device(self) -> Device:
+        return self._encoding.device
 
     @property
     def surveys(self) -> bool:
@@ -109,18 +142,15 @@ class Conversion:
             return
         try:
             for part in tensor.fused:
-                merge = None
-                if part.change is not None and self.target.adapter is not None:
-                    merge = part.change.load(self.target.adapter, encoding.device, encoding.rounding(part))
-                yield part, merge
+                yield part, encoding.merge(part, self.target.adapter)
         except ConverterError as exc:
             self._failure = exc
 
     def largest_of(self, part: TensorPlan, merge: Merge | None, tile: Tile) -> float:
         """The largest absolute value in a tile of a tensor that shares a scale with this one."""
         encoding = self._encoding
-        stored = tile.values().to(encoding.device, non_blocking=True)
-        rows = Rows(part.name, tile.start, stored, merge, encoding.rounding(part), part.dtype, part.transpose)
+        values = Values(tile.values(), encoding.device)
+        rows = Rows(part.name, tile.start, values.brought, merge, encoding.rounding(part), part.dtype, part.transpose)
         assert isinstance(self.encoder, Sharing)  # noqa: S101  (only formats that share scales have fused tensors)
         return self.encoder.largest(rows)
 
@@ -131,18 +161,20 @@ class Conversion:
         except ConverterError as exc:
             self._failure = exc
 
-    def survey(self, start: int, stored: Tensor) -> None:
+    def survey(self, start: int, values: Values) -> None:
         """See rows from `start` on."""
         merge: object = self._merge
+        again: object = self._merge_again
         if isinstance(merge, Surveying):
-            stored = stored.to(self._encoding.device)  # waits: the tile's buffers are used again when this returns
-            merge.survey(stored, start, start + int(stored.shape[0]))
+            merge.survey(values.brought, start, start + values.rows)
+        if isinstance(again, Surveying):
+            again.survey(values.host, start, start + values.rows)
 
-    def convert(self, start: int, stored: Tensor, buffers: Buffers) -> None:
+    def convert(self, start: int, values: Values, buffers: Buffers) -> None:
         """Convert rows from `start` on and write them. After an error, do nothing."""
         try:
             if self._failure is None:
-                self._tiles[start] = self._copied(start, stored) or self._encoded(start, stored, buffers)
+                self._tiles[start] = self._copied(start, values.host) or self._encoded(start, values, buffers)
             with self._counting:
                 self._left -= 1
                 was_last = self._left == 0
@@ -174,15 +206,20 @@ class Conversion:
             begin += output.nbytes
         return Encoded(())
 
-    def _encoded(self, start: int, stored: Tensor, buffers: Buffers) -> Encoded:
+    def _encoded(self, start: int, values: Values, buffers: Buffers) -> Encoded:
         tensor, encoding = self.target.tensor, self._encoding
-        stored = stored.to(encoding.device, non_blocking=True)
         how = encoding.rounding(tensor)
         largest = encoding.largest[self._group] if tensor.fused else 0.0
-        rows = Rows(tensor.name, start, stored, self._merge, how, tensor.dtype, tensor.transpose, largest)
+        rows = Rows(tensor.name, start, values.brought, self._merge, how, tensor.dtype, tensor.transpose, largest)
         encoded = self.encoder.encode(rows, buffers)
-        for name, first, values in encoded.pieces:
-            self.target.writer.write(name, first, as_bytes(values))
+        made = encoding.device.fetch([piece for _, _, piece in encoded.pieces], buffers)
+        if encoding.on_cpu is not None and tensor.tiles.index(start) in encoding.sampled.get(tensor.name, ()):
+            on_cpu = replace(rows, stored=values.host, merge=self._merge_again)
+            found = encoding.recheck(encoding.on_cpu.encoder(tensor), on_cpu, encoded, made)
+            with self._counting:
+                self.agreement = found + (self.agreement or Agreement())
+        for (name, first, _), piece in zip(encoded.pieces, made, strict=True):
+            self.target.writer.write(name, first, as_bytes(piece))
         return Encoded((), encoded.scales, encoded.sums)  # the values lie in buffers that are used again
 
     def _finish(self) -> Fidelity:
@@ -198,6 +235,19 @@ class Conversion:
                 self.target.writer.write(name, 0, as_bytes(value))
         self._tiles.clear()
         return tally.fidelity()
+
+
+class Values:
+    """A tile's values, (rows, columns): on the host, and on the device once they are asked for."""
+
+    def __init__(self, host: Tensor, device: Device) -> None:
+        self.host = host
+        self.rows = int(host.shape[0])
+        self._device = device
+
+    @cached_property
+    def brought(self) -> Tensor:
+        return self._device.bring(self.host)
 
 
 @dataclass(frozen=True)
@@ -234,17 +284,24 @@ def spans_of_part(part: TensorPlan, tensor: TensorPlan) -> Iterator[tuple[int, i
 
 
 def convert_tile(conversions: Sequence[Conversion], tile: Tile) -> None:
-    """Convert a tile into every output that a tensor goes to.
-
-    On an accelerator all of it runs on the default stream: bitsandbytes' kernels that quantize take no other one.
-    """
-    stored = tile.values()
-    for conversion in conversions:
-        conversion.convert(tile.start, stored, tile.buffers)
+    """Convert a tile into every output that a tensor goes to."""
+    with _values_of(conversions, tile) as values:
+        for conversion in conversions:
+            conversion.convert(tile.start, values, tile.buffers)
 
 
 def survey_tile(conversions: Sequence[Conversion], tile: Tile) -> None:
     """Let those that must see a tensor before they convert it see a tile."""
-    stored = tile.values()
-    for conversion in conversions:
-        conversion.survey(tile.start, stored)
+    with _values_of(conversions, tile) as values:
+        for conversion in conversions:
+            conversion.survey(tile.start, values)
+
+
+@contextmanager
+def _values_of(conversions: Sequence[Conversion], tile: Tile) -> Iterator[Values]:
+    """A tile's values; at the end nothing is under way that reads them, so that its buffers can be used again."""
+    device = conversions[0].device
+    try:
+        yield Values(tile.values(), device)
+    finally:
+        device.settle()

@@ -106,7 +106,7 @@ class Pass:
             return
         observer, base = self._run.observer, self._group.base.checkpoint
         plan = next(iter(self._layouts.values())).plan
-        encoding = Encoding(plan)
+        encoding = Encoding(plan, self._run.options.open_device(plan.device), self._run.options.check_tiles)
         read: set[str] = set()
         done = 0
 

@@ -163,6 +163,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     recipe = recipe_from(options)
     what: dict[str, Any] = {"adapter": adapter_of(adapters, recipe), "recipe": recipe}
     what |= vars(run_options_from(options))
+    del what["open_device"]
     if dry_run:
         print_plan(printing, what | options)
         return
@@ -230,7 +231,7 @@ def print_plan(printing: Printing, asked: dict[str, Any]) -> None:
     from converter.cli.show.plan import plan_text
     from converter.cli.show.words import json_text
 
-    del asked["resume"], asked["card"], asked["gates"]
+    del asked["resume"], asked["card"], asked["gates"], asked["check_tiles"]
     dry_run = plan_conversion(**asked)
     if printing.as_json:
         print_text(json_text(dry_run.as_json()))

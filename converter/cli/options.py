@@ -75,6 +75,14 @@ RESOURCES: tuple[Decorator, ...] = (
         help="Seconds until what is done is made durable and noted; 0: after each tensor.",
     ),
     with_device,
+    cloup.option(
+        "--check-tiles",
+        type=click.IntRange(min=0),
+        metavar="N",
+        default=50,
+        show_default=True,
+        help="On a GPU: make one tile in N again on the CPU and compare; 0: none.",
+    ),
 )
 LINKS: tuple[Decorator, ...] = (
     cloup.option(
@@ -259,8 +267,9 @@ def run_options_from(options: dict[str, Any]) -> RunOptions:
     from converter.job import RunOptions
 
     resources = _resources(**take(options, "memory", "threads", "journal_seconds"))
-    of_run = take(options, "device", "overwrite", "offline", "trust_remote_code", "resume", "allow_pickle")
-    return RunOptions(resources, **of_run)
+    of_device = take(options, "device", "check_tiles")
+    of_run = take(options, "overwrite", "offline", "trust_remote_code", "resume", "allow_pickle")
+    return RunOptions(resources, **of_device, **of_run)
 
 
 def _resources(**given: Any) -> Resources:

@@ -111,7 +111,8 @@ def make_plan(
         )
     _check_names(tensors, limits)
     processor = torch_device(device)
-    resources = replace(resources, kernels=resources.kernels and processor.type == "cpu")
+    if processor.type != "cpu":  # one thread waits for copies while another computes
+        resources = replace(resources, kernels=False, threads=max(2, resources.threads))
     tensors, memory, notes = cut_into_tiles(_fused(tensors, recipe), recipe, resources)
     if any(tensor.action == "quantize" and is_stored(tensor.source) for tensor in tensors):
         notes += proved(sources, base.folder, recipe, kernels=resources.kernels)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from converter.errors import ConverterError, WriteFailed
+from converter.quantize.agreement import Agreement
 from converter.quantize.measure import Fidelity
 from converter.threads import pool
 from converter.write.journal import Entry
@@ -47,6 +48,8 @@ class Made:
     """xxh3-128 of the bytes that were read."""
     nbytes: int
     """The number of these bytes."""
+    agreement: Agreement | None = None
+    """Of its tiles that were made again on the CPU; None if none was."""
 
 
 class Production:
@@ -113,7 +116,8 @@ class Production:
             self._await_sync()
         writer, figures = self._writers[shard.file], made.fidelity
         pieces, states = writer.pieces(made.name), writer.states(made.name)
-        journal.add(Entry(made.name, shard.file, pieces, states, figures.error, figures.survival, made.digest))
+        found = figures.error, figures.survival, made.digest, made.agreement
+        journal.add(Entry(made.name, shard.file, pieces, states, *found))
         self._count(made)
         self._left[shard.file].discard(made.name)
         if not self._left[shard.file]:
@@ -146,7 +150,7 @@ class Production:
             if tensor.name in writer.resumed:
                 entry = journal.entries[tensor.name]
                 fidelity = Fidelity(entry.error, entry.survival)
-                self._count(Made(tensor.name, fidelity, entry.digest, tensor.source.nbytes))
+                self._count(Made(tensor.name, fidelity, entry.digest, tensor.source.nbytes, entry.agreement))
         if not self._left[shard.file]:
             self._finish(shard.file)
 

@@ -20,6 +20,7 @@ from converter.recipe import versions
 if TYPE_CHECKING:
     from converter.plan.inputs import Inputs
     from converter.plan.plan import Plan, ShardPlan
+    from converter.quantize.agreement import Agreement
     from converter.quantize.measure import Fidelity
     from converter.recipe import Recipe
 
@@ -116,9 +117,10 @@ def write_receipt(
     files: Mapping[str, tuple[int, str]],
     fidelity: Mapping[str, Fidelity],
     links: Mapping[str, str],
+    agreement: Agreement | None = None,
 ) -> bytes:
     """The receipt's bytes. `files`: name → (bytes, sha256) of every file but the receipt itself; `links`: shard → how
-    it came from elsewhere: hard, reflink or copy."""
+    it came from elsewhere: hard, reflink or copy; `agreement`: of the tiles that were made again on the CPU."""
     tensors: dict[str, dict[str, Any]] = {}
     for tensor in plan.tensors():
         entry: dict[str, Any] = {"action": tensor.action, "origin": tensor.origin}
@@ -148,6 +150,8 @@ def write_receipt(
         "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "tensors": tensors,
     }
+    if agreement is not None:
+        receipt["made_again_on_the_cpu"] = asdict(agreement)
     whole = summary_of(plan, fidelity)
     whole["bytes"] = {"base": plan.base_bytes, "output": sum(files[shard.file][0] for shard in plan.shards)}
     # Sorted, so that equal contents have equal bytes; but what people look for first comes first.

@@ -41,6 +41,7 @@ from converter.write.shard import ShardWriter
 
 if TYPE_CHECKING:
     from converter.plan.plan import Plan, ShardPlan
+    from converter.quantize.agreement import Agreement
     from converter.quantize.measure import Fidelity
 
 ANEW = "an earlier run had begun this with the same tensors in other shards: it was begun anew"
@@ -141,7 +142,12 @@ class Staging:
             self.spend()
 
     def seal(
-        self, plan: Plan, origin: Origin, side_files: Mapping[str, bytes], fidelity: Mapping[str, Fidelity]
+        self,
+        plan: Plan,
+        origin: Origin,
+        side_files: Mapping[str, bytes],
+        fidelity: Mapping[str, Fidelity],
+        agreement: Agreement | None = None,
     ) -> None:
         """Write the files beside the shards, check the whole as a loader reads it, and give it its name."""
         for name, raw in side_files.items():
@@ -151,7 +157,7 @@ class Staging:
         self.put(CONFIG, (json.dumps(plan.config, indent=2, sort_keys=True) + "\n").encode())
         check_written(self.folder, plan)
         files = self._files()
-        self.put(RECEIPT, write_receipt(plan, origin, files, fidelity, self._links))
+        self.put(RECEIPT, write_receipt(plan, origin, files, fidelity, self._links, agreement))
         digests = {name: digest for name, (_, digest) in files.items()} | {RECEIPT: sha256_of(self.folder / RECEIPT)}
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         self.put(SUMS, sums.encode())

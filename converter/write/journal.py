@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from converter.errors import BadOutput
+from converter.quantize.agreement import Agreement
 from converter.read.digests import sample
 from converter.recipe import versions
 from converter.write.durable import LOCAL_DISK, Disk, writing
@@ -49,6 +50,8 @@ class Entry:
     survival: float | None
     digest: str
     """xxh3-128 of the bytes that were read."""
+    agreement: Agreement | None = None
+    """Of its tiles that an accelerator made and the CPU made again; None if none was."""
 
 
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
@@ -183,7 +186,13 @@ def _entry(value: dict[str, Any]) -> Entry:
     states = {str(name): str(state) for name, state in dict(value["states"]).items()}
     survival = None if value["survival"] is None else float(value["survival"])
     tensor, shard, digest = (str(value[key]) for key in ("tensor", "shard", "digest"))
-    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest)
+    found = value.get("agreement")
+    agreement = None if found is None else Agreement(_size(found["tiles"]), *_floats(found["codes"], found["scales"]))
+    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest, agreement)
+
+
+def _floats(*values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _size(value: object) -> int:
@@ -193,7 +202,10 @@ def _size(value: object) -> int:
 
 
 def _line_of(entry: Entry) -> bytes:
-    return _line(asdict(entry))
+    stated = asdict(entry)
+    if entry.agreement is None:
+        del stated["agreement"]  # a CPU's lines are as they always were
+    return _line(stated)
 
 
 def _read_plain(path: Path) -> bytes:

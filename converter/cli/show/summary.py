@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from converter.cli.show.words import amount, peak_memory, refusing_lines, table, text_of
@@ -48,6 +49,11 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
         )
     if stated := Counter(by for files in report.checked.values() for by in files.values()):
         lines.append(f"sha256 checked: {', '.join(f'{count} by {by}' for by, count in sorted(stated.items()))}")
+    if (found := report.agreement) is not None:
+        lines.append(
+            f"{found.tiles} tiles of {report.plan.device} made again on the CPU: at most {found.codes:.3%} of a tile's "
+            f"codes differ, scales by at most {found.scales:.2g} of their value"
+        )
     lines += [f"note: {note}" for note in report.plan.notes]
     lines += refusing_lines(report.plan.loaders)
     publish = f"hf upload ORG/NAME {shlex.quote(str(report.out))}"
@@ -82,6 +88,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "survival": whole["survival"],
         "notes": list(report.plan.notes),
         "checked": report.checked,
+        "made_again_on_the_cpu": None if report.agreement is None else asdict(report.agreement),
     }
 
 
