@@ -14,23 +14,19 @@ import torch
 
 from converter import recipe
 from converter.cli import show  # noqa: F401
-from converter.quantize import formats, kernels
+from converter.quantize import formats, jit, kernels
 
 BLOCK = 64
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    base, delta = np.zeros(BLOCK, np.uint16), np.zeros(BLOCK, np.float32)
-    packed, absmax, sums = np.empty(BLOCK // 2, np.uint8), np.empty(1, np.float32), np.empty((1, kernels.SUMS))
+    source = jit.Source(np.zeros(BLOCK, np.uint16), BLOCK, change=np.zeros(BLOCK, np.float32), how=jit.ADDED)
+    packed, absmax, sums = np.empty(BLOCK // 2, np.uint8), np.empty(1, np.float32), np.empty((1, jit.SUMS))
     kernels.quantize_rows(
-        base,
-        delta,
-        1.0,
-        BLOCK,
+        source,
         quant_type="nf4",
         block=BLOCK,
-        rounding=kernels.EXACT,
         packed=packed,
         absmax=absmax,
         sums=sums,

@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from converter.quantize import kernels
+from converter.quantize.jit import ADDED, EXACT, SUMS, Source
 from converter.silence import quietly
 from converter.tensors import refuse_not_finite
 
@@ -97,17 +98,13 @@ class Quantize(_Tile):
         self.merge()
         self.packed = np.empty(ROWS * COLUMNS // 2, np.uint8)
         self.absmax = np.empty(ROWS * COLUMNS // BLOCK, np.float32)
-        self.sums = np.empty((ROWS, kernels.SUMS))
+        self.sums = np.empty((ROWS, SUMS))
 
     def __call__(self) -> None:
         kernels.quantize_rows(
-            self.bits,
-            self.merge.delta.numpy().ravel(),
-            1.0,
-            COLUMNS,
+            Source(self.bits, COLUMNS, EXACT, self.merge.delta.numpy().ravel(), 1.0, ADDED),
             quant_type="nf4",
             block=BLOCK,
-            rounding=kernels.EXACT,
             packed=self.packed,
             absmax=self.absmax,
             sums=self.sums,

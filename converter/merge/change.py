@@ -34,11 +34,13 @@ class MergedTile:
     """The base's values in float32."""
     delta: Tensor | None
     """What the change adds, in float32; None where nothing is changed."""
+    is_sum: bool = False
+    """Whether `exact` is the sum of base and delta; else delta is their difference."""
 
     def rows(self, part: slice) -> MergedTile:
         """Some of its rows."""
         delta = None if self.delta is None else self.delta[part]
-        return MergedTile(self.values[part], self.exact[part], self.base[part], delta)
+        return MergedTile(self.values[part], self.exact[part], self.base[part], delta, self.is_sum)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ class Additive(Protocol):
 
 
 @runtime_checkable
+class Transforming(Protocol):
+    """A merge that is no sum, but makes rows of the base's alone, so that a kernel may round them."""
+
+    def transform(self, weight: Tensor, start: int, end: int, out: Tensor) -> None:
+        """Fill `out` with merged rows `start` to `end`, not yet rounded. `weight` and `out` are (end - start,
+        in_features), both in float32."""
+
+
+@runtime_checkable
 class Surveying(Protocol):
     """A merge that must see all rows of the weight, in order, before it merges the first."""
 
@@ -101,6 +112,8 @@ class Change(ABC):
     """Why the weight must be in memory as a whole; None where some of its rows will do."""
     is_additive: ClassVar[bool] = False
     """Whether `load` gives an `Additive`, or nothing to merge."""
+    is_transforming: ClassVar[bool] = False
+    """Whether `load` gives a `Transforming`."""
     is_of_stack: ClassVar[bool] = False
     """Whether the weight is a stack of matrices, so that its rows are those of one after the other."""
 
@@ -172,12 +185,12 @@ def add(weight: Tensor, delta: Tensor | None, rounding: Rounding) -> MergedTile:
     base = weight.float()
     exact = base if delta is None else base + delta
     if rounding.precision == "float32":
-        return MergedTile(weight if delta is None else exact, exact, base, delta)
+        return MergedTile(weight if delta is None else exact, exact, base, delta, is_sum=True)
     rounded = torch_dtype(rounding.dtype)
     values = weight.to(rounded)
     if delta is not None:
         values = (values.float() + delta).to(rounded)
-    return MergedTile(values, exact, base, delta)
+    return MergedTile(values, exact, base, delta, is_sum=True)
 
 
 def read_float32(header: TensorHeader, folder: Folder) -> Tensor:
@@ -201,7 +214,7 @@ def add_rounded(weight: Tensor, delta: Tensor, rounding: Rounding) -> MergedTile
         return exact
     rounded = torch_dtype(rounding.dtype)
     values = weight.to(rounded) + delta.to(rounded)
-    return MergedTile(values, exact.exact, exact.base, delta)
+    return MergedTile(values, exact.exact, exact.base, delta, is_sum=True)
 
 
 def transform(weight: Tensor, formula: Callable[[Tensor], Tensor], rounding: Rounding) -> MergedTile:

@@ -23,6 +23,7 @@ class Dora(Lora):
     magnitude: TensorHeader
     """(out_features,)"""
     is_additive = False
+    is_transforming = True
 
     @property
     def parts(self) -> tuple[TensorHeader, ...]:
@@ -62,9 +63,15 @@ class DoraMerge:
         delta = delta_rows(self.a, self.b[start:end], self.scaling)
         return transform(weight, lambda base: dora_rows(base + delta, self.magnitude[start:end]), self.rounding)
 
+    def transform(self, weight: Tensor, start: int, end: int, out: Tensor) -> None:
+        import torch
+
+        torch.mm(self.b[start:end], self.a, out=out)
+        dora_rows(out.mul_(self.scaling).add_(weight), self.magnitude[start:end])
+
 
 def dora_rows(merged: Tensor, magnitude: Tensor) -> Tensor:
-    """Rows of W + D brought to the lengths `magnitude`: (rows, in_features) and (rows,), float32.
+    """Rows of W + D, brought to the lengths `magnitude` in place: (rows, in_features) and (rows,), float32.
 
     A row takes part in no other's length, so tiles have the bits of the whole.
     `peft.tuners.lora.variants.DoraLinearVariant.merge_unsafe`
@@ -72,4 +79,4 @@ def dora_rows(merged: Tensor, magnitude: Tensor) -> Tensor:
     import torch
 
     factor = magnitude / torch.linalg.norm(merged, dim=1)
-    return factor.view(-1, 1) * merged
+    return merged.mul_(factor.view(-1, 1))

@@ -121,9 +121,17 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
     codes = tensor.source.tile_bytes if is_stored(tensor.source) else 0.0
     if tensor.is_copy:
         return DTYPE_BYTES[dtype] + codes + 1.0  # the mask of what is finite
-    if tensor.action == "keep" or (tensor.change is not None and not tensor.change.is_additive):
+    if tensor.action == "keep" or not _is_merged_by_strips(tensor, recipe, resources):
         return BY_TORCH + codes
     return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels) + codes
+
+
+def _is_merged_by_strips(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> bool:
+    """Whether no more than a strip of merged rows is in memory; so is what isn't merged."""
+    if tensor.change is None or tensor.change.is_additive:
+        return True
+    by_kernels = resources.kernels and recipe.merge_precision == "float32"
+    return by_kernels and tensor.change.is_transforming and not tensor.transpose
 
 
 def _strip_bytes(tensor: TensorPlan, recipe: Recipe) -> float:
@@ -133,7 +141,9 @@ def _strip_bytes(tensor: TensorPlan, recipe: Recipe) -> float:
     if recipe.rounding == "adapter" and tensor.action == "quantize":
         block = format_of(recipe).block(tensor.columns)
         return _BY_FEEDBACK * min(tensor.largest_tile, longest_strip(tensor.columns, block))
-    return 4.0 * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
+    # A change in float32, and the base's values where they are transformed.
+    each = 4.0 if tensor.change is None or not tensor.change.is_transforming else 8.0
+    return each * max(STRIP_ELEMENTS, _STRIP_ROWS * tensor.columns)
 
 
 def _statistics(tensor: TensorPlan, recipe: Recipe) -> int:

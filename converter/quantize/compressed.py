@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadRecipe, NotFinite
-from converter.merge.change import Additive, MergedTile, Rounding
+from converter.merge.change import MergedTile, Rounding
 from converter.quantize import formulas
 from converter.quantize.compressed_files import find_weights
-from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
 from converter.quantize.schemes import GROUP_SIZES, SCHEMES, Scheme
+from converter.quantize.strips import kernel_dtypes, kernels_take, strips
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -203,55 +202,35 @@ class CompressedKernels(CompressedEncoder):
     def load(self, dtypes: Collection[str]) -> None:
         from converter.quantize import scheme_kernels
 
-        stored = sorted({"uint16" if dtype == "BF16" else "float32" for dtype in dtypes})
-        scheme_kernels.load(self._scheme, stored)
+        scheme_kernels.load(self._scheme, kernel_dtypes(dtypes))
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
-        if rows.merge is not None and not isinstance(rows.merge, Additive):
+        rows = replace(rows, rounding=self._rounding(rows))
+        if not kernels_take(rows):
             return super().encode(rows, buffers)
-        return self._fused(rows, rows.merge, buffers)
-
-    def _fused(self, rows: Rows, merge: Additive | None, buffers: Buffers) -> Encoded:
         import numpy
         import torch
 
         from converter.quantize import jit, scheme_kernels
 
-        (count, columns), scheme, stored = rows.stored.shape, self._scheme, rows.stored
-        if stored.dtype is torch.float16:
-            stored = stored.float()
-        flat = stored.contiguous().flatten()
-        bits = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
+        (count, columns), scheme = rows.stored.shape, self._scheme
         packed = buffers.take("packed", torch.uint8, count, columns * scheme.bits // 8)
         scales = torch.empty(scheme.scales_shape((count, columns)), dtype=torch.float32)
         sums = numpy.empty((count, jit.SUMS))
         dtype = jit.BFLOAT16 if self._dtype == "bfloat16" else jit.FLOAT16
-        rounding = dtype if self._rounding(rows).precision == "reference" else jit.EXACT
         height = scheme.extent(columns)[0]
         shared = self._global_scale(rows)
         global_scale = 1.0 if shared is None else float(shared)
-        # The delta is made strip by strip, so that it is still in the processor's cache when it is added.
-        for first, last in pairwise(tile_bounds(count, columns, block=height * columns, most=STRIP_ELEMENTS)):
-            delta = None
-            if merge is not None:
-                delta = buffers.take("delta", torch.float32, last - first, columns)
-                merge.product(rows.start + first, rows.start + last, delta)
-            strip = scheme_kernels.Rows(
-                bits[first * columns : last * columns],
-                None if delta is None else delta.numpy().ravel(),
-                1.0 if merge is None else merge.scaling,
-                columns,
-                rounding,
-            )
+        for strip in strips(rows, buffers, block=height * columns):
             largest = scheme_kernels.quantize_rows(
-                strip,
+                strip.source,
                 scheme,
                 dtype,
                 global_scale,
-                packed[first:last].numpy().ravel(),
-                scales[first // height : -(last // -height)].numpy().ravel(),
-                sums[first:last],
+                packed[strip.first : strip.last].numpy().ravel(),
+                scales[strip.first // height : -(strip.last // -height)].numpy().ravel(),
+                sums[strip.first : strip.last],
             )
             self._refuse_too_large(rows.name, largest)
         pieces = self._pieces(rows, packed, formulas.stored_scales(scales, scheme, torch_dtype(self._dtype)))
-        return Encoded(pieces, shared, sums if merge is not None else sums[:, :2])
+        return Encoded(pieces, shared, sums if rows.merge is not None else sums[:, :2])

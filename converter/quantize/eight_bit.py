@@ -10,7 +10,7 @@ from converter.errors import NotFinite
 from converter.quantize import bnb
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
+from converter.quantize.strips import kernel_dtypes, kernels_take, strips
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ class KernelEncoder(EightBitEncoder):
         plain_kernels.load(kernel_dtypes(dtypes))
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
-        if not is_additive(rows.merge):
+        if not kernels_take(rows):
             return super().encode(rows, buffers)
         import numpy
         import torch
@@ -114,13 +114,9 @@ class KernelEncoder(EightBitEncoder):
         codes, absmax = buffers.take("quantized", torch.int8, count, columns), torch.empty(count, dtype=torch.float32)
         sums = numpy.empty((count, jit.SUMS))
         finite = True
-        for strip in strips(rows, rows.stored, buffers):
+        for strip in strips(rows, buffers):
             finite &= plain_kernels.eight_bit_rows(
-                strip.base,
-                strip.delta,
-                strip.scaling,
-                columns,
-                rounding=kernel_rounding(rows.rounding),
+                strip.source,
                 codes=codes[strip.first : strip.last].numpy().ravel(),
                 absmax=absmax[strip.first : strip.last].numpy(),
                 sums=sums[strip.first : strip.last],

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadCheckpoint, NotFinite
 from converter.quantize import bnb
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
+from converter.quantize.strips import kernel_dtypes, kernels_take, strips
 from converter.read.header import are_sizes
 from converter.read.stored.codes import four_bit_map
 from converter.read.strict_json import parse_json_object
@@ -194,43 +194,35 @@ class KernelEncoder(FourBitEncoder):
         kernels.load(kernel_dtypes(dtypes))
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
-        import torch
-
         from converter.quantize import kernels
 
-        if is_additive(rows.merge):
-            return self._fused(rows, rows.stored, buffers)
+        if kernels_take(rows):
+            return self._fused(rows, buffers)
         merged = rows.merged()
-        values = merged.values if merged.values.dtype is not torch.float16 else merged.values.float()
-        encoded = self._fused(rows, values, buffers)
+        encoded = self._fused(replace(rows, stored=merged.values, merge=None), buffers)
         assert encoded.scales is not None  # noqa: S101  (`_fused` gives them)
-        restored = self.restore(encoded.pieces[0][2], encoded.scales, tuple(values.shape))
+        restored = self.restore(encoded.pieces[0][2], encoded.scales, tuple(merged.values.shape))
         assert merged.delta is not None  # noqa: S101  (a merge changes something)
         four = (merged.exact, restored, merged.base, merged.delta)
         sums = kernels.sums_of(*(part.contiguous().numpy() for part in four))
         return Encoded(encoded.pieces, encoded.scales, sums)
 
-    def _fused(self, rows: Rows, stored: Tensor, buffers: Buffers) -> Encoded:
-        """Of merged values, or of stored ones to which an additive merge is added."""
+    def _fused(self, rows: Rows, buffers: Buffers) -> Encoded:
         import numpy
         import torch
 
         from converter.quantize import jit, kernels
 
-        recipe, (count, columns), block = self._recipe, stored.shape, self._recipe.block_size
+        recipe, (count, columns), block = self._recipe, rows.stored.shape, self._recipe.block_size
         packed = buffers.take("packed", torch.uint8, -(count * columns // -2))
         absmax = torch.empty(-(count * columns // -block), dtype=torch.float32)
         sums = numpy.empty((count, jit.SUMS))
-        for strip in strips(rows, stored, buffers, block=block):
+        for strip in strips(rows, buffers, block=block):
             start, stop = strip.first * columns, strip.last * columns
             finite = kernels.quantize_rows(
-                strip.base,
-                strip.delta,
-                strip.scaling,
-                columns,
+                strip.source,
                 quant_type=recipe.quant_type,
                 block=block,
-                rounding=kernel_rounding(rows.rounding),
                 packed=packed[start // 2 : -(stop // -2)].numpy(),
                 absmax=absmax[start // block : -(stop // -block)].numpy(),
                 sums=sums[strip.first : strip.last],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -21,6 +21,8 @@ Array = np.ndarray[Any, Any]
 
 EXACT, BFLOAT16, FLOAT16 = 0, 1, 2
 """What base and sum are rounded to before they are quantized: nothing, or a 16-bit type."""
+UNCHANGED, ADDED, REPLACED = 0, 1, 2
+"""What a change does to stored values: nothing; it is scaled and added; it is the merged values."""
 SUMS = 4
 """Sums of a row: ‖Q(S) − S‖², ‖S‖², ⟨Q(S) − W, Δ⟩, ⟨Δ, Δ⟩."""
 STEP = 2048
@@ -35,6 +37,27 @@ _intrinsic: Any = intrinsic
 _function_cache: Any = FunctionCache
 _FEW, _MANY = np.float32(1e-30), np.float32(1e30)
 """Between these, sums of squares in float32 lose nothing to its range."""
+
+
+class Source(NamedTuple):
+    """Rows of a weight as the kernels take them."""
+
+    stored: Array
+    """rows · columns values: float32, or bfloat16 as uint16."""
+    columns: int
+    rounding: int = EXACT
+    """What base and merged values are rounded to: EXACT, BFLOAT16 or FLOAT16."""
+    change: Array | None = None
+    """As many values in float32: a product that is not yet scaled, or what the merge made."""
+    scaling: float = 1.0
+    how: int = UNCHANGED
+    """What becomes of the change: ADDED or REPLACED; UNCHANGED: there is none."""
+
+    def arguments(self) -> tuple[Array, Array, int, np.float32]:
+        """As the compiled functions take them: bits, change, what becomes of it, scaling."""
+        stored = self.stored if self.stored.dtype == np.uint16 else self.stored.view(np.uint32)
+        change = np.empty(0, np.float32) if self.change is None else self.change
+        return stored, change, self.how, np.float32(self.scaling)
 
 
 class _Kept(_function_cache):  # type: ignore[misc]
@@ -126,16 +149,19 @@ def round_float(value, rounding):  # type: ignore[no-untyped-def]
 # Inlined, so that each rounding gets loops of its own.
 @jitted(inline="always")
 def merge_blocks(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, rounding, begin, size, block, rounded, largest
+    stored, change, how, scaling, rounding, begin, size, block, rounded, largest
 ):
     """What is quantized of `size` values from `begin` on, and the largest of each block."""
     finite = True
     for number in range(largest.size):
         most = np.uint32(0)
         for j in range(number * block, min((number + 1) * block, size)):
-            value = round_float(value_of(stored[np.uintp(begin + j)]), rounding)
-            if merged:
-                value = round_float(value + delta[np.uintp(begin + j)] * scaling, rounding)
+            if how == REPLACED:
+                value = round_float(change[np.uintp(begin + j)], rounding)
+            else:
+                value = round_float(value_of(stored[np.uintp(begin + j)]), rounding)
+            if how == ADDED:
+                value = round_float(value + change[np.uintp(begin + j)] * scaling, rounding)
             rounded[np.uintp(j)] = value
             # Without their sign, floats are ordered as their bits are; NaN and infinity come last.
             most = max(most, np.uint32(bits_of(value) & np.uint32(0x7FFFFFFF)))
@@ -148,7 +174,7 @@ def merge_blocks(  # type: ignore[no-untyped-def]
 # Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
 @jitted(fastmath={"reassoc"})
 def _tally_widely(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums
+    stored, change, how, scaling, columns, begin, first, last, restored, scale, sums
 ):
     """Add a block to the sums of its rows, of which it may lie in several, in float64."""
     while first < last:
@@ -157,9 +183,14 @@ def _tally_widely(  # type: ignore[no-untyped-def]
         missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
         for j in range(first, end):
             weight, moved = value_of(stored[np.uintp(begin + j)]), np.float32(0)
-            if merged:
-                moved = delta[np.uintp(begin + j)] * scaling
-            s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)] * scale)
+            merged = weight
+            if how == ADDED:
+                moved = change[np.uintp(begin + j)] * scaling
+                merged = weight + moved
+            elif how == REPLACED:
+                merged = change[np.uintp(begin + j)]
+                moved = merged - weight
+            s, q = np.float64(merged), np.float64(restored[np.uintp(j)] * scale)
             w, d = np.float64(weight), np.float64(moved)
             missed += (q - s) * (q - s)
             whole += s * s
@@ -174,7 +205,7 @@ def _tally_widely(  # type: ignore[no-untyped-def]
 
 @jitted(fastmath={"reassoc"})
 def tally_blocks(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, columns, begin, size, block, restored, absmax, sums
+    stored, change, how, scaling, columns, begin, size, block, restored, absmax, sums
 ):
     """The same, in float32 within a block, wherever that will do."""
     for number in range(absmax.size):
@@ -183,10 +214,18 @@ def tally_blocks(  # type: ignore[no-untyped-def]
         missed, whole, along, shift = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         if begin + last > (row + 1) * columns:
             last = first  # nothing here, all of it below
-        if merged:
+        if how == ADDED:
             for j in range(first, last):
-                w, d = value_of(stored[np.uintp(begin + j)]), delta[np.uintp(begin + j)] * scaling
+                w, d = value_of(stored[np.uintp(begin + j)]), change[np.uintp(begin + j)] * scaling
                 s, q = w + d, restored[np.uintp(j)] * scale
+                missed += (q - s) * (q - s)
+                whole += s * s
+                along += (q - w) * d
+                shift += d * d
+        elif how == REPLACED:
+            for j in range(first, last):
+                w, s = value_of(stored[np.uintp(begin + j)]), change[np.uintp(begin + j)]
+                d, q = s - w, restored[np.uintp(j)] * scale
                 missed += (q - s) * (q - s)
                 whole += s * s
                 along += (q - w) * d
@@ -200,23 +239,32 @@ def tally_blocks(  # type: ignore[no-untyped-def]
         if min(missed, whole, shift) > _FEW and max(missed, whole, shift) < _MANY:
             sums[row, 0] += missed
             sums[row, 1] += whole
-            if merged:
+            if how != UNCHANGED:
                 sums[row, 2] += along
                 sums[row, 3] += shift
         else:
             last = min((number + 1) * block, size)
-            _tally_widely(stored, delta, merged, scaling, columns, begin, first, last, restored, scale, sums)
+            _tally_widely(stored, change, how, scaling, columns, begin, first, last, restored, scale, sums)
 
 
 @jitted(fastmath={"reassoc"})
 def tally_row(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, begin, size, restored, sums
+    stored, change, how, scaling, begin, size, restored, sums
 ):
     """Add a part of one row to its sums, in float64."""
     missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
-    if merged:
+    if how == REPLACED:
         for j in range(size):
-            weight, moved = value_of(stored[np.uintp(begin + j)]), delta[np.uintp(begin + j)] * scaling
+            weight, merged = value_of(stored[np.uintp(begin + j)]), change[np.uintp(begin + j)]
+            s, q = np.float64(merged), np.float64(restored[np.uintp(j)])
+            w, d = np.float64(weight), np.float64(merged - weight)
+            missed += (q - s) * (q - s)
+            whole += s * s
+            along += (q - w) * d
+            shift += d * d
+    elif how == ADDED:
+        for j in range(size):
+            weight, moved = value_of(stored[np.uintp(begin + j)]), change[np.uintp(begin + j)] * scaling
             s, q = np.float64(weight + moved), np.float64(restored[np.uintp(j)])
             w, d = np.float64(weight), np.float64(moved)
             missed += (q - s) * (q - s)

@@ -21,6 +21,7 @@ from converter.quantize.jit import (
     FLOAT16,
     SUMS,
     Array,
+    Source,
     jitted,
     merge_blocks,
     row_sums,
@@ -49,41 +50,31 @@ def tables(quant_type: str) -> tuple[Array, Array, Array]:
 
 
 def quantize_rows(
-    base: Array,
-    delta: Array | None,
-    scaling: float,
-    columns: int,
+    source: Source,
     *,
     quant_type: str,
     block: int,
-    rounding: int,
     packed: Array,
     absmax: Array,
     sums: Array,
 ) -> bool:
     """Merge and quantize some rows, which begin with a block; False if a value is NaN or infinite.
 
-    `base` holds rows · columns values: float32, or bfloat16 as uint16. `delta` is B · A in float32, of the same
-    number, not yet scaled; None: no delta. Filled in: `packed` (uint8, half as many, rounded up), `absmax` (float32,
-    one a block, the last of which may be short), `sums` (float64, (rows, SUMS)).
+    Filled in: `packed` (uint8, half as many, rounded up), `absmax` (float32, one a block, the last of which may be
+    short), `sums` (float64, (rows, SUMS)).
     """
-    stored = base if base.dtype == np.uint16 else base.view(np.uint32)
     values, order, bounds = tables(quant_type)
     identity = bool((order == np.arange(16)).all())
-    none = np.empty(0, np.float32)
     return bool(
         _quantize(
-            stored,
-            none if delta is None else delta,
-            delta is not None,
-            np.float32(scaling),
-            columns,
+            *source.arguments(),
+            source.columns,
             values,
             order,
             bounds,
             identity,
             block,
-            rounding,
+            source.rounding,
             packed,
             absmax,
             sums,
@@ -104,8 +95,8 @@ def load(dtypes: Iterable[str]) -> None:
     sums_of(one, one, one, one)
     for dtype in dtypes:
         size, small = np.ones(2, np.float32), np.empty(1, np.uint8)
-        how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "rounding": EXACT, "packed": small}
-        quantize_rows(size.astype(dtype), None, 1.0, 2, **how, absmax=size[:1], sums=np.empty((1, SUMS)))
+        how: dict[str, Any] = {"quant_type": "nf4", "block": 64, "packed": small}
+        quantize_rows(Source(size.astype(dtype), 2), **how, absmax=size[:1], sums=np.empty((1, SUMS)))
 
 
 def compiled() -> tuple[int, int]:
@@ -154,8 +145,8 @@ def _unpack(packed, begin, size, stands_for, pairs):  # type: ignore[no-untyped-
 @jitted()
 def _quantize(  # type: ignore[no-untyped-def]
     stored,
-    delta,
-    merged,
+    change,
+    how,
     scaling,
     columns,
     values,
@@ -182,17 +173,17 @@ def _quantize(  # type: ignore[no-untyped-def]
         size = min(group, stored.size - begin)
         scales = absmax[begin // block : (begin + size + block - 1) // block]
         if rounding == EXACT:
-            finite &= merge_blocks(stored, delta, merged, scaling, EXACT, begin, size, block, rounded, scales)
+            finite &= merge_blocks(stored, change, how, scaling, EXACT, begin, size, block, rounded, scales)
         elif rounding == BFLOAT16:
-            finite &= merge_blocks(stored, delta, merged, scaling, BFLOAT16, begin, size, block, rounded, scales)
+            finite &= merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, block, rounded, scales)
         else:
-            finite &= merge_blocks(stored, delta, merged, scaling, FLOAT16, begin, size, block, rounded, scales)
+            finite &= merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, block, rounded, scales)
         _search(rounded, size, block, scales, bounds, codes)
         if size % 2:
             codes[size] = (bounds < np.float32(0.0)).sum()  # the code of zero
         _pack(codes.view(np.uint64), size, packed, begin)
         _unpack(packed, begin, size, stands_for, restored.view(np.uint64))
-        tally_blocks(stored, delta, merged, scaling, columns, begin, size, block, restored, scales, sums)
+        tally_blocks(stored, change, how, scaling, columns, begin, size, block, restored, scales, sums)
     if not identity:
         for j in range(packed.size):
             packed[j] = order[packed[j] >> 4] << 4 | order[packed[j] & 15]

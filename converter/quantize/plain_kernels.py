@@ -21,6 +21,7 @@ from converter.quantize.jit import (
     SUMS,
     TO_INTEGER,
     Array,
+    Source,
     bits_of,
     jitted,
     merge_blocks,
@@ -33,55 +34,27 @@ _SMALLEST_OF_FLOAT16 = np.uint32(0x38800000)
 """2⁻¹⁴, the smallest normal one, as a float32. Below it, all are multiples of 2⁻²⁴."""
 
 
-def keep_rows(
-    base: Array,
-    delta: Array | None,
-    scaling: float,
-    columns: int,
-    *,
-    rounding: int,
-    dtype: int,
-    out: Array,
-    sums: Array,
-) -> bool:
-    """Merge some rows and round them to a dtype; False if a value is NaN or infinite there.
+def keep_rows(source: Source, *, dtype: int, out: Array, sums: Array) -> bool:
+    """Merge some rows and round them to a dtype: EXACT (float32), BFLOAT16 or FLOAT16. False if a value is NaN or
+    infinite there.
 
-    `base` holds rows · columns values: float32, or bfloat16 as uint16. `delta` is B · A in float32, of the same number,
-    not yet scaled; None: no delta. `rounding` says what base and sum are rounded to, `dtype` what the result is: EXACT
-    (float32), BFLOAT16 or FLOAT16. Filled in: `out` (uint16, or uint32 of float32; the bits), `sums` (float64,
-    (rows, SUMS)).
+    Filled in: `out` (uint16, or uint32 of float32; the bits), `sums` (float64, (rows, SUMS)).
     """
-    return bool(_keep(*_source(base, delta), np.float32(scaling), columns, rounding, dtype, out, sums))
+    return bool(_keep(*source.arguments(), source.columns, source.rounding, dtype, out, sums))
 
 
-def eight_bit_rows(
-    base: Array,
-    delta: Array | None,
-    scaling: float,
-    columns: int,
-    *,
-    rounding: int,
-    codes: Array,
-    absmax: Array,
-    sums: Array,
-) -> bool:
+def eight_bit_rows(source: Source, *, codes: Array, absmax: Array, sums: Array) -> bool:
     """The same, quantized as LLM.int8 does. Filled in: `codes` (int8), `absmax` (float32, one a row), `sums`."""
-    return bool(_eight_bit(*_source(base, delta), np.float32(scaling), columns, rounding, codes, absmax, sums))
+    return bool(_eight_bit(*source.arguments(), source.columns, source.rounding, codes, absmax, sums))
 
 
 def load(dtypes: Iterable[str]) -> None:
     """Compile what takes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
     for dtype in dtypes:
-        one, sums = np.ones(1, dtype), np.empty((1, SUMS))
+        one, sums = Source(np.ones(1, dtype), 1), np.empty((1, SUMS))
         for out, kept in (("uint16", BFLOAT16), ("uint32", EXACT)):
-            keep_rows(one, None, 1.0, 1, rounding=EXACT, dtype=kept, out=np.empty(1, out), sums=sums)
-        absmax = np.empty(1, np.float32)
-        eight_bit_rows(one, None, 1.0, 1, rounding=EXACT, codes=np.empty(1, np.int8), absmax=absmax, sums=sums)
-
-
-def _source(base: Array, delta: Array | None) -> tuple[Array, Array, bool]:
-    stored = base if base.dtype == np.uint16 else base.view(np.uint32)
-    return stored, np.empty(0, np.float32) if delta is None else delta, delta is not None
+            keep_rows(one, dtype=kept, out=np.empty(1, out), sums=sums)
+        eight_bit_rows(one, codes=np.empty(1, np.int8), absmax=np.empty(1, np.float32), sums=sums)
 
 
 @jitted(inline="always")
@@ -96,12 +69,12 @@ def _rounded_to(values, size, dtype):  # type: ignore[no-untyped-def]
 
 
 @jitted()
-def _merge(stored, delta, merged, scaling, rounding, begin, size, rounded, largest):  # type: ignore[no-untyped-def]
+def _merge(stored, change, how, scaling, rounding, begin, size, rounded, largest):  # type: ignore[no-untyped-def]
     if rounding == EXACT:
-        return merge_blocks(stored, delta, merged, scaling, EXACT, begin, size, size, rounded, largest)
+        return merge_blocks(stored, change, how, scaling, EXACT, begin, size, size, rounded, largest)
     if rounding == BFLOAT16:
-        return merge_blocks(stored, delta, merged, scaling, BFLOAT16, begin, size, size, rounded, largest)
-    return merge_blocks(stored, delta, merged, scaling, FLOAT16, begin, size, size, rounded, largest)
+        return merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, size, rounded, largest)
+    return merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, size, rounded, largest)
 
 
 @jitted()
@@ -126,33 +99,33 @@ def _write(values, size, dtype, begin, out):  # type: ignore[no-untyped-def]
 
 
 @jitted()
-def _keep(stored, delta, merged, scaling, columns, rounding, dtype, out, sums):  # type: ignore[no-untyped-def]
+def _keep(stored, change, how, scaling, columns, rounding, dtype, out, sums):  # type: ignore[no-untyped-def]
     rounded, largest = np.empty(STEP, np.float32), np.empty(1, np.float32)
     finite = True
     sums[:] = 0.0
     for row in range(sums.shape[0]):
         for first in range(0, columns, STEP):
             size, begin = min(STEP, columns - first), row * columns + first
-            finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, rounded, largest)
+            finite &= _merge(stored, change, how, scaling, rounding, begin, size, rounded, largest)
             if dtype == BFLOAT16:
                 finite &= _rounded_to(rounded, size, BFLOAT16) < _INFINITY
             elif dtype == FLOAT16:
                 finite &= _rounded_to(rounded, size, FLOAT16) < _INFINITY
             _write(rounded, size, dtype, begin, out)
-            tally_row(stored, delta, merged, scaling, begin, size, rounded, sums[row])
+            tally_row(stored, change, how, scaling, begin, size, rounded, sums[row])
     return finite
 
 
 @jitted()
 def _eight_bit(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, columns, rounding, codes, absmax, sums
+    stored, change, how, scaling, columns, rounding, codes, absmax, sums
 ):
     rounded, largest = np.empty(columns, np.float32), np.empty(1, np.float32)
     finite = True
     sums[:] = 0.0
     for row in range(sums.shape[0]):
         begin = row * columns
-        finite &= _merge(stored, delta, merged, scaling, rounding, begin, columns, rounded, largest)
+        finite &= _merge(stored, change, how, scaling, rounding, begin, columns, rounded, largest)
         finite &= _rounded_to(rounded, columns, FLOAT16) < _INFINITY
         most = np.float32(0.0)
         for j in range(columns):
@@ -165,5 +138,5 @@ def _eight_bit(  # type: ignore[no-untyped-def]
             whole = (rounded[np.uintp(j)] * inverse) + TO_INTEGER
             codes[np.uintp(begin + j)] = np.int8(np.int32(bits_of(whole) - INTEGER_BITS))
             rounded[np.uintp(j)] = (whole - TO_INTEGER) * scale
-        tally_row(stored, delta, merged, scaling, begin, columns, rounded, sums[row])
+        tally_row(stored, change, how, scaling, begin, columns, rounded, sums[row])
     return finite

@@ -7,7 +7,6 @@ adding a number so large that only what is wanted of the other is left, or in th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from converter.quantize.jit import (
     SUMS,
     TO_INTEGER,
     Array,
+    Source,
     bits_of,
     jitted,
     merge_blocks,
@@ -41,45 +41,35 @@ _TO_E2M1, _E2M1_BITS = np.float32(4194304.0), np.uint32(0x4A800000)
 """2²², whose neighbours are ½ away."""
 
 
-class Rows(NamedTuple):
-    """Rows of a weight as the kernels take them."""
-
-    stored: Array
-    """rows · columns values: float32, or bfloat16 as uint16."""
-    delta: Array | None
-    """B · A in float32, of the same number, not yet scaled; None: no delta."""
-    scaling: float
-    columns: int
-    rounding: int
-    """What base and sum are rounded to, and the steps of the computation with them: EXACT, BFLOAT16 or FLOAT16."""
-
-
 def quantize_rows(
-    rows: Rows, scheme: Scheme, dtype: int, global_scale: float, packed: Array, scales: Array, sums: Array
+    source: Source, scheme: Scheme, dtype: int, global_scale: float, packed: Array, scales: Array, sums: Array
 ) -> float:
     """Merge and quantize some rows, which hold whole blocks. The largest absolute value; infinity if one is NaN.
 
-    `dtype` is that of scales where the scheme names no other: BFLOAT16 or FLOAT16. `global_scale`: of a scheme that has
-    one. Filled in: `packed` (uint8, the bytes of what is stored), `scales` (float32, as `formulas` makes them), `sums`
-    (float64, (rows, SUMS)).
+    The steps of the computation are rounded as base and sum are. `dtype` is that of scales where the scheme names no
+    other: BFLOAT16 or FLOAT16. `global_scale`: of a scheme that has one. Filled in: `packed` (uint8, the bytes of what
+    is stored), `scales` (float32, as `formulas` makes them), `sums` (float64, (rows, SUMS)).
     """
-    stored = rows.stored if rows.stored.dtype == np.uint16 else rows.stored.view(np.uint32)
-    delta = np.empty(0, np.float32) if rows.delta is None else rows.delta
-    source = (stored, delta, rows.delta is not None, np.float32(rows.scaling), rows.columns, rows.rounding)
+    rows = (*source.arguments(), source.columns, source.rounding)
     if scheme.layout == "float-quantized":
-        height, width = scheme.extent(rows.columns)
-        return float(_quantize_runs(*source, height, width < rows.columns, dtype, packed, scales, sums))
+        height, width = scheme.extent(source.columns)
+        return float(_quantize_runs(*rows, height, width < source.columns, dtype, packed, scales, sums))
     kinds = {("int", 4): _INT4, ("int", 8): _INT8, ("float", 4): _NVFP4 if scheme.has_global_scale else _MXFP4}
     kind = kinds[scheme.kind, scheme.bits]
-    return float(_quantize_groups(*source, scheme.group, kind, dtype, np.float32(global_scale), packed, scales, sums))
+    return float(_quantize_groups(*rows, scheme.group, kind, dtype, np.float32(global_scale), packed, scales, sums))
 
 
 def load(scheme: Scheme, dtypes: Iterable[str]) -> None:
     """Compile what quantizes arrays of some dtypes, float32 or uint16, or load it from where it is kept."""
     for dtype in dtypes:
-        rows = Rows(np.zeros(128, dtype), None, 1.0, 128, EXACT)
         quantize_rows(
-            rows, scheme, BFLOAT16, 1.0, np.empty(128, np.uint8), np.empty(8, np.float32), np.empty((1, SUMS))
+            Source(np.zeros(128, dtype), 128),
+            scheme,
+            BFLOAT16,
+            1.0,
+            np.empty(128, np.uint8),
+            np.empty(8, np.float32),
+            np.empty((1, SUMS)),
         )
 
 
@@ -226,17 +216,17 @@ def _find_largest(values, group, largest):  # type: ignore[no-untyped-def]
 
 
 @jitted(inline="always")
-def _merge(stored, delta, merged, scaling, rounding, begin, size, block, values, largest):  # type: ignore[no-untyped-def]
+def _merge(stored, change, how, scaling, rounding, begin, size, block, values, largest):  # type: ignore[no-untyped-def]
     if rounding == EXACT:
-        return merge_blocks(stored, delta, merged, scaling, EXACT, begin, size, block, values, largest)
+        return merge_blocks(stored, change, how, scaling, EXACT, begin, size, block, values, largest)
     if rounding == BFLOAT16:
-        return merge_blocks(stored, delta, merged, scaling, BFLOAT16, begin, size, block, values, largest)
-    return merge_blocks(stored, delta, merged, scaling, FLOAT16, begin, size, block, values, largest)
+        return merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, block, values, largest)
+    return merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, block, values, largest)
 
 
 @jitted()
 def _quantize_groups(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, columns, rounding, group, kind, dtype, global_scale, packed, scales, sums
+    stored, change, how, scaling, columns, rounding, group, kind, dtype, global_scale, packed, scales, sums
 ):
     values, restored = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
     codes = np.empty(STEP, np.uint32)
@@ -251,7 +241,7 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         size = min(STEP, stored.size - begin)
         count = size // group
         here, by = scales[begin // group : begin // group + count], divisors[:count]
-        finite &= _merge(stored, delta, merged, scaling, rounding, begin, size, STEP, values, most)
+        finite &= _merge(stored, change, how, scaling, rounding, begin, size, STEP, values, most)
         top = max(top, most[0])
         _find_largest(values, group, largest[:count])
         _scale(largest[:count], kind, rounding, dtype, global_scale, here, by)
@@ -261,7 +251,7 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         else:
             _pack_pairs(codes.view(np.uint64), packed[begin // 2 : (begin + size) // 2])
         tally_blocks(
-            stored, delta, merged, scaling, columns, begin, size, together, restored, ones[: size // together], sums
+            stored, change, how, scaling, columns, begin, size, together, restored, ones[: size // together], sums
         )
     return top if finite else np.float32(np.inf)
 
@@ -291,7 +281,7 @@ def _encode_row(values, divisors, rounding, packed, restored):  # type: ignore[n
 
 @jitted()
 def _quantize_runs(  # type: ignore[no-untyped-def]
-    stored, delta, merged, scaling, columns, rounding, height, by_run, dtype, packed, scales, sums
+    stored, change, how, scaling, columns, rounding, height, by_run, dtype, packed, scales, sums
 ):
     """Rows in E4M3. `height` rows share scales, `by_run`: one for each run of them, else one for all."""
     runs = (columns + _RUN - 1) // _RUN
@@ -306,7 +296,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
         most[:] = np.float32(0.0)
         for row in range(first, last):
             begin = row * columns
-            finite &= _merge(stored, delta, merged, scaling, rounding, begin, columns, _RUN, values, largest)
+            finite &= _merge(stored, change, how, scaling, rounding, begin, columns, _RUN, values, largest)
             for number in range(runs):
                 at = number if by_run else 0
                 most[at] = max(most[at], largest[number])
@@ -319,7 +309,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
         for row in range(first, last):
             begin = row * columns
             if height > 1:  # merging again is cheaper than keeping all rows
-                _merge(stored, delta, merged, scaling, rounding, begin, columns, _RUN, values, largest)
+                _merge(stored, change, how, scaling, rounding, begin, columns, _RUN, values, largest)
             _encode_row(values, divisors, rounding, packed[begin : begin + columns], restored)
-            tally_blocks(stored, delta, merged, scaling, columns, begin, columns, _RUN, restored, divisors, sums)
+            tally_blocks(stored, change, how, scaling, columns, begin, columns, _RUN, restored, divisors, sums)
     return top if finite else np.float32(np.inf)

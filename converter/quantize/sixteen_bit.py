@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.quantize.format import BY_TORCH, Encoded, Found, Output, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.quantize.strips import is_additive, kernel_dtypes, kernel_rounding, strips
+from converter.quantize.strips import kernel_dtypes, kernels_take, strips
 from converter.tensors import not_finite, refuse_not_finite, torch_dtype
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class KernelEncoder(SixteenBitEncoder):
         plain_kernels.load(kernel_dtypes(dtypes))
 
     def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
-        if str(rows.stored.dtype) not in _STORED or rows.dtype not in _KEPT or not is_additive(rows.merge):
+        if str(rows.stored.dtype) not in _STORED or rows.dtype not in _KEPT or not kernels_take(rows):
             return super().encode(rows, buffers)
         import numpy
         import torch
@@ -96,13 +96,9 @@ class KernelEncoder(SixteenBitEncoder):
         bits = kept.view(torch.uint32 if rows.dtype == "F32" else torch.uint16).numpy().ravel()
         sums = numpy.empty((count, jit.SUMS))
         finite = True
-        for strip in strips(rows, rows.stored, buffers):
+        for strip in strips(rows, buffers):
             finite &= plain_kernels.keep_rows(
-                strip.base,
-                strip.delta,
-                strip.scaling,
-                columns,
-                rounding=kernel_rounding(rows.rounding),
+                strip.source,
                 dtype=getattr(jit, _KEPT[rows.dtype]),
                 out=bits[strip.first * columns : strip.last * columns],
                 sums=sums[strip.first : strip.last],

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from converter.merge.change import Additive
+from converter.merge.change import Additive, Transforming
 from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
+from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from converter.merge.change import Rounding
     from converter.quantize.format import Rows
+    from converter.quantize.jit import Source
     from converter.threads import Buffers
 
 
@@ -26,42 +28,67 @@ class Strip:
     first: int
     """In the tile."""
     last: int
-    base: np.ndarray[Any, Any]
-    """rows · columns values: float32, or bfloat16 as uint16."""
-    delta: np.ndarray[Any, Any] | None
-    """The product in float32, of the same number, not yet scaled; None: no delta."""
-    scaling: float
+    source: Source
 
 
-def is_additive(merge: object) -> bool:
-    """Whether a kernel can add what a merge adds."""
-    return merge is None or isinstance(merge, Additive)
+def kernels_take(rows: Rows) -> bool:
+    """Whether the kernels can merge rows, or round what the merge makes of them.
+
+    They round merged values once, and no others; with the roundings of PEFT's flow, a merge may have more.
+    """
+    merge: object = rows.merge
+    if merge is None or isinstance(merge, Additive) or rows.rounding.precision == "float32":
+        return True
+    return _transforming(rows) is not None and rows.stored.dtype is torch_dtype(rows.rounding.dtype)
 
 
-def strips(rows: Rows, stored: Tensor, buffers: Buffers, *, block: int = 1) -> Iterator[Strip]:
-    """The strips of a tile, in whole blocks. `stored` are the tile's values: (rows, columns) in bfloat16, float16 or
-    float32. A merge that is no `Additive` is left to the caller, who gives merged values."""
+def strips(rows: Rows, buffers: Buffers, *, block: int = 1) -> Iterator[Strip]:
+    """The strips of a tile that `kernels_take`, in whole blocks; it is stored in bfloat16, float16 or float32."""
     import torch
 
-    count, columns = stored.shape
+    from converter.quantize.jit import ADDED, REPLACED, Source
+
+    (count, columns), rounding = rows.stored.shape, kernel_rounding(rows.rounding)
     merge: object = rows.merge
-    product = merge if isinstance(merge, Additive) else None
+    product, transforming = merge if isinstance(merge, Additive) else None, _transforming(rows)
+    # Any other merge makes the whole tile at once.
+    tile = rows.merged() if merge is not None and product is None and transforming is None else None
     for first, last in pairwise(tile_bounds(count, columns, block=block, most=STRIP_ELEMENTS)):
-        part = stored[first:last]
-        if stored.dtype is torch.float16:
+        part, where = rows.stored[first:last], (rows.start + first, rows.start + last)
+        if part.dtype is torch.float16:
             part = buffers.take("float32", torch.float32, last - first, columns).copy_(part)
-        flat = part.contiguous().flatten()
-        delta = None
+        source = Source(_as_bits(part), columns, rounding)
         if product is not None:
-            delta = buffers.take("delta", torch.float32, last - first, columns)
-            product.product(rows.start + first, rows.start + last, delta)
-        yield Strip(
-            first,
-            last,
-            (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy(),
-            None if delta is None else delta.numpy().ravel(),
-            1.0 if product is None else product.scaling,
-        )
+            change = buffers.take("change", torch.float32, last - first, columns)
+            product.product(*where, change)
+            source = source._replace(change=_as_bits(change), scaling=product.scaling, how=ADDED)
+        elif transforming is not None:
+            if part.dtype is not torch.float32:
+                part = buffers.take("float32", torch.float32, last - first, columns).copy_(part)
+            change = buffers.take("change", torch.float32, last - first, columns)
+            transforming.transform(part, *where, change)
+            source = source._replace(change=_as_bits(change), how=REPLACED)
+        elif tile is not None:
+            made = tile.delta if tile.is_sum and tile.delta is not None else tile.exact
+            how = ADDED if made is tile.delta else REPLACED
+            source = source._replace(change=_as_bits(made[first:last]), how=how)
+        yield Strip(first, last, source)
+
+
+def _transforming(rows: Rows) -> Transforming | None:
+    """The merge, if it can take a strip at a time. The bits of a row's length depend on how its matrix lies in memory,
+    so one that is turned is merged as torch does it."""
+    merge: object = rows.merge
+    return merge if isinstance(merge, Transforming) and rows.stored.is_contiguous() else None
+
+
+def _as_bits(values: Tensor) -> np.ndarray[Any, Any]:
+    """Values as the kernels take them: float32, or bfloat16 as uint16."""
+    import torch
+
+    flat = values.contiguous().flatten()
+    found: np.ndarray[Any, Any] = (flat.view(torch.uint16) if flat.dtype is torch.bfloat16 else flat).numpy()
+    return found
 
 
 def kernel_rounding(rounding: Rounding) -> int:

@@ -32,6 +32,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROUNDINGS = {jit.EXACT: torch.float32, jit.BFLOAT16: torch.bfloat16, jit.FLOAT16: torch.float16}
 
 
+def source_of(
+    stored: torch.Tensor, columns: int, rounding: int, product: torch.Tensor | None, scaling: float
+) -> jit.Source:
+    source = jit.Source(stored.numpy().ravel(), columns, rounding)
+    if product is None:
+        return source
+    return source._replace(change=product.numpy().ravel(), scaling=scaling, how=jit.ADDED)
+
+
 def run(
     weight: torch.Tensor, product: torch.Tensor | None, scaling: float, quant_type: str, block: int, rounding: int
 ) -> tuple[bool, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -41,13 +50,9 @@ def run(
     absmax = np.empty(-(weight.numel() // -block), np.float32)
     sums = np.empty((rows, jit.SUMS))
     finite = kernels.quantize_rows(
-        stored.numpy().ravel(),
-        None if product is None else product.numpy().ravel(),
-        scaling,
-        columns,
+        source_of(stored, columns, rounding, product, scaling),
         quant_type=quant_type,
         block=block,
-        rounding=rounding,
         packed=packed,
         absmax=absmax,
         sums=sums,

@@ -15,6 +15,7 @@ from converter.merge.change import MergedTile
 from converter.quantize import formulas, jit, scheme_kernels
 from converter.quantize.measure import row_sums
 from converter.quantize.schemes import SCHEMES, Scheme
+from tests.quantize.test_kernels import source_of
 from tests.quantize.test_schemes import every_scheme, named, weight_of
 
 KERNEL_DTYPES = {torch.bfloat16: jit.BFLOAT16, torch.float16: jit.FLOAT16}
@@ -40,13 +41,7 @@ class Made:
         self.packed = np.empty(rows * columns * scheme.bits // 8, np.uint8)
         self.sums = np.empty((rows, jit.SUMS))
         self.largest = scheme_kernels.quantize_rows(
-            scheme_kernels.Rows(
-                stored.numpy().ravel(),
-                None if product is None else product.numpy().ravel(),
-                SCALING,
-                columns,
-                jit.EXACT if exact else dtype,
-            ),
+            source_of(stored, columns, jit.EXACT if exact else dtype, product, SCALING),
             scheme,
             dtype,
             1.0 if global_scale is None else float(global_scale),
