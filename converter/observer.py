@@ -11,12 +11,12 @@ class Progress:
     """How far a conversion is."""
 
     stage: str
-    """fetching, checking, converting or sealing"""
+    """planned, fetching, checking, converting or sealing"""
     done: int
     """Bytes of the base."""
     total: int
     name: str
-    """The tensor, or the file that is fetched."""
+    """The tensor, or the file that is fetched; of a plan, what to know before it begins."""
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
             return Report(job.out, plan, known, {}, nothing_to_do=True)
         destination.refuse_if_taken()
         destination.refuse_if_too_full(plan.output_bytes)
+        if plan.beforehand:
+            observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
         inputs.bring(observer.tell, observer.stop)
         before = inputs.identities() | before  # what was fetched, and what the plan is of
 

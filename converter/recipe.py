@@ -16,6 +16,7 @@ Dtype = Literal["auto", "bfloat16", "float16"]
 MergePrecision = Literal["float32", "reference"]
 RoundingRule = Literal["auto", "nearest", "adapter"]
 MergeOnto = Literal["base", "dequantized"]
+Loader = Literal["transformers", "vllm"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
@@ -76,6 +77,8 @@ class Recipe:
     """dequantized: what the weights' NF4 codes stand for, which QLoRA trained on (none, for output in 16 bits)."""
     scale: float = 1.0
     """What the adapter's change is multiplied by."""
+    target: Loader = "transformers"
+    """Who loads the output: transformers takes experts in 16 bits only, vllm in NF4 only, one tensor for each (nf4)."""
     combine: Combination | None = None
     """How several adapters become the one that is merged."""
 
@@ -87,6 +90,7 @@ class Recipe:
             (self.block_size, BLOCK_SIZES, "`block_size`"),
             (self.rounding, get_args(RoundingRule), "`rounding`"),
             (self.merge_onto, get_args(MergeOnto), "`merge_onto`"),
+            (self.target, get_args(Loader), "`target`"),
         ):
             if value not in allowed:
                 raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
@@ -110,6 +114,8 @@ class Recipe:
                 "`merge_onto` dequantized is for output in 16 bits: give `quant_type` none. Codes of four bits made of "
                 "the 16-bit base are closer to it than codes of codes"
             )
+        if self.target == "vllm" and self.quant_type not in ("auto", "nf4"):
+            raise BadRecipe(f"`target` vllm has no meaning with {self.quant_type}: only nf4 depends on who loads it")
         if not (math.isfinite(self.scale) and abs(self.scale) <= MOST_SCALE and self.scale):
             raise BadRecipe(f"`scale` {self.scale:g}: expected a number that is not 0, at most {MOST_SCALE:g}")
         if self.keep and self.quant_type == "none":
@@ -157,6 +163,7 @@ class Recipe:
         combined = None if self.combine is None else self.combine.as_json()
         stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined}
         unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None, "merge_onto": "base"}
+        unsaid |= {"target": "transformers"}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

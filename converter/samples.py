@@ -59,6 +59,8 @@ class Samples:
 
     def hear(self, progress: Progress) -> None:
         """Take a sample, if it is time: for an observer's `progress`."""
+        if progress.stage == "planned":
+            return
         now, last = self._clock() - self._start, self._taken[-1]
         if progress.stage == last.stage and progress.done < progress.total and now - last.seconds < self._interval:
             return

@@ -23,7 +23,7 @@ from converter.errors import (
 from converter.gates import Gates
 from converter.job import RunOptions
 from converter.model.ask import check_loaders
-from converter.model.loaders import TRANSFORMERS
+from converter.model.loaders import OF_TARGET, TRANSFORMERS
 from converter.observer import Observer
 from converter.quantize.format import Found
 from converter.quantize.formats import all_formats
@@ -113,7 +113,7 @@ def verify_output(
         _check_files(folder.path, receipt, found)
         with Checkpoint(folder) as written:
             found.problems += written.notes
-            quantized = _check_structure(written, found)
+            quantized = _check_structure(written, found, _loader_of(receipt))
             found.quantized = len(quantized.weights)
             _check_values(written, quantized, found, observer)
             if checks.sources is not None:
@@ -191,7 +191,13 @@ def _sums(out: Path, there: Container[str], found: Verification) -> dict[str, st
         folder.close()
 
 
-def _check_structure(written: Checkpoint, found: Verification) -> Found:
+def _loader_of(receipt: dict[str, Any] | None) -> str:
+    """The loader that an output was made for, by its receipt."""
+    recipe = receipt.get("recipe") if receipt is not None else None
+    return OF_TARGET.get(str(recipe.get("target")), TRANSFORMERS) if isinstance(recipe, dict) else TRANSFORMERS
+
+
+def _check_structure(written: Checkpoint, found: Verification, loader: str) -> Found:
     """Find the quantized weights, in whatever format, and note what is wrong with them and what a loader would say."""
     quantized = Found()
     for one in (kind.find(written) for kind in all_formats()):
@@ -202,7 +208,7 @@ def _check_structure(written: Checkpoint, found: Verification) -> Found:
     shapes = {name: tensor.shape for name, tensor in written.tensors.items() if name not in quantized.parts}
     try:
         found.loaders = check_loaders(written.config, shapes | quantized.weights, quantized.weights)
-        found.problems += found.loaders[TRANSFORMERS]
+        found.problems += found.loaders[loader]
     except ConversionRefused as exc:
         found.problems.append(str(exc))
     return quantized

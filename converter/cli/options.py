@@ -161,6 +161,13 @@ QUALITY: tuple[Decorator, ...] = (
         help="dequantized: what the base's NF4 codes stand for, as QLoRA trains on them; with --format bf16 or fp16.",
     ),
     cloup.option(
+        "--target",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        show_default=True,
+        help="Who loads the output. transformers: experts stay in 16 bits. vllm: experts in nf4, too, each by itself.",
+    ),
+    cloup.option(
         "--scale",
         type=float,
         metavar="X",

@@ -51,7 +51,8 @@ def describe(
     `shapes` are those of the checkpoint's tensors, `dtype` is "bfloat16" or "float16", `keep` are patterns of modules
     to leave in 16 bits: a glob on the full path, or its last parts (`down_proj`, `mlp.down_proj`).
     With `remote_code`, of a class that transformers doesn't have, every matrix that `keep` doesn't name is quantized.
-    `library`: whose rules say what loaders expect to be quantized, bitsandbytes or compressed-tensors.
+    `library`: whose rules say what loaders expect to be quantized, bitsandbytes or compressed-tensors; or "bitsandbytes
+    in vLLM", which takes experts only if they are quantized, while transformers takes no such experts.
 
     Raises `Unsupported` for a class that transformers doesn't have, `BadCheckpoint` where config and tensors disagree,
     `BadRecipe` for a pattern that matches nothing, or if nothing is kept of a class that transformers doesn't have.
@@ -73,8 +74,11 @@ def describe(
     if not quantize:
         return architecture
     compressed = library == "compressed-tensors"
+    apart = {name: stack.parameter for stack in architecture.stacks for name in stack.apart}
     if compressed:
         could = quantizable(model, names, shapes)
+    elif library == "bitsandbytes in vLLM":
+        could = {**quantizable(model, names, shapes), **apart}
     else:
         by_default = quantized_modules(model, None)
         could = {
@@ -90,7 +94,7 @@ def describe(
     kept = _kept(could, architecture, keep) | read_directly
     wanted = {name: module for name, module in could.items() if name not in kept}
     roles = {name: replace(role, quantize=name in wanted) for name, role in architecture.roles.items()}
-    modules = set(wanted.values())
+    modules = {module for name, module in wanted.items() if compressed or name not in names.converted | apart.keys()}
     skip = modules_to_ignore(model, names, modules) if compressed else skip_modules(model, names, roles, modules)
     return replace(architecture, roles=roles, skip_modules=skip, read_directly=read_directly)
 
@@ -174,8 +178,9 @@ def _written(
         if expert is None
     }
     heads = sorted(quantized & {f"{module}.weight" for module in head})
+    listed = config.get("architectures")
     return Written(
-        class_name=type(model).__name__,
+        class_name=str(listed[0]) if isinstance(listed, list) and listed else type(model).__name__,
         model_type=str(config.get("model_type")),
         quantization=config.get("quantization_config"),
         layers=layers,

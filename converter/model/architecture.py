@@ -44,6 +44,10 @@ class Slice(NamedTuple):
     """Whether the tensor has the matrix as (in_features, out_features)."""
 
 
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+"""What servers call the layers of experts that are published in one tensor, by its name."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A parameter that holds a matrix for each expert: (experts, rows, columns)."""
@@ -58,6 +62,18 @@ class Stack:
     parts: tuple[str, ...] = ()
     """The linear layers whose matrices are one below the other in an expert's, by their names in checkpoints that have
     a tensor for each."""
+
+    @property
+    def apart(self) -> dict[str, tuple[str, ...]]:
+        """Of a parameter that is one tensor of the checkpoint, and the parts of which servers know as tensors of their
+        own: that tensor → the linear layers whose matrices are one below the other in an expert's, by servers' names.
+
+        Each matrix is (out_features, in_features). Empty for any other parameter.
+        """
+        (name, piece), *others = self.pieces.items()
+        parts = _PARTS.get(name.rpartition(".")[2], ())
+        known = piece == (None, 0, False) and not others and not self.turned and self.parts in ((), parts)
+        return {name: parts} if known and parts else {}
 
     @property
     def slices(self) -> Iterator[tuple[str, Slice]]:

@@ -20,6 +20,8 @@ TRANSFORMERS: Final = "transformers 5"
 TRANSFORMERS_4: Final = "transformers 4.57"
 VLLM_: Final = "vLLM"
 SGLANG_: Final = "SGLang"
+OF_TARGET: Final = {"transformers": TRANSFORMERS, "vllm": VLLM_}
+"""By what a recipe calls it."""
 
 
 class Layer(NamedTuple):
@@ -37,6 +39,7 @@ class Written:
     """A checkpoint as the rules see it."""
 
     class_name: str
+    """As the config names it, by which servers go."""
     model_type: str
     quantization: Mapping[str, Any] | None
     layers: Mapping[str, Layer]

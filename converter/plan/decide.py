@@ -14,9 +14,10 @@ from converter.merge.change import Change, Replacement
 from converter.merge.match import Match, match, scaled
 from converter.model.architecture import Architecture, Role, Shape
 from converter.model.ask import check_loaders, describe, dismiss, parameters
-from converter.model.loaders import TRANSFORMERS
+from converter.model.loaders import OF_TARGET, TRANSFORMERS
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
+from converter.plan.experts import note_on_kept, taken_apart
 from converter.plan.inputs import is_called
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
@@ -70,6 +71,9 @@ def make_plan(
     same_format = keeps_format(recipe, sources)
     dequantized = recipe.merge_onto == "dequantized"
 
+    library = "bitsandbytes" if dequantized else format_of(recipe).library
+    library += " in vLLM" if recipe.target == "vllm" else ""
+
     def ask_for(plain_shapes: Mapping[str, Shape]) -> Architecture:
         return describe(
             base_config,
@@ -78,15 +82,17 @@ def make_plan(
             dtype=recipe.dtype,
             keep=recipe.keep,
             remote_code=trust_remote_code,
-            library="bitsandbytes" if dequantized else format_of(recipe).library,
+            library=library,
         )
 
     architecture, plain_shapes = described(ask_for, sources)
-    if own := same_format and not recipe.keep:
+    if own := same_format and not recipe.keep and recipe.target == "transformers":
         architecture = as_stored(architecture, sources)
     if dequantized:
         sources, architecture = as_trained_on(architecture, sources, recipe)
     recipe = fit(recipe, {name: shapes[name] for name, role in architecture.roles.items() if role.quantize})
+    if recipe.target == "vllm":
+        sources, architecture, plain_shapes = taken_apart(sources, architecture, plain_shapes, recipe)
 
     def ask(names: list[str]) -> Mapping[str, str]:
         return parameters(base_config, shapes, names, dtype=recipe.dtype) if architecture.known else {}
@@ -124,13 +130,16 @@ def make_plan(
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
     loads, loaders = architecture.known, _loaders_of(config, tensors) if architecture.known else {}
-    if problems := loaders.get(TRANSFORMERS):
+    loader = OF_TARGET[recipe.target]
+    if problems := loaders.get(loader):
         problem = f"{problems[0]} ({len(problems)} in all)"
         if not own:
-            raise Unsupported(f"the output would not load: {problem}")
+            where = "" if loader == TRANSFORMERS else f" in {loader}"
+            raise Unsupported(f"the output would not load{where}: {problem}")
         found.notes.append(f"transformers 5 loads neither this base nor the output: {problem}")
         loads = False
     dismiss()
+    on_experts = note_on_kept(tensors, architecture, recipe)
     unknown = sum(role.parameter is None for role in architecture.roles.values())
     if unknown:
         found.notes.append(
@@ -153,6 +162,7 @@ def make_plan(
             *notes_on(sources, recipe, touched=sum(t.is_touched and is_stored(t.source) for t in tensors)),
             *spelling_notes,
             *_notes_on_the_base(base, adapter),
+            *[on_experts][: bool(on_experts)],
             *notes_for_servers(recipe, {tensor.name: tensor.shape for tensor in tensors if tensor.is_quantized}),
         ),
         base_bytes=base.nbytes,
@@ -162,6 +172,7 @@ def make_plan(
         memory=memory,
         verifiable=loads,
         loaders=loaders,
+        beforehand=on_experts,
     )
 
 

@@ -184,6 +184,8 @@ class Plan:
     """Predicted peak of memory above what Python and its libraries take, in bytes."""
     verifiable: bool = True
     """Whether transformers can build the model. It can't where the base's own code defines it."""
+    beforehand: str = ""
+    """The note that a user should read before it begins, if there is one."""
     loaders: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Loader → what it would find wrong with the output, by its rules; empty: nothing that is known."""
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import BadCheckpoint, Unsupported
+from converter.errors import BadCheckpoint, BadRecipe, Unsupported
 from converter.merge.lora import Lora
 from converter.quantize.dequantized import Dequantized
 from converter.quantize.format import Output
@@ -46,6 +46,8 @@ def settled(recipe: Recipe, sources: Sources) -> Recipe:
         if recipe.double_quant in (True, double_quant) and recipe.block_size in (64, block_size):
             recipe = replace(recipe, quant_type=quant_type, double_quant=double_quant, block_size=block_size)
     recipe = recipe.resolved(_dtype_of(sources))
+    if recipe.target == "vllm" and recipe.quant_type != "nf4":
+        raise BadRecipe(f"`target` vllm: the base is {recipe.quant_type}; give `quant_type` nf4, too")
     if sources.stored and recipe.rounding == "auto":
         kept = on_code_points and recipe.merge_precision == "float32" and recipe.quant_type in ROUNDED
         recipe = replace(recipe, rounding="adapter" if kept else "nearest")

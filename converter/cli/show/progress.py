@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TextIO, cast
 
 from converter.cli.printing import complain
-from converter.cli.show.words import amount, duration, share
+from converter.cli.show.words import amount, duration, share, text_of
 from converter.observer import Progress
 from converter.samples import resident_memory
 
@@ -96,6 +96,11 @@ class _Lines(_Nothing):
         self._last: float | None = None
 
     def progress(self, progress: Progress) -> None:
+        if progress.stage == "planned":
+            with suppress(OSError):
+                self.file.write(text_of([f"note: {progress.name}"]))
+                self.file.flush()
+            return
         now = self.seconds()
         self._rate.note(progress, now)
         if self._last is None:
@@ -141,6 +146,10 @@ class _Bar(_Nothing):
         self._task = bar.add_task("planning", total=None, count="", left="", size="", memory="")
 
     def progress(self, progress: Progress) -> None:
+        if progress.stage == "planned":
+            said = text_of([f"note: {progress.name}"])
+            self._bar.console.print(said, end="", markup=False, highlight=False, soft_wrap=True)
+            return
         self._rate.note(progress, self.seconds())
         self._bar.update(
             self._task,
