@@ -38,6 +38,16 @@ def format_meant(text: str) -> str | None:
     return text if text in get_args(QuantType) or text in MERGED else None
 
 
+def instead_of_format(text: str) -> str:
+    """What to do instead, for a name of another tool's format; empty where there is nothing to say."""
+    name = text.lower()
+    if name.startswith(("gguf", "q2", "q3", "q4", "q5", "q6", "q8", "iq")):
+        return "llama.cpp makes its formats itself: write bf16, and give OUT to its convert_hf_to_gguf.py"
+    if name.startswith(("gptq", "awq", "int4", "w4")):
+        return "w4a16 is what servers run in place of GPTQ's and AWQ's files"
+    return ""
+
+
 def choices_of_format(text: str, dtype: object = "auto") -> dict[str, Any]:
     """A format by name, as choices of a recipe; `dtype` is the one that is asked for. `BadRecipe` if they differ."""
     name = format_meant(text)
@@ -93,7 +103,10 @@ class Recipe:
             (self.target, get_args(Loader), "`target`"),
         ):
             if value not in allowed:
-                raise BadRecipe(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
+                instead = instead_of_format(str(value)) if value is self.quant_type else ""
+                raise BadRecipe(
+                    f"{option} {value}: expected one of {', '.join(map(str, allowed))}{instead and '; '}{instead}"
+                )
         if self.max_shard_size < 1_000_000:
             raise BadRecipe(f"`max_shard_size` {self.max_shard_size}: expected at least 1MB")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:

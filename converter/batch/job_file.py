@@ -9,6 +9,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,7 +177,9 @@ class _Row:
         self._own = row | recipe
         self._stated = {**defaults, **self._own}
         if unknown := sorted(self._stated.keys() - set(_KNOWN)):
-            raise self._wrong(f"{unknown[0]!r} is not known; known: {', '.join(_KNOWN)}")
+            alike = get_close_matches(unknown[0], _KNOWN, n=1)
+            meant = f"did you mean {alike[0]!r}?" if alike else f"known: {', '.join(_KNOWN)}"
+            raise self._wrong(f"{unknown[0]!r} is not known; {meant}")
         for key in _TEXTS & self._stated.keys():
             if not _is_text(self._stated[key]):
                 raise self._wrong(f"{key} is not a text")

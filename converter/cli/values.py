@@ -64,11 +64,12 @@ class Format(click.ParamType[str]):
     name = "FORMAT"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from converter.recipe import format_meant
+        from converter.recipe import format_meant, instead_of_format
 
         name = format_meant(str(value))
         if name is None:
-            self.fail(f"{value!r} is not one of {', '.join(FORMATS)}", param, ctx)
+            instead = instead_of_format(str(value))
+            self.fail(f"{value!r} is not one of {', '.join(FORMATS)}{instead and '; '}{instead}", param, ctx)
         return name
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

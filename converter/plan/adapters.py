@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,11 @@ from converter.merge.pickled import unpickled
 from converter.read.checksums import Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
+from converter.read.mistaken import similar_folders
 from converter.read.side_files import wanted_from_adapter
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9]+:/{1,2}(?:(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+))?")
+"""An address on the web, and the id on the Hub that it names."""
 
 
 class OpenedAdapter(NamedTuple):
@@ -119,11 +124,14 @@ def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, S
 def open_folder(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
     """A folder of this machine, or a repository on the Hub. Raises a `ConversionRefused` if there is none."""
     text = os.fspath(reference)
+    if (address := _ADDRESS.match(text)) is not None:
+        raise ConversionRefused(f"{text}: an address; give the id, {address[1] or 'as ORG/NAME'}, or a folder")
     if isinstance(reference, str) and is_hub_id(text):
         try:
             return HubFolder(text, revision, offline=offline)
         except (HubRefused, HubFailed) as exc:
-            raise type(exc)(f"{text}: no such folder here, and on the Hub: {exc}") from exc
+            here = f"no such folder here{similar_folders(Path(text))}"
+            raise type(exc)(f"{text}: {here}{'' if here.endswith('?') else ','} and on the Hub: {exc}") from exc
     try:
         return LocalFolder(Path(text).expanduser())
     except RuntimeError as exc:  # a home folder of nobody

@@ -71,7 +71,10 @@ def cut_into_tiles(
     if resources.memory is not None and memory > resources.memory:
         raise BadRecipe(
             f"`memory` {resources.memory:,}: {memory:,} bytes are needed, because of {name} and "
-            f"{resources.threads} threads" + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
+            f"{resources.threads} threads"
+            + (f", and {objects:,} for {len(tensors):,} tensors" if objects else "")
+            + "; give that much"
+            + (", or fewer `threads`" if resources.threads > 1 else "")
         )
     notes = []
     if resources.memory is None and memory > DEFAULT_MEMORY >= memory - objects:

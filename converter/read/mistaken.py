@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,7 +28,7 @@ _OTHERS = (
 def instead_of_a_folder(path: Path) -> str:
     """What is wrong with a path that is no folder, and what to do."""
     if not os.path.isfile(path):  # noqa: PTH113  (`Path.is_file` raises for a name that is too long)
-        return "no such folder"
+        return f"no such folder{similar_folders(path)}"
     match path.suffix.lower():
         case ".gguf":
             return f"a GGUF file, {_GGUF}"
@@ -36,6 +37,17 @@ def instead_of_a_folder(path: Path) -> str:
         case suffix if suffix in _ARCHIVES:
             return "an archive; unpack it, and give the folder"
     return "a file; give the folder of a model or an adapter"
+
+
+def similar_folders(path: Path) -> str:
+    """Folders beside a missing one whose names are alike, as a question; empty if there are none."""
+    try:
+        with os.scandir(path.parent) as entries:
+            there = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES) if entry.is_dir()]
+    except OSError:
+        return ""
+    alike = [str(path.with_name(name)) for name in get_close_matches(path.name, there, n=3, cutoff=0.75)]
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
 def instead_of_a_checkpoint(names: Iterable[str], path: Path | None) -> str | None:

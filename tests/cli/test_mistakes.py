@@ -41,10 +41,10 @@ def one(*arguments: str) -> Callable[[Places], list[object]]:
     return lambda at: [word.replace("BASE", str(at.base)).replace("ADAPTER", str(at.adapter)) for word in arguments]
 
 
-def with_file(name: str, *arguments: str) -> Callable[[Places], list[object]]:
+def with_file(name: str, *arguments: str, content: str = "GGUF") -> Callable[[Places], list[object]]:
     def make(at: Places) -> list[object]:
         (at.here / name).parent.mkdir(parents=True, exist_ok=True)
-        (at.here / name).write_bytes(b"GGUF")
+        (at.here / name).write_text(content)
         return one(*arguments)(at)
 
     return make
@@ -195,10 +195,33 @@ MISTAKES = {
     "a misspelt format": Mistake(
         one("--base", "BASE", "--format", "int4", "--out", "out"), "'int4' is not one of", "nf4, fp4, int8"
     ),
+    "a format of llama.cpp": Mistake(
+        one("--base", "BASE", "--format", "q4_k_m", "--out", "out"),
+        "'q4_k_m' is not one of",
+        "write bf16, and give OUT",
+    ),
+    "a format that servers have a successor of": Mistake(
+        one("--base", "BASE", "--format", "gptq", "--out", "out"), "'gptq' is not one of", "w4a16 is what servers run"
+    ),
+    "an address of the Hub": Mistake(
+        one("--base", "https://huggingface.co/maker/model/tree/main", "--out", "out"),
+        "https://huggingface.co/maker/model/tree/main: an address",
+        "give the id, maker/model",
+    ),
+    "a misspelt folder": Mistake(
+        lambda at: ["--base", f"{copy(at.base, at.here / 'model')}s", "--out", "out"],
+        "/models: no such folder",
+        "did you mean .*/model\\?",
+    ),
+    "a misspelt key of a job": Mistake(
+        with_file("jobs.jsonl", "batch", "jobs.jsonl", content='{"base": "x", "adaptor": "y", "out": "z"}'),
+        "jobs.jsonl: .*'adaptor' is not known",
+        "did you mean 'adapter'",
+    ),
     "too little memory": Mistake(
         one("--base", "BASE", "--out", "out", "--memory", "1MB"),
-        "--memory 1,000,000: [0-9,]+ bytes are needed",
-        "because of",
+        "--memory 1,000,000: [0-9,]+ bytes are needed, because of",
+        "give that much",
     ),
     "a pattern that matches nothing": Mistake(
         one("--base", "BASE", "--out", "out", "--keep", "lm_haed"), "--keep lm_haed: matches no module", "did you mean"
@@ -246,7 +269,9 @@ def test_from_python_errors_name_parameters(base: Path, adapter: Path, tmp_path:
         convert(adapter, base, tmp_path / "other")
 
 
-OF_OTHER_PROGRAMS = re.compile(r"`(hf|mlx_lm)[^`]*`|run `mlx_lm.*|--model-path PATH.*|`hf download.*|^ --revision $")
+OF_OTHER_PROGRAMS = re.compile(
+    r"`(hf|mlx_lm)[^`]*`|run `mlx_lm.*|--model-path PATH.*|^ --load-format \w+$|`hf download.*|^ --revision $"
+)
 
 
 def texts(path: Path) -> list[str]:

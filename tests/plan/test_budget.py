@@ -77,5 +77,7 @@ def test_the_objects_of_very_many_tensors_are_counted(tmp_path: Path) -> None:
     assert memory - cut_into_tiles(few, plan.recipe, Resources(threads=2))[1] > 500_000_000
     assert notes == [f"memory: {memory:,} bytes instead of 512,000,000: the base has 63,000 tensors"]
     assert [tensor.tiles for tensor in tensors] == [tensor.tiles for tensor in few] * 3_000
-    with pytest.raises(BadRecipe, match=r"because of .* threads, and [\d,]+ for 63,000 tensors$"):
+    with pytest.raises(
+        BadRecipe, match=r"because of .* threads, and [\d,]+ for 63,000 tensors; give that much, or fewer `threads`$"
+    ):
         cut_into_tiles(many, plan.recipe, Resources(memory=512_000_000, threads=2))
