@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real loaders bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -48,6 +48,17 @@ docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails
 
 real: .venv/ready  ## a real language model, and the usual flow beside it; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py
+
+LOADED = transformers==4.57.6 transformers==5.24.0
+loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environments of their own; downloads 500 MB
+	PYTHONPATH=. $(BIN)/python tools/loaders.py make build/loaders
+	for wanted in $(LOADED); do \
+		test -x build/loaders/$$wanted/bin/python || $(PYTHON) -m venv build/loaders/$$wanted || exit 1; \
+		build/loaders/$$wanted/bin/python -m pip install --quiet --disable-pip-version-check \
+			$$wanted $$(grep -E '^(torch|bitsandbytes|accelerate|safetensors|numpy)==' constraints.txt) || exit 1; \
+		build/loaders/$$wanted/bin/python tools/loads.py build/loaders || exit 1; \
+	done
+	PYTHONPATH=. $(BIN)/python tools/loaders.py compare build/loaders
 
 bench: .venv/ready  ## measure time and memory beside the usual flow; twenty minutes, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from converter import Recipe, convert
+from tests.architectures import save_tiny, save_tiny_adapter
 from tests.models import ARCHITECTURES, load, save_adapter, save_base
 from tests.reference import differences, logits, nf4, reference_flow, tensors_of
 
@@ -30,6 +31,17 @@ def test_the_output_equals_the_usual_flows_for_every_architecture_and_base_dtype
 
     assert differences(out, reference) == []
     assert torch.equal(logits(out), logits(reference))
+
+
+def test_what_stays_in_float32_is_merged_in_float32_as_peft_does_it(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "t5")  # whose `wo` stays in float32 in a float16 model
+    adapter = save_tiny_adapter(tmp_path / "adapter", base, "t5")
+    reference = reference_flow(base, adapter, tmp_path, nf4(bnb_4bit_compute_dtype=torch.float16), torch.float16)
+
+    out = convert(base, adapter, tmp_path / "out", Recipe(merge_precision="reference", dtype="float16")).out
+
+    assert differences(out, reference) == []
+    assert any(tensor.dtype == torch.float32 for name, tensor in tensors_of(out).items() if name.endswith("wo.weight"))
 
 
 @pytest.mark.parametrize(

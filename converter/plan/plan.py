@@ -126,7 +126,9 @@ class TensorPlan:
 
     def rounding(self, recipe: Recipe) -> Rounding:
         """How base and sum are rounded. PEFT adds a delta to what it dequantizes of a base without rounding."""
-        if is_stored(self.source) and recipe.merge_onto == "base" and isinstance(self.change, Lora):
+        of_codes = is_stored(self.source) and recipe.merge_onto == "base" and isinstance(self.change, Lora)
+        in_float32 = self.action == "keep" and self.dtype == "F32"  # whatever the model's dtype, so PEFT merges in it
+        if of_codes or in_float32:
             return Rounding("float32", recipe.dtype)
         return Rounding.of(recipe)
 
