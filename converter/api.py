@@ -1,4 +1,5 @@
-"""The functions for use from Python, with keyword arguments: `convert`, `plan_conversion`, `verify`, `summary`."""
+"""The functions for use from Python, with keyword arguments: `convert`, `plan_conversion`, `verify`, `evaluate`,
+`summary`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any
 
 from converter.compare import Sources
 from converter.errors import ConversionRefused
-from converter.gates import Gates
+from converter.evaluation import Evaluation, Measuring, evaluate_output
+from converter.gates import Gates, QualityGates
 from converter.job import Adapters, Job, Reference, RunOptions
+from converter.layers.texts import Text
 from converter.observer import Observer, Progress
 from converter.pipeline import Report, convert_job, plan_job
 from converter.plan.estimate import DryRun
@@ -123,6 +126,49 @@ def verify(
         sources = Sources(base, adapter, base_revision, adapter_revision)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
     return verify_output(Path(out), Checks(sources, sample, gates, require_receipt), options, Observer(progress))
+
+
+def evaluate(
+    out: Reference,
+    text: Reference,
+    base: Reference | None = None,
+    adapter: Adapters | None = None,
+    *,
+    field: str | None = None,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    dtype: str = "float32",
+    base_revision: str | None = None,
+    adapter_revision: str | None = None,
+    compare: bool = False,
+    gates: QualityGates = QualityGates(),
+    memory: int | None = None,
+    scratch: Reference | None = None,
+    device: str = "auto",
+    offline: bool = False,
+    allow_pickle: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], int | None] = lambda: None,
+) -> Evaluation:
+    """Measure how well a checkpoint predicts a text: its perplexity. With `base` or `adapter`, also how far it is from
+    the 16-bit model: perplexity ratio, KL divergence, top-1 agreement, and whether these reach the `gates`.
+
+    One layer is in memory at a time. `text` is a file of text, or of JSON lines whose `field` is a text or a list of
+    messages. It is cut into windows of `window` tokens, by default 2048, or as many as the model takes; after
+    `max_tokens`, no other window begins. `dtype` is what is computed in: float32, bfloat16, float16. `compare`: base
+    and adapter are those that the receipt names. `memory`, in bytes, is for activations and logits; activations that
+    don't fit are in a file in the folder `scratch`.
+
+    Raises a `ConversionRefused` if something can't be had or can't be run a layer at a time.
+    """
+    sources = None
+    if base is not None or adapter is not None or compare:
+        sources = Sources(base, adapter, base_revision, adapter_revision)
+    measuring = Measuring(
+        Text(Path(text), field), window, max_tokens, dtype, memory, None if scratch is None else Path(scratch), gates
+    )
+    options = RunOptions(device=device, offline=offline, allow_pickle=allow_pickle)
+    return evaluate_output(out, measuring, sources, options, Observer(progress, stop))
 
 
 def summary(out: Reference) -> dict[str, Any]:

@@ -83,6 +83,42 @@ class Gates:
             raise GateFailed(f"{where}: {in_words(misses)}")
 
 
+@dataclass(frozen=True)
+class QualityGates:
+    """Limits for what an output makes of a text, compared with the 16-bit model. `BadRecipe` for a value out of
+    range."""
+
+    max_perplexity_ratio: float | None = None
+    """Most that the output's perplexity may be, divided by the 16-bit model's."""
+    max_kl: float | None = None
+    """Most KL divergence a token, in nats."""
+    min_top1: float | None = None
+    """Least share of tokens for which both hold the same one for the likeliest."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            most = 1 if name == "min_top1" else math.inf
+            if value is not None and not (is_number and 0 < value <= most and math.isfinite(value)):
+                range_ = "a number above 0" + (", at most 1" if name == "min_top1" else "")
+                raise BadRecipe(f"`{name}` {value!s:.40}: expected {range_}")
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return self != QualityGates()
+
+    def misses(self, *, ratio: float, divergence: float, agreement: float) -> list[str]:
+        """What doesn't reach a gate, a line each. A figure that is no number reaches none."""
+        found = []
+        if (most := self.max_perplexity_ratio) is not None and not ratio <= most:
+            found.append(f"perplexity ratio {ratio:.4f}, above {most:g}")
+        if (most := self.max_kl) is not None and not divergence <= most:
+            found.append(f"KL divergence {divergence:.4g}, above {most:g}")
+        if (least := self.min_top1) is not None and not agreement >= least:
+            found.append(f"top-1 agreement {agreement:.4f}, below {least:g}")
+        return found
+
+
 def in_words(misses: list[Miss]) -> str:
     """The worst one, and how many there are."""
     rest = "" if len(misses) == 1 else f", the worst of {len(misses)} that miss a gate"

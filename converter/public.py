@@ -1,13 +1,14 @@
 """The public names: what `from converter import …` gives."""
 
-from converter.api import convert, plan_conversion, summary, verify
+from converter.api import convert, evaluate, plan_conversion, summary, verify
 from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
 from converter.batch.outcomes import Outcome
 from converter.combination import Combination
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError, GateFailed
-from converter.gates import Gates
+from converter.evaluation import Evaluation
+from converter.gates import Gates, QualityGates
 from converter.job import Job
 from converter.merge.adapter import Adapter
 from converter.observer import Progress
@@ -30,6 +31,7 @@ __all__ = [
     "ConversionFailed",
     "ConversionRefused",
     "ConverterError",
+    "Evaluation",
     "Fidelity",
     "GateFailed",
     "Gates",
@@ -39,12 +41,14 @@ __all__ = [
     "Outcome",
     "Plan",
     "Progress",
+    "QualityGates",
     "Recipe",
     "Report",
     "Resources",
     "Verification",
     "convert",
     "convert_batch",
+    "evaluate",
     "make_plan",
     "plan_conversion",
     "read_jobs",

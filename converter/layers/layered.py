@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from converter.layers.activations import Activations
     from converter.layers.weights import Weights
 
-Step = Callable[[int, int], None]
-"""Called with the number of layers that are done, and of those that there are."""
+Step = Callable[[int, int, int], None]
+"""Called with a layer's number, and how many batches of how many have gone through it."""
 
 
 class LayeredModel:
@@ -75,17 +75,27 @@ class LayeredModel:
         return cls(skeleton, weights, batches, activations)
 
     def run(self, step: Step = lambda *_: None) -> None:
-        """Run all layers over all batches; then `logits` can be asked for. `step` is called after each layer."""
+        """Run all layers over all batches; then `logits` can be asked for. `step` is called after each batch."""
         for number in range(len(self._layers)):
             with self._filled(number):
                 for batch in range(len(self._batches)):
                     self._activations.put(batch, self._advanced(number, batch))
-            step(number + 1, len(self._layers))
+                    step(number, batch + 1, len(self._batches))
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self._layers)
 
     @property
     def vocabulary(self) -> int:
         """Rows of the head."""
         return int(self._weights.by_name[self._head_tensor].shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns of the head."""
+        return int(self._head.in_features)
 
     @contextmanager
     def head(self, start: int, end: int) -> Iterator[None]:
@@ -186,7 +196,7 @@ class LayeredModel:
         hook = module.register_forward_pre_hook(fill)
 
     def _fill_embedding(self) -> None:
-        """Give the embedding the rows of the tokens that occur, and let it look them up."""
+        """Keep the rows of the tokens that occur, and give the embedding those of each batch when it is called."""
         import torch
         from torch import nn
 
@@ -199,16 +209,17 @@ class LayeredModel:
         if int(occurring[-1]) >= rows:
             raise BadCheckpoint(f"{tensor}: {rows:,} rows, but the text has a token {int(occurring[-1]):,}")
         values = self._weights.rows(tensor, _spans(occurring.tolist()))
-        device, embedding = self._skeleton.device, self._embedding
-        embedding.weight = nn.Parameter(values.to(device, embedding.weight.dtype), requires_grad=False)
+        device, embedding, dtype = self._skeleton.device, self._embedding, self._embedding.weight.dtype
         embedding.padding_idx = None  # of no account but for gradients, and it may be no row now
-        occurring = occurring.to(device)
 
-        def looked_up(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        def look_up(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             tokens = args[0] if args else kwargs["input"]
-            return (torch.searchsorted(occurring, tokens),), {}
+            here, places = tokens.unique(return_inverse=True)
+            rows = values[torch.searchsorted(occurring, here.cpu())].to(device, dtype)
+            embedding.weight = nn.Parameter(rows, requires_grad=False)
+            return (places,), {}
 
-        embedding.register_forward_pre_hook(looked_up, with_kwargs=True)
+        embedding.register_forward_pre_hook(look_up, with_kwargs=True)
 
     def _prepare(self) -> None:
         """Learn what layers give, and refuse a model whose layers can't be run one after the other."""

@@ -19,6 +19,8 @@ from tests.cli.conftest import Run, is_one_line
         (["--dry-run"], "Give --base, or an --adapter that names its base"),
         (["verify"], "Give one OUT: convert verify OUT"),
         (["verify", "one", "--out", "other"], "Give one OUT: convert verify OUT"),
+        (["evaluate", "--text", "t"], "Give one OUT: convert evaluate OUT --text FILE"),
+        (["evaluate", "one"], "Missing option '--text'"),
         (
             ["--base", "x", "--out", "y", "--format", "bf16", "--dtype", "float16"],
             "--format bf16 and --dtype float16 exclude",

@@ -157,7 +157,7 @@ def test_every_option_that_a_page_names_exists() -> None:
     known = {name for command in every for p in command.params for name in (*p.opts, *p.secondary_opts)}
 
     for page in PAGES:
-        spans = re.findall(r"`(--[a-z][a-z-]*)", page.read_text())
+        spans = re.findall(r"`(--[a-z][a-z0-9-]*)", page.read_text())
         assert {*spans} <= known | {"--help", *OF_OTHERS}, page
 
 
