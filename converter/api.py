@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.receipt import RECEIPT, read_receipt
 from converter.verification import Checks, Verification, verify_output
+from converter.write.stores.addresses import path_of, refuse_to_read
 
 
 def convert(
@@ -42,10 +45,14 @@ def convert(
     check_tiles: int = RunOptions.check_tiles,
     card: str = "",
     gates: Gates = Gates(),
+    work: Reference | None = None,
+    disk: int | None = None,
+    create_pr: bool = False,
     progress: Callable[[Progress], None] | bool = False,
     stop: Callable[[], int | None] = lambda: None,
 ) -> Report:
-    """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`.
+    """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`, or in a store:
+    `out` is then an address, hf://ORG/NAME, hf://ORG/NAME@BRANCH, s3://BUCKET/PREFIX, gs://… or az://…
 
     `base` and `adapter` are folders or ids on the Hub; several adapters become one as `recipe.combine` says. Without
     `base`, the one that the adapter names is taken; without `adapter`, the base is quantized as it is.
@@ -56,10 +63,15 @@ def convert(
     each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends
     with `Interrupted`. `check_tiles`: of an accelerator's tiles, one in so many is made again on the CPU; 0: none.
 
+    For a store: `work` is the folder in which files gather, `disk` the bytes that they may take of it, and `create_pr`
+    opens a pull request on the Hub instead of committing. Each shard is uploaded while the next one is made.
+
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
-    job = Job(Path(out), adapter, base, recipe, base_revision, adapter_revision, card, gates)
+    path, store = _out(out)
+    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, card, gates, store)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle, check_tiles)
+    options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
     if progress is False:
         return convert_job(job, options, Observer(stop=stop))
     if progress is not True:
@@ -84,14 +96,19 @@ def plan_conversion(
     offline: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    work: Reference | None = None,
+    disk: int | None = None,
+    create_pr: bool = False,
 ) -> DryRun:
     """What `convert` would do with the same arguments: its plan, and its refusals.
 
     Nothing is written, and of a base on the Hub no shard is downloaded. The estimate of the time comes from short
     samples of reading and computing.
     """
-    job = Job(Path(out or ""), adapter, base, recipe, base_revision, adapter_revision)
+    path, store = _out(out or "")
+    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, store=store)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
+    options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
     return plan_job(job, options, with_out=out is not None)
 
 
@@ -125,7 +142,13 @@ def verify(
     if base is not None or adapter is not None or compare:
         sources = Sources(base, adapter, base_revision, adapter_revision)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
-    return verify_output(Path(out), Checks(sources, sample, gates, require_receipt), options, Observer(progress))
+    refuse_to_read(os.fspath(out))
+    return verify_output(
+        path_of(os.fspath(out)) or Path(out),
+        Checks(sources, sample, gates, require_receipt),
+        options,
+        Observer(progress),
+    )
 
 
 def evaluate(
@@ -181,6 +204,13 @@ def summary(out: Reference) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConversionRefused(f"{Path(out)}: no {RECEIPT} with a summary; convert it anew")
     return found
+
+
+def _out(out: Reference) -> tuple[Path, str | None]:
+    """OUT as a path and, if it lies in a store, as the store's address."""
+    place = os.fspath(out)
+    path = path_of(place)
+    return (Path(place), place) if path is None else (path, None)
 
 
 def _in_a_notebook() -> bool:

@@ -9,6 +9,7 @@
     │   ├── BadRecipe            the choices contradict each other or the base
     │   ├── BadOutput            OUT is not a place that may be written
     │   │   └── OutputLocked     another process is writing it
+    │   ├── StoreRefused         a store that OUT is to be in is not known, or does not let us
     │   └── HubRefused           the Hub has no such thing for us
     │       ├── HubNotFound
     │       ├── HubGated
@@ -22,6 +23,7 @@
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
         ├── DeviceDisagrees      an accelerator computes something else than the CPU
+        ├── StoreFailed          the store that OUT is to be in failed
         ├── NoEffect             the adapter's change is not zero, and alters no value of the output
         ├── GateFailed           a figure of the output does not reach its gate; exit code 4
         ├── Undecided            what a verification needs can't be had; exit code 3
@@ -83,6 +85,10 @@ class OutputLocked(BadOutput):
     """Another process is writing OUT; later it may be free."""
 
 
+class StoreRefused(ConversionRefused):
+    """A store that OUT is to be in is not known, or does not let us."""
+
+
 class HubRefused(ConversionRefused):
     """The Hub has no such thing for us."""
 
@@ -141,6 +147,12 @@ class HubFailed(ConversionFailed):
 
 class DeviceDisagrees(ConversionFailed):
     """An accelerator made codes or scales that the CPU doesn't, and rounding doesn't explain it."""
+
+
+class StoreFailed(ConversionFailed):
+    """The store that OUT is to be in failed."""
+
+    resumable = True
 
 
 class NoEffect(ConversionFailed):

@@ -33,10 +33,12 @@ class Job:
     card: str = ""
     """Text for the model card."""
     gates: Gates = Gates()
+    store: str | None = None
+    """The address of a store, hf://ORG/NAME or s3://BUCKET/PREFIX, in the place of `out`."""
 
     @property
     def label(self) -> str:
-        return str(self.out)
+        return str(self.out) if self.store is None else self.store
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ class RunOptions:
     """Of the tiles that an accelerator makes, one in so many is made again on the CPU and compared; 0: none."""
     open_device: OpenDevice = open_device
     """Gives the device of a name; for devices of your own."""
+    work: Path | None = None
+    """Where the files of an OUT in a store gather; None: in the user's cache."""
+    disk: int | None = None
+    """Bytes of this machine's disk that an OUT in a store may take while it is made; None: those of two shards."""
+    create_pr: bool = False
+    """Open a pull request on the Hub instead of committing."""
 
     def of_inputs(self) -> dict[str, Any]:
         """Those that opening base and adapter depends on."""

@@ -31,14 +31,27 @@ from converter.read.digests import remember_digests
 from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
 from converter.seal.card import CardOf, metadata_of, model_card
-from converter.seal.destination import Destination, already_made
+from converter.seal.destination import Place, already_made
 from converter.seal.production import Made, Production, Target
+from converter.seal.published import Published, place_of
 from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of, read_receipt, summary_of
 from converter.seal.staging import Staging
 from converter.tensors import torch_device
 from converter.threads import Crew, one_thread
 from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
 from converter.write.journal import job_of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An output that lies in a store."""
+
+    address: str
+    """As the user gave it."""
+    seen_at: str
+    """Where to look at it: on the Hub, the commit or the pull request."""
+    nbytes: int
+    """Of its shards."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +65,8 @@ class Report:
     """By tensor name. Empty if there was nothing to do."""
     nothing_to_do: bool = False
     """Whether OUT already was a finished conversion of the same inputs by the same recipe."""
+    store: Stored | None = None
+    """Where OUT lies, if that is no folder of this machine."""
     checked: dict[str, dict[str, str]] = field(default_factory=dict)
     """base or adapter → weights file → who stated the sha256 that it has: `checksums.HUB`, `CACHE`, `DOWNLOAD` or
     `SUMS`. Files without a known sha256 are absent."""
@@ -63,21 +78,33 @@ class Report:
         """Counts of tensors, mean and worst error and survival: as at the head of the receipt, without bytes."""
         return summary_of(self.plan, self.fidelity)
 
+    @property
+    def label(self) -> str:
+        """OUT as the user gave it."""
+        return str(self.out) if self.store is None else self.store.address
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the shards."""
+        if self.store is not None:
+            return self.store.nbytes
+        return sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
+
     def __repr__(self) -> str:
         if self.nothing_to_do:
-            return f"Report({str(self.out)!r}: nothing to do)"
+            return f"Report({self.label!r}: nothing to do)"
         found = self.summary
         parts = [f"{count} {what}" for what, count in found["tensors"].items() if count]
         for key, said in (("relative_error", "error"), ("survival", "survival")):
             if found[key] is not None:
                 parts.append(f"{said} {found[key]['mean']:.4f}")
-        return f"Report({str(self.out)!r}: {', '.join(parts)})"
+        return f"Report({self.label!r}: {', '.join(parts)})"
 
     def _repr_html_(self) -> str | None:
         """For notebooks: the head of the report of what lies at `out`."""
         from converter.page import head
 
-        receipt = read_receipt(self.out)
+        receipt = None if self.store is not None else read_receipt(self.out)
         return None if receipt is None else head(receipt)
 
 
@@ -89,12 +116,12 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         before = inputs.identities()
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
         encoding = Encoding(plan, options.open_device(plan.device), options.check_tiles)
-        destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
+        destination = place_of(job, options, inputs.folders, observer.stop)
         if (known := already_made(destination, plan, inputs, encoding.device.place.type)) is not None:
-            job.gates.hold(_figures(destination), str(destination.out))
-            return Report(job.out, plan, known, {}, nothing_to_do=True)
+            job.gates.hold(_figures(destination), destination.label)
+            return Report(job.out, plan, known, {}, nothing_to_do=True, store=_stored(destination))
         destination.refuse_if_taken()
-        destination.refuse_if_too_full(plan.output_bytes)
+        destination.refuse_if_too_full(destination.room_for(plan))
         if plan.beforehand:
             observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
         inputs.bring(observer.tell, observer.stop)
@@ -114,7 +141,14 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
             observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
             remember_digests(inputs.base, {t.name: digests[t.name] for t in plan.tensors() if t.origin == "base"})
-            return seal(output, inputs, digests, job)
+            return replace(seal(output, inputs, digests, job), store=_stored(destination))
+
+
+def _stored(place: Place) -> Stored | None:
+    """Where an output lies that was published."""
+    if not isinstance(place, Published) or place.receipt is None:
+        return None
+    return Stored(place.label, place.seen_at, place.receipt["summary"]["bytes"]["output"])
 
 
 def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Job) -> Report:
@@ -126,14 +160,14 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     if may_be_without_effect(plan, fidelity) and not _has_effect(output, inputs.base.folder, adapter):
         rounded = plan.recipe.dtype if plan.recipe.quant_type == "none" else plan.recipe.quant_type
         raise NoEffect(
-            f"{job.out}: what the adapter changes is not zero, but rounding to {rounded} takes all of it away: the "
+            f"{job.label}: what the adapter changes is not zero, but rounding to {rounded} takes all of it away: the "
             "output would equal the base. Check lora_alpha and the values of the adapter's tensors"
         )
     if misses := job.gates.misses(fidelity):
         found = json.dumps(report_of(job.gates, misses), indent=2, sort_keys=True)
         receipt = output.staging.receipt(plan, origin, fidelity)
         output.staging.put(GATES, f"{found}\n".encode())
-        failed = GateFailed(f"{job.out}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
+        failed = GateFailed(f"{job.label}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
         failed.staging, failed.receipt = str(output.staging.folder), json.loads(receipt)
         raise failed
     cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
@@ -155,7 +189,7 @@ def _has_effect(output: Production, base: Folder, adapter: Folder | None) -> boo
     return False
 
 
-def _figures(made: Destination) -> dict[str, Fidelity]:
+def _figures(made: Place) -> dict[str, Fidelity]:
     """Of an output that is made already; none that are altogether wrong."""
     try:
         return fidelity_of(made.receipt or {})
@@ -168,12 +202,20 @@ def plan_job(job: Job, options: RunOptions = RunOptions(), *, with_out: bool = T
     with Inputs.of(job, options) as inputs:
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
         if with_out:
-            destination = Destination(job.out, inputs=inputs.folders, overwrite=options.overwrite)
+            destination = place_of(job, options, inputs.folders)
             if already_made(destination, plan, inputs, torch_device(plan.device).type) is not None:
                 return DryRun(plan, estimate(plan, inputs.base), nothing_to_do=True)
             destination.refuse_if_taken()
-            destination.refuse_if_too_full(plan.output_bytes)
-        return DryRun(plan, estimate(plan, inputs.base))
+            disk = destination.room_for(plan)
+            destination.refuse_if_too_full(disk)
+            if isinstance(destination, Published):
+                notes = (
+                    f"OUT lies in {destination.label}; its files gather in {destination.staging}",
+                    destination.note,
+                )
+                plan = replace(plan, notes=plan.notes + tuple(filter(None, notes)))
+            return DryRun(plan, estimate(plan, inputs.base), disk=disk)
+        return DryRun(plan, estimate(plan, inputs.base), disk=plan.output_bytes)
 
 
 Result = tuple[Target, Made | ConverterError]

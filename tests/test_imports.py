@@ -66,8 +66,9 @@ COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "report", "docto
 ONLY_IN = {
     "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
     "bitsandbytes": {"quantize.bnb"},
-    "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login"},
+    "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login", "write.stores.hub"},
     "numba": {"quantize.jit"},
+    "obstore": {"write.stores.bucket"},
     "jinja2": {"page"},
     "packaging": {"health"},
     "platformdirs": {"read.cache"},

@@ -23,6 +23,7 @@ from converter.job import Adapters, Job
 from converter.read.folder import is_folder
 from converter.read.strict_json import parse_json_object
 from converter.recipe import Recipe, choices_of_format
+from converter.write.stores.addresses import NO_STORE, is_address
 
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
@@ -228,6 +229,7 @@ class _Row:
     def _own_output(self, name: str | None) -> Path:
         """Where the job says; `name`: what the output is called where it has no other name."""
         if "out" in self._own:
+            self._refuse_store(self._own["out"])
             return self._parent / Path(self._own["out"]).expanduser()
         name = self._stated.get("name") or name
         if name is None:
@@ -264,9 +266,14 @@ class _Row:
         folder = self._stated.get("out")
         if folder is None:
             raise self._wrong("has no out")
+        self._refuse_store(folder)
         if FOLDER_NAME.fullmatch(name) is None:
             raise self._wrong(f"{name!r} can't be a folder's name; give name or out")
         return self._parent / Path(folder).expanduser() / name
+
+    def _refuse_store(self, out: str) -> None:
+        if is_address(out):
+            raise self._wrong(f"{out}: {NO_STORE}")
 
     def _job(self, adapter: Adapters | None, out: Path) -> Job:
         stated, base = self._stated, self._reference(self._stated.get("base"))

@@ -11,13 +11,14 @@ from converter.batch.jobs import grouped
 from converter.batch.options import BatchOptions
 from converter.batch.run import BatchRun
 from converter.batch.sharing import same_in_both, untouched
-from converter.errors import ConverterError
+from converter.errors import BadOutput, ConverterError
 from converter.job import Job
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Base, Inputs
 from converter.plan.plan import Plan, TensorPlan
 from converter.seal.destination import Destination, already_made
 from converter.tensors import torch_device
+from converter.write.stores.addresses import NO_STORE
 
 
 class PlannedJob:
@@ -25,6 +26,8 @@ class PlannedJob:
 
     def __init__(self, job: Job, inputs: Inputs, options: BatchOptions) -> None:
         self.job, self.inputs, self._options = job, inputs, options
+        if job.store is not None:
+            raise BadOutput(f"{job.store}: {NO_STORE}")
         self._plan: Plan | None = None
         if inputs.adapter is None:
             job.gates.refuse_without_adapter()

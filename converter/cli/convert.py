@@ -23,6 +23,7 @@ from converter.cli.options import (
     REFERENCE,
     RESOURCES,
     REVISIONS,
+    STORES,
     Printing,
     flag,
     gates_from,
@@ -103,8 +104,9 @@ class Commands(cloup.Group):
     cloup.option(
         *("--out", "-o", "--output", "out"),
         type=Place(),
-        metavar="PATH",
-        help="Folder to write. It appears only when it is complete.",
+        metavar="PATH|ADDRESS",
+        help="Folder to write, or hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, gs://, az://. It appears only when it is "
+        "complete.",
     ),
     with_overwrite,
     MAX_SHARD_SIZE,
@@ -116,6 +118,7 @@ class Commands(cloup.Group):
     ),
     cloup.option("--report", type=Place("file"), metavar="FILE", help="Write a report of the output: one HTML file."),
     *LINKS,
+    *STORES,
 )
 @cloup.option_group("Several adapters into one", *COMBINATION)
 @cloup.option_group("Quality", *QUALITY, *GATES)
@@ -151,18 +154,22 @@ def cli(context: click.Context, /, **options: Any) -> None:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
     if not options["out"] and not dry_run:
         raise click.UsageError("Give --out, or --dry-run.")
+    of_store = take(options, "work", "disk", "create_pr")
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
+    if report_file is not None and is_address(options["out"]):
+        raise click.UsageError("--report goes with a folder as --out; download the output, then `convert report` it.")
     if report_file is not None and dry_run:
         raise click.UsageError("--report needs an output, and --dry-run makes none.")
     if (is_named(adapters) and options["combine"] is None) or of_batch["against"] is not None:
         if report_file is not None:
             raise click.UsageError("--report goes with one output; `convert report OUT` writes it for each.")
+        refuse_store(options["out"], of_store)
         jobs = jobs_from(adapters, options)
         run_batch(context.obj, jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
         return
     recipe = recipe_from(options)
     what: dict[str, Any] = {"adapter": adapter_of(adapters, recipe), "recipe": recipe}
-    what |= vars(run_options_from(options))
+    what |= vars(run_options_from(options)) | of_store
     del what["open_device"]
     if dry_run:
         print_plan(printing, what | options)
@@ -200,6 +207,17 @@ def cli(context: click.Context, /, **options: Any) -> None:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:
         print_text(summary(report, shown.seconds(), verbose=printing.verbose))
+
+
+def is_address(out: str | None) -> bool:
+    """Whether OUT lies in a store."""
+    return out is not None and "://" in out and not out.startswith("file:")
+
+
+def refuse_store(out: str | None, of_store: Mapping[str, Any]) -> None:
+    """Several outputs go to folders."""
+    if is_address(out) or any(of_store.values()):
+        raise click.UsageError("Several outputs go to folders: give a folder as --out, or convert each by itself.")
 
 
 def refuse_dropped(context: click.Context, command: str, options: Mapping[str, Any]) -> None:

@@ -84,6 +84,21 @@ RESOURCES: tuple[Decorator, ...] = (
         help="On a GPU: make one tile in N again on the CPU and compare; 0: none.",
     ),
 )
+STORES: tuple[Decorator, ...] = (
+    cloup.option(
+        "--work",
+        type=Place(),
+        metavar="DIR",
+        help="With an address as OUT: where its files gather.  [default: the user's cache]",
+    ),
+    cloup.option(
+        "--disk",
+        type=Size(),
+        metavar="SIZE",
+        help="With an address as OUT: disk to use for its files.  [default: two shards]",
+    ),
+    flag("--create-pr", text="With hf:// as OUT: open a pull request instead of committing."),
+)
 LINKS: tuple[Decorator, ...] = (
     cloup.option(
         "--link",

@@ -38,7 +38,7 @@ Exit code:
 
 
 @cloup.command(short_help="Check a checkpoint, and compare it with its base and adapter.", epilog=EXAMPLES)
-@click.argument("out", type=click.Path(path_type=Path, file_okay=False), required=False)
+@click.argument("out", type=Place(), required=False)
 @cloup.option_group(
     "Input",
     cloup.option("--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."),
@@ -66,12 +66,12 @@ Exit code:
     *PRINTING,
     with_help,
 )
-def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
+def verify(out: str | None, also_out: str | None, **options: Any) -> None:
     """Check a checkpoint: its digests, structure and values, and whether base and adapter give its bytes."""
     given = [place for place in (out, also_out) if place is not None]
     if len(given) != 1:
         raise click.UsageError("Give one OUT: convert verify OUT")
-    out = Path(given[0])
+    place = given[0]
     from converter.api import verify as look
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
@@ -83,10 +83,10 @@ def verify(out: Path | None, also_out: str | None, **options: Any) -> None:
     printing, adapters = printing_from(options), options.pop("adapters")
     options["adapter"] = adapters if len(adapters) > 1 else adapters[0] if adapters else None
     with display(printing.progress) as shown:
-        found = look(out, gates=gates_from(options), progress=shown.progress, **options)
+        found = look(place, gates=gates_from(options), progress=shown.progress, **options)
     if printing.as_json:
         print_text(json_text(verification_json(found)))
     elif not printing.quiet or not found.is_good:
-        print_text(verification_text(out, found))
+        print_text(verification_text(Path(place), found))
     if not found.is_good:
         raise click.exceptions.Exit(1 if found.problems else 4)

@@ -59,11 +59,15 @@ class DryRun:
     estimate: Estimate
     nothing_to_do: bool = False
     """Whether OUT already is a finished conversion of the same inputs by the same recipe."""
+    disk: int | None = None
+    """Bytes of this machine's disk that it takes, if that was asked."""
 
     def as_json(self) -> dict[str, Any]:
         """The plan's JSON values, the estimate's, and what loaders would find wrong."""
         found: dict[str, Any] = {"nothing_to_do": True} if self.nothing_to_do else {}
         found["loaders"] = {loader: list(problems) for loader, problems in self.plan.loaders.items()}
+        if self.disk is not None and self.disk != self.plan.output_bytes:
+            found["disk_bytes"] = self.disk
         return self.plan.as_json() | {"estimate": self.estimate.as_json()} | found
 
 

@@ -9,21 +9,22 @@ import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.errors import BadOutput
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
 from converter.read.digests import digests_of
 from converter.seal.receipt import CARD, RECEIPT, fingerprint_of, origin_of, read_receipt
-from converter.write.durable import LOCAL_DISK, writing
-from converter.write.journal import JOURNAL
+from converter.write.durable import LOCAL_DISK, Disk, writing
+from converter.write.journal import JOURNAL, Journal
 from converter.write.lock import LOCK, Lock
 from converter.write.renaming import can_be_renamed, exchange
 
 if TYPE_CHECKING:
     from converter.plan.inputs import Inputs
     from converter.plan.plan import Plan
+    from converter.write.uploads import Uploads
 
 OURS = frozenset({LOCK, JOURNAL})
 """Files of a staging folder that don't belong to the checkpoint."""
@@ -32,8 +33,43 @@ _REPLACED = "replaced"
 _PRESENT_IN_EMPTY = frozenset({"lost+found", _INSIDE})  # a mounted volume's own folder; an earlier run's staging folder
 
 
+class Place(Protocol):
+    """OUT: whether it may be written, where its files gather until it is whole, and how it gets its name."""
+
+    receipt: dict[str, Any] | None
+    """Of the conversion that lies there; None if none does."""
+    accepted: bool
+    """Whether OUT is the new one. What is left in staging is then of no more use."""
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+
+    @property
+    def staging(self) -> Path:
+        """Where OUT's files gather: a folder of this machine."""
+
+    def holds(self, fingerprint: str) -> bool:
+        """Whether OUT is a finished conversion of this fingerprint, and all its files are there in their sizes."""
+
+    def refuse_if_taken(self) -> None:
+        """`BadOutput` unless OUT is free, or holds a conversion that `--overwrite` may replace."""
+
+    def room_for(self, plan: Plan) -> int:
+        """Bytes that a conversion takes of this machine's disk."""
+
+    def refuse_if_too_full(self, nbytes: int) -> None:
+        """`BadOutput` if this machine's disk has no room for `nbytes`."""
+
+    def uploads(self, journal: Journal, disk: Disk) -> Uploads | None:
+        """What takes finished shards away; None if OUT lies on this machine."""
+
+    def accept(self) -> None:
+        """Make the finished staging folder OUT."""
+
+
 class Destination:
-    """OUT: whether it may be written, and where its files gather until it is whole. `BadOutput` if it can't be OUT."""
+    """OUT in a folder of this machine. `BadOutput` if it can't be OUT."""
 
     def __init__(self, out: Path, *, inputs: Iterable[Path], overwrite: bool) -> None:
         self.out = Path(os.path.realpath(out.expanduser()))
@@ -92,6 +128,16 @@ class Destination:
                 "remove with it; move it away"
             )
 
+    @property
+    def label(self) -> str:
+        return str(self.out)
+
+    def room_for(self, plan: Plan) -> int:
+        return plan.output_bytes
+
+    def uploads(self, journal: Journal, disk: Disk) -> None:
+        return None
+
     def refuse_if_too_full(self, nbytes: int) -> None:
         """`BadOutput` if the disk has no room for `nbytes`. What an earlier run left in staging counts as free."""
         if (free := room([self.staging])) < nbytes:
@@ -149,13 +195,13 @@ class Destination:
 
         The old config.json leaves first and the new one comes last. In between the folder is no checkpoint.
         """
-        new = sorted({entry.name for entry in os.scandir(self.staging)} - OURS, key=_arrival)
+        new = sorted({entry.name for entry in os.scandir(self.staging)} - OURS, key=arrival)
         moves = [(self.staging / name, self.out / name) for name in new]
         if self.receipt is not None:
             aside = self.staging / _REPLACED
             aside.mkdir()
             own = {entry.name for entry in os.scandir(self.out)} & self._names_in_receipt()
-            moves[:0] = [(self.out / name, aside / name) for name in sorted(own, key=_arrival, reverse=True)]
+            moves[:0] = [(self.out / name, aside / name) for name in sorted(own, key=arrival, reverse=True)]
         try:
             for source, target in moves:
                 if target == self.out / CONFIG:
@@ -190,7 +236,7 @@ class Destination:
 
 
 def already_made(
-    destination: Destination, plan: Plan, inputs: Inputs, device: str, *, any_layout: bool = False
+    destination: Place, plan: Plan, inputs: Inputs, device: str, *, any_layout: bool = False
 ) -> str | None:
     """The fingerprint of OUT, if OUT is a finished conversion of these inputs by this plan; else None.
 
@@ -284,6 +330,6 @@ def clear(folder: Path, *, but: Collection[str] = ()) -> None:
             Path(entry.path).unlink()
 
 
-def _arrival(name: str) -> tuple[bool, bool, str]:
+def arrival(name: str) -> tuple[bool, bool, str]:
     """Order of moving in: first the receipt, which names all files; last config.json, which makes a checkpoint."""
     return name != RECEIPT, name == CONFIG, name

@@ -143,15 +143,19 @@ class Production:
         return bool(self.staging.journal.entries) and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
-        journal, writer = self.staging.journal, self.staging.writer(shard)
-        self._writers[shard.file] = writer
-        self._left[shard.file] = {tensor.name for tensor in shard.tensors} - writer.resumed
+        names = {tensor.name for tensor in shard.tensors}
+        if shard.file in self.staging.stored and names <= self.staging.journal.entries.keys():
+            resumed = names
+        else:
+            self._writers[shard.file] = self.staging.writer(shard)
+            resumed = self._writers[shard.file].resumed
+        self._left[shard.file] = names - resumed
         for tensor in shard.tensors:
-            if tensor.name in writer.resumed:
-                entry = journal.entries[tensor.name]
+            if tensor.name in resumed:
+                entry = self.staging.journal.entries[tensor.name]
                 fidelity = Fidelity(entry.error, entry.survival)
                 self._count(Made(tensor.name, fidelity, entry.digest, tensor.source.nbytes, entry.agreement))
-        if not self._left[shard.file]:
+        if not self._left[shard.file] and shard.file in self._writers:
             self._finish(shard.file)
 
     def _count(self, made: Made) -> None:
@@ -167,7 +171,7 @@ class Production:
                 if writer.is_lost:
                     self.staging.journal.forget(file)
                 raise
-        self.staging.digest_soon(file)
+        self.staging.finish_soon(file)
 
     def _sync(self) -> None:
         """Make durable what is written, then note it."""

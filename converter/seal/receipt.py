@@ -14,7 +14,7 @@ from converter.errors import ConverterError
 from converter.read.folder import LocalFolder
 from converter.read.hub.folder import is_repo_id
 from converter.read.side_files import read_side_files
-from converter.read.strict_json import read_json
+from converter.read.strict_json import parse_json_object, read_json
 from converter.recipe import versions
 
 if TYPE_CHECKING:
@@ -203,11 +203,22 @@ def read_receipt(folder: Path) -> dict[str, Any] | None:
     """The receipt of a finished conversion; None where there is none, or none that can be understood."""
     local = LocalFolder(folder)
     try:
-        receipt = read_json(local, RECEIPT)
+        return _understood(read_json(local, RECEIPT))
     except ConverterError:
         return None
     finally:
         local.close()
+
+
+def parse_receipt(raw: bytes) -> dict[str, Any] | None:
+    """The receipt whose bytes these are; None if they can't be understood."""
+    try:
+        return _understood(parse_json_object(raw, RECEIPT))
+    except ConverterError:
+        return None
+
+
+def _understood(receipt: dict[str, Any]) -> dict[str, Any] | None:
     files = receipt.get("files")
     if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
         return None

@@ -30,7 +30,7 @@ from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
 from converter.read.folder import LocalFolder
-from converter.seal.destination import OURS, Destination, clear, remove, sizes_in
+from converter.seal.destination import OURS, Place, clear, remove, sizes_in
 from converter.seal.link import How, ReusableShard, identity_of, link
 from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
 from converter.threads import pool
@@ -57,7 +57,7 @@ class Staging:
 
     def __init__(
         self,
-        destination: Destination,
+        destination: Place,
         job: Mapping[str, Any],
         shards: Iterable[str],
         *,
@@ -71,6 +71,8 @@ class Staging:
         self._digests: dict[str, Future[str]] = {}
         self._ended = threading.Event()
         self._links: dict[str, str] = {}
+        self.stored: frozenset[str] = frozenset()
+        """Finished shards that a store has. Here they are thin: no tensor's bytes but the small ones'."""
         self.notes: tuple[str, ...] = ()
         """What the user should know about an earlier run's work."""
         with writing(self.folder):
@@ -90,8 +92,12 @@ class Staging:
                 if self.journal.is_begun_anew:
                     self.notes = (ANEW,)
                     shards = ()
+                shards = frozenset(shards)
                 clear(self.folder, but={LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
                 self._hasher = pool(1, "digest")
+                self._uploads = destination.uploads(self.journal, disk)
+                if self._uploads is not None:
+                    self._recall(self._uploads.recall(shards))
             except BaseException:
                 self._lock.release()
                 raise
@@ -105,9 +111,12 @@ class Staging:
         self._disk.make_folder((self.folder / name).parent)
         self._disk.put(self.folder / name, raw)
 
-    def digest_soon(self, name: str) -> None:
-        """Begin to compute the sha256 of a finished shard, while the next one is made."""
+    def finish_soon(self, name: str) -> None:
+        """Begin to compute the sha256 of a finished shard, while the next one is made; if OUT lies in a store, also to
+        upload it. Its tensors are in the journal."""
         self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
+        if self._uploads is not None:
+            self._uploads.add(name, self._digests[name])
 
     def take(self, shard: ReusableShard, name: str, how: How) -> str:
         """Link or copy a finished shard of another output to `name`. Returns how: hard, reflink or copy.
@@ -118,9 +127,7 @@ class Staging:
         with writing(self.folder / name, shard.identity[1]):
             self._links[name] = link(shard.path, self.folder / name, how, self._disk)
         shard.refuse_if_changed()
-        done: Future[str] = Future()
-        done.set_result(shard.sha256)
-        self._digests[name] = done
+        self._digests[name] = _known(shard.sha256)
         return self._links[name]
 
     def finished(self, name: str) -> ReusableShard:
@@ -149,7 +156,10 @@ class Staging:
         fidelity: Mapping[str, Fidelity],
         agreement: Agreement | None = None,
     ) -> None:
-        """Write the files beside the shards, check the whole as a loader reads it, and give it its name."""
+        """Write the files beside the shards, check the whole as a loader reads it, and give it its name. If OUT lies in
+        a store, all shards are there before anything of it is to be seen."""
+        if self._uploads is not None:
+            self._uploads.finish()
         for name, raw in side_files.items():
             self.put(name, raw)
         if len(plan.shards) > 1:
@@ -172,6 +182,10 @@ class Staging:
         """The receipt of what is here so far."""
         return write_receipt(plan, origin, self._files(), fidelity, self._links)
 
+    def _recall(self, uploaded: Mapping[str, str]) -> None:
+        self.stored = frozenset(uploaded)
+        self._digests |= {name: _known(sha256) for name, sha256 in uploaded.items()}
+
     def _files(self) -> dict[str, tuple[int, str]]:
         """Bytes and sha256 of every file that the receipt names."""
         with writing(self.folder):
@@ -189,10 +203,14 @@ class Staging:
         """Remove the folder if it is of no more use, and release its lock."""
         self._ended.set()
         self._hasher.shutdown(cancel_futures=True)
+        if self._uploads is not None:
+            self._uploads.close()
         self.journal.close()
         useless = self._spent or not self.journal.entries or self._destination.accepted
         try:
             if not self._sealed and useless and self.is_there():
+                if self._uploads is not None and not self._destination.accepted:
+                    self._uploads.forget()
                 with contextlib.suppress(OSError):  # the next run removes what is left
                     remove(self.folder)
         finally:
@@ -240,6 +258,12 @@ def _index(folder: Path) -> bytes:
         "weight_map": {tensor.name: tensor.file for tensor in headers},
     }
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _known(digest: str) -> Future[str]:
+    done: Future[str] = Future()
+    done.set_result(digest)
+    return done
 
 
 def sha256_of(path: Path, ended: threading.Event | None = None) -> str:

@@ -1,9 +1,9 @@
 """The journal of a staging folder: which tensors are durably written, so that another run can resume the work.
 
 A line is a digest, a space and a JSON object. The first line says which job it is. Each other line names a tensor, the
-pieces of bytes that were written for it with their digests, and what was measured while it was made. A line is written
-when the bytes that it names are durable, and is itself durable before anything relies on it. Reading stops at the first
-line that doesn't fit its digest.
+pieces of bytes that were written for it with their digests, and what was measured while it was made; or a shard that a
+store has. A line is written when the bytes that it names are durable, and is itself durable before anything relies on
+it. Reading stops at the first line that doesn't fit its digest.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,6 +55,16 @@ class Entry:
     """Of its tiles that an accelerator made and the CPU made again; None if none was."""
 
 
+@dataclass(frozen=True)
+class Upload:
+    """A finished shard that a store has taken, in the order of a line's keys."""
+
+    shard: str
+    size: int
+    """Bytes."""
+    sha256: str
+
+
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What two runs must have in common for one to resume the other's work.
 
@@ -88,13 +99,17 @@ class Journal:
         self._path, self._disk = folder / JOURNAL, disk
         self.entries: dict[str, Entry] = {}
         """By tensor."""
+        self.uploads: dict[str, Upload] = {}
+        """By shard: what a store has taken of this job."""
         self.is_begun_anew = False
+        self._lock = threading.Lock()
         self._new: list[Entry] = []
         self._failure: OSError | None = None
         self._committed = time.monotonic()
         self._read(job)
         # A new file: the old one may end with half a line, or a sync of it may have failed.
-        disk.put(self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, self.entries.values())]))
+        known: list[Entry | Upload] = [*self.entries.values(), *self.uploads.values()]
+        disk.put(self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, known)]))
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
 
@@ -113,19 +128,29 @@ class Journal:
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Make entries durable. Their tensors must be durable already."""
+        with self._lock:
+            self._append(entries)
+            # Another dict: `written` may be iterating over this one in another thread.
+            self.entries = self.entries | {entry.tensor: entry for entry in entries}
+        self._committed = time.monotonic()
+
+    def commit_upload(self, upload: Upload) -> None:
+        """Make durable that a store has a shard, of which all tensors are committed."""
+        with self._lock:
+            self._append([upload])
+            self.uploads = self.uploads | {upload.shard: upload}
+
+    def _append(self, what: Sequence[Entry | Upload]) -> None:
         with writing(self._path):
             if self._failure is not None:
                 raise self._failure
             try:
-                self._disk.append(self._descriptor, b"".join(map(_line_of, entries)))
+                self._disk.append(self._descriptor, b"".join(map(_line_of, what)))
                 self._disk.sync_bytes(self._descriptor)
             except OSError as exc:
                 # The file may end with half a line. Or the disk lost it, and a second sync would report success.
                 self._failure = exc
                 raise
-        # Another dict: `written` may be iterating over this one in another thread.
-        self.entries = self.entries | {entry.tensor: entry for entry in entries}
-        self._committed = time.monotonic()
 
     def written(self, shard: str) -> Written:
         """What was written of a shard, for a `ShardWriter`."""
@@ -133,7 +158,9 @@ class Journal:
 
     def forget(self, shard: str) -> None:
         """Rely on nothing that was written of a shard."""
-        self.entries = {tensor: entry for tensor, entry in self.entries.items() if entry.shard != shard}
+        with self._lock:
+            self.entries = {tensor: entry for tensor, entry in self.entries.items() if entry.shard != shard}
+            self.uploads = {name: upload for name, upload in self.uploads.items() if name != shard}
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -157,6 +184,9 @@ class Journal:
                     self._check_job(dict(value["job"]) if value["journal"] == FORMAT else {}, job)
                     if self.is_begun_anew:
                         return
+                elif "sha256" in value:
+                    upload = Upload(str(value["shard"]), _size(value["size"]), str(value["sha256"]))
+                    self.uploads[upload.shard] = upload
                 else:
                     entry = _entry(value)
                     self.entries[entry.tensor] = entry
@@ -201,9 +231,9 @@ def _size(value: object) -> int:
     return value
 
 
-def _line_of(entry: Entry) -> bytes:
-    stated = asdict(entry)
-    if entry.agreement is None:
+def _line_of(what: Entry | Upload) -> bytes:
+    stated = asdict(what)
+    if stated.get("agreement", "") is None:
         del stated["agreement"]  # a CPU's lines are as they always were
     return _line(stated)
 

@@ -681,7 +681,7 @@ def test_an_end_does_not_wait_for_the_sha256_of_a_shard_that_nobody_wants_any_mo
     with (staging.folder / "shard").open("wb") as shard:
         shard.truncate(4 << 40)  # an hour's work
 
-    staging.digest_soon("shard")
+    staging.finish_soon("shard")
 
     with no_hang():
         while staging.folder / "shard" not in map(path_of, map(int, os.listdir("/proc/self/fd"))):

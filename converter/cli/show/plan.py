@@ -27,11 +27,12 @@ def plan_text(dry_run: DryRun, *, verbose: bool = False) -> str:
             f"kept in 16 bits, by name in the config: {', '.join(skipped[:6])}{' …' if len(skipped) > 6 else ''}"
         )
     files = f"{len(plan.shards)} shard{'s' if len(plan.shards) > 1 else ''}"
+    disk = plan.output_bytes if dry_run.disk is None else dry_run.disk
     lines += [
         f"{plan.class_name}, {plan.recipe.quant_type}, {plan.recipe.dtype}, merged in {plan.recipe.merge_precision}",
         f"read {amount(plan.base_bytes)}, write at most {amount(plan.output_bytes)} in {files}, "
         f"and beside them {', '.join(side.name for side in plan.side_files) or 'no other files'}",
-        f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(plan.output_bytes)}",
+        f"memory: at most {amount(plan.memory)} above the libraries; disk: {amount(disk)}",
         times(dry_run.estimate),
         "dry run: nothing would be done, for OUT is this very conversion, finished"
         if dry_run.nothing_to_do

@@ -22,7 +22,7 @@ _LOW_SURVIVAL = 0.5
 def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     """What was done, in a few lines."""
     if report.nothing_to_do:
-        return text_of([f"{report.out}: made of the same inputs by the same recipe already; nothing to do"])
+        return text_of([f"{report.label}: made of the same inputs by the same recipe already; nothing to do"])
     figures = summary_json(report, seconds)
     lines = []
     if verbose:
@@ -32,7 +32,7 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
             rows.append((name, f"{fidelity.error:.4f}", survival))
         lines += [*table(rows), ""]
     lines.append(
-        f"{report.out}: {amount(figures['output_bytes'])} from {amount(figures['base_bytes'])} "
+        f"{report.label}: {amount(figures['output_bytes'])} from {amount(figures['base_bytes'])} "
         f"in {seconds:.1f} s, peak memory {amount(figures['peak_memory_bytes'])}"
     )
     lines.append(", ".join(f"{count} {what}" for what, count in figures["tensors"].items() if count))
@@ -56,6 +56,8 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
         )
     lines += [f"note: {note}" for note in report.plan.notes]
     lines += refusing_lines(report.plan.loaders)
+    if report.store is not None:
+        return text_of([*lines, f"published: {report.store.seen_at}"])
     publish = f"hf upload ORG/NAME {shlex.quote(str(report.out))}"
     return text_of([*lines, f"load with: {_load(report)}", f"publish with: {publish}"])
 
@@ -72,13 +74,12 @@ def _load(report: Report) -> str:
 def summary_json(report: Report, seconds: float) -> dict[str, Any]:
     """What was done, as JSON values: bytes, seconds, tensors by what happened, mean and worst figures."""
     whole = summary_of(report.plan, report.fidelity)
-    sizes = [path.stat().st_size for path in report.out.glob("*.safetensors")]
     return {
-        "out": str(report.out),
+        "out": report.label,
         "nothing_to_do": report.nothing_to_do,
         "fingerprint": report.fingerprint,
         "base_bytes": report.plan.base_bytes,
-        "output_bytes": sum(sizes),
+        "output_bytes": report.output_bytes,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory(),
         "predicted_memory_bytes": report.plan.memory,
@@ -89,7 +90,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "notes": list(report.plan.notes),
         "checked": report.checked,
         "made_again_on_the_cpu": None if report.agreement is None else asdict(report.agreement),
-    }
+    } | ({"seen_at": report.store.seen_at} if report.store is not None else {})
 
 
 def _computed_by(plan: Plan) -> str:

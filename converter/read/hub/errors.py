@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from converter.errors import ConverterError, HubFailed, HubGated, HubNotFound, HubOffline, WriteFailed
@@ -30,14 +30,16 @@ class Subject(NamedTuple):
     revision: str
     name: str = ""
     """The file, if any."""
+    writing: bool = False
+    """Whether something is to be changed there."""
 
     def __str__(self) -> str:
         return f"{self.repo_id}: {self.name}" if self.name else self.repo_id
 
 
-def retrying(action: Callable[[], T], subject: Subject) -> T:
+def retrying(action: Callable[[], T], subject: Subject, delays: Sequence[float] = RETRY_DELAYS) -> T:
     """The action's result; its errors become ours, after more tries where these may help."""
-    for delay in (*RETRY_DELAYS, None):
+    for delay in (*delays, None):
         try:
             return action()
         except _library_errors() as exc:
@@ -93,25 +95,34 @@ def _translated(exc: Exception, subject: Subject) -> ConverterError:
         case errors.RemoteEntryNotFoundError():
             return HubNotFound(f"{subject}: the repository has no such file")
         case errors.HfHubHTTPError():
-            return _of_status(str(subject), exc.response.status_code, exc.server_message)
+            return _of_status(subject, exc.response.status_code, exc.server_message)
         case errors.FileMetadataError():
             return not_a_hub(subject.repo_id)
         case OSError() if _is_local(exc):
             return WriteFailed(f"{subject}: {exc.filename or 'the cache of the Hub'}: {exc.strerror}")
+        case RuntimeError() if isinstance(exc.__cause__, Exception):  # of an upload, which says only that it failed
+            return _translated(exc.__cause__, subject)
+    if subject.writing:
+        return HubFailed(
+            f"{subject}: not written to {endpoint()}: {brief(exc)}: check connection, HF_ENDPOINT and proxy"
+        )
     return HubFailed(
         f"{subject}: not read from {endpoint()}: {brief(exc)}: check connection, HF_ENDPOINT and proxy, "
         "or work offline from the cache"
     )
 
 
-def _of_status(where: str, status: int, server_message: str | None) -> ConverterError:
+def _of_status(where: Subject, status: int, server_message: str | None) -> ConverterError:
     said = f" ({brief(server_message)})" if server_message else ""
     match status:
         case 401:
             advice = "the login is not accepted, renew it with `hf auth login` or HF_TOKEN"
             return HubGated(f"{where}: status 401{said}: {advice}")
         case 403:
-            return HubGated(f"{where}: status 403{said}: the login or token lacks the right to read this")
+            right = "write there: it needs the role write" if where.writing else "read this"
+            return HubGated(f"{where}: status 403{said}: the login or token lacks the right to {right}")
+        case 409 | 412 if where.writing:
+            return HubFailed(f"{where}: status {status}{said}: somebody else has changed it meanwhile; run it again")
         case 404 | 410:
             return HubNotFound(f"{where}: status {status}{said}: not at {endpoint()}, check the name")
         case 429:
@@ -132,6 +143,8 @@ def _may_pass(exc: Exception) -> bool:
     """Whether another try may help."""
     from huggingface_hub import errors
 
+    if isinstance(exc, RuntimeError) and isinstance(exc.__cause__, Exception):
+        return _may_pass(exc.__cause__)
     if isinstance(exc, errors.HfHubHTTPError):
         return exc.response.status_code in RETRIED_STATUS
     # LocalEntryNotFoundError: the library could not reach the server, having tried for half a minute itself.

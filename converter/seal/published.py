@@ -1,0 +1,161 @@
+"""OUT in a store: its files gather in a folder of this machine, its shards leave it one by one, and one step at the end
+makes the whole visible."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.errors import BadOutput, ConversionRefused
+from converter.job import Job, RunOptions
+from converter.read.cache import cache_folder
+from converter.read.checkpoint import CONFIG
+from converter.read.checksums import SUMS
+from converter.seal.destination import OURS, Destination, Place, arrival, remove, room, sizes_in
+from converter.seal.receipt import CARD, RECEIPT, parse_receipt
+from converter.write.durable import Disk
+from converter.write.journal import Journal, Upload
+from converter.write.store import Store, resumable
+from converter.write.stores.addresses import open_store
+from converter.write.uploads import Uploads
+
+if TYPE_CHECKING:
+    from converter.plan.plan import Plan
+
+SMALL_FILES = 100_000_000
+"""Bytes that side files, index and receipt are taken to have at most, on this machine's disk."""
+NEUTRAL = frozenset({".gitattributes", ".gitignore", CARD, "LICENSE", "LICENSE.md", "LICENSE.txt"})
+"""What a repository may have that holds no model yet."""
+
+
+class Published:
+    """OUT in a store. `work` is the folder that has a staging folder for each address."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        overwrite: bool,
+        work: Path | None = None,
+        disk: int | None = None,
+        stop: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._store, self._overwrite, self._disk, self._stop = store, overwrite, disk, stop
+        name = re.sub(r"[^\w.-]+", "-", store.label)[:80]
+        key = hashlib.sha256(store.label.encode()).hexdigest()[:12]
+        self._staging = (work or cache_folder() / "outputs").expanduser().absolute() / f"{name}-{key}.partial"
+        self.accepted = False
+        self.seen_at = store.label
+        """Where to look at what was published: an address on the web, if there is one."""
+        self._files = dict(store.files())
+        self.receipt: dict[str, Any] | None = None
+        if RECEIPT in self._files:
+            self.receipt = parse_receipt(store.read(RECEIPT))
+        self._waiting = 1
+
+    @property
+    def label(self) -> str:
+        return self._store.label
+
+    @property
+    def note(self) -> str:
+        """What a user should know before anything is written; empty if there is nothing."""
+        return self._store.note
+
+    @property
+    def staging(self) -> Path:
+        return self._staging
+
+    def holds(self, fingerprint: str) -> bool:
+        if self.receipt is None or self.receipt["fingerprint"] != fingerprint:
+            return False
+        return self._is_whole(self.receipt)
+
+    def refuse_if_taken(self) -> None:
+        others = set(self._files) - NEUTRAL
+        if not others:
+            return
+        if self.receipt is None:
+            raise BadOutput(
+                f"{self.label}: holds {min(others)!r}, and nothing says that this tool made it; choose another place"
+            )
+        if CONFIG not in self._files and others <= self._names(self.receipt):
+            return  # what a run left that died while it published
+        if not self._overwrite:
+            what = (
+                "another conversion" if self._is_whole(self.receipt) else "a conversion with missing or changed files"
+            )
+            raise BadOutput(f"{self.label}: holds {what}; `overwrite` replaces it")
+
+    def room_for(self, plan: Plan) -> int:
+        """What all shards take that are whole on this disk at one time: the one that is made, and those before it that
+        are uploaded. `BadOutput` if `disk` is too small for one shard."""
+        sizes = [shard.layout.size for shard in plan.shards]
+        largest = max(sizes)
+        if self._disk is not None:
+            if self._disk < largest + SMALL_FILES:
+                raise BadOutput(
+                    f"`disk` is {self._disk:,} bytes, and one shard with what lies beside it takes "
+                    f"{largest + SMALL_FILES:,}: give more, or a smaller `max_shard_size`"
+                )
+            self._waiting = (self._disk - SMALL_FILES) // largest - 1
+        return min(sum(sizes), (1 + self._waiting) * largest) + SMALL_FILES
+
+    def refuse_if_too_full(self, nbytes: int) -> None:
+        nearest = next(folder for folder in self._staging.parents if folder.exists())
+        free = room([self._staging]) if self._staging.exists() else room([nearest / self._staging.name])
+        if free < nbytes:
+            raise BadOutput(
+                f"{self._staging}: {nbytes:,} bytes are needed on this machine, the disk has {free:,} free; make room "
+                "for them, or choose another disk with `work`, or smaller shards with `max_shard_size`"
+            )
+
+    def uploads(self, journal: Journal, disk: Disk) -> Uploads:
+        self._store.begin()
+        return Uploads(self._store, self._staging, journal, disk, waiting=self._waiting, stop=self._stop)
+
+    def accept(self) -> None:
+        receipt = parse_receipt((self._staging / RECEIPT).read_bytes())
+        assert receipt is not None  # noqa: S101  (it was written a moment ago)
+        shards = [
+            Upload(name, file["bytes"], file["sha256"])
+            for name, file in receipt["files"].items()
+            if name.endswith(".safetensors")
+        ]
+        taken = {upload.shard for upload in shards}
+        beside = sorted(sizes_in(self._staging).keys() - taken - OURS, key=arrival)
+        small = {name: self._staging / name for name in beside}
+        before = self._names(self.receipt) & self._files.keys() if self.receipt is not None else set()
+        try:
+            self.seen_at = self._store.publish(shards, small, before - taken - small.keys())
+        except ConversionRefused as exc:
+            raise resumable(exc) from exc
+        self.accepted = True
+        self.receipt = receipt
+        remove(self._staging)
+
+    def _is_whole(self, receipt: Mapping[str, Any]) -> bool:
+        return all(self._files.get(name) == file.get("bytes") for name, file in receipt["files"].items())
+
+    @staticmethod
+    def _names(receipt: Mapping[str, Any]) -> set[str]:
+        return {RECEIPT, SUMS, CARD, *receipt["files"]}
+
+
+def place_of(
+    job: Job, options: RunOptions, inputs: Iterable[Path], stop: Callable[[], int | None] = lambda: None
+) -> Place:
+    """OUT of a job: a folder, or a place in a store."""
+    if job.store is None:
+        if options.create_pr or options.work is not None or options.disk is not None:
+            raise BadOutput(
+                f"{job.out}: `create_pr`, `work` and `disk` go with an OUT in a store, such as hf://ORG/NAME"
+            )
+        return Destination(job.out, inputs=inputs, overwrite=options.overwrite)
+    if options.offline:
+        raise BadOutput(f"{job.store}: `offline` reaches no store; write to a folder")
+    store = open_store(job.store, create_pr=options.create_pr)
+    return Published(store, overwrite=options.overwrite, work=options.work, disk=options.disk, stop=stop)
