@@ -80,6 +80,9 @@ class Recipe:
     """Bytes of tensors in one output file; a single weight may exceed it."""
     group_size: int | None = None
     """Values of a row that share a scale (w4a16 and w8a16). None: the largest of 128, 64, 32 that all weights allow."""
+    scale_search: bool = False
+    """Whether the scale of each group is the one that gives the smallest squared error (w4a16 and w8a16), not the one
+    that the library takes from the largest value."""
     rounding: RoundingRule = "auto"
     """nearest: to the nearest code. adapter: so that what the adapter does survives (nf4, fp4, int8). auto: adapter for
     a quantized base, else nearest."""
@@ -114,6 +117,9 @@ class Recipe:
         if self.group_size is not None and self.quant_type not in ("w4a16", "w8a16"):
             named = "nf4, the default" if self.quant_type == "auto" else self.quant_type
             raise BadRecipe(f"`group_size` has no meaning with {named}: only w4a16 and w8a16 have groups")
+        if self.scale_search and self.quant_type not in ("w4a16", "w8a16"):
+            named = "nf4, the default" if self.quant_type == "auto" else self.quant_type
+            raise BadRecipe(f"`scale_search` has no meaning with {named}: only w4a16 and w8a16 have it")
         if self.rounding == "adapter" and self.merge_precision == "reference":
             raise BadRecipe(
                 "`rounding` adapter has no meaning with `merge_precision` reference, which rounds as PEFT does"
@@ -153,8 +159,9 @@ class Recipe:
         keep = [keep] if isinstance(keep, str) else keep
         if not isinstance(keep, list) or not all(isinstance(text, str) and text.isprintable() for text in keep):
             raise BadRecipe("keep is not a list of texts")
-        if not isinstance(stated.get("double_quant", True), bool):
-            raise BadRecipe("double_quant is neither true nor false")
+        for key in ("double_quant", "scale_search"):
+            if not isinstance(stated.get(key, False), bool):
+                raise BadRecipe(f"{key} is neither true nor false")
         for key, what in (
             ("max_shard_size", "a number of bytes"),
             ("block_size", "a number"),
@@ -176,7 +183,7 @@ class Recipe:
         combined = None if self.combine is None else self.combine.as_json()
         stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined}
         unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None, "merge_onto": "base"}
-        unsaid |= {"target": "transformers"}
+        unsaid |= {"target": "transformers", "scale_search": False}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

@@ -89,6 +89,7 @@ KERNELS = {
     "quantize.kernels",
     "quantize.plain_kernels",
     "quantize.scheme_kernels",
+    "quantize.scale_search_kernels",
     "quantize.rounding.feedback_kernels",
 }
 """Modules of compiled code."""

@@ -144,6 +144,10 @@ QUALITY: tuple[Decorator, ...] = (
         metavar="N",
         help="Values that share one scale in w4a16 and w8a16.  [default: 128, or what all weights allow]",
     ),
+    flag(
+        "--scale-search",
+        text="Give each group the scale with the smallest squared error (w4a16, w8a16), not the library's.",
+    ),
     cloup.option(
         "--dtype",
         type=click.Choice(["auto", "bfloat16", "float16"]),

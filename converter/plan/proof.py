@@ -62,6 +62,7 @@ def _gives_its_own_codes(weight: Stored, folder: Folder, recipe: Recipe, *, kern
         rounding="nearest",
         merge_precision="float32",
         group_size=None,
+        scale_search=False,
     )
     rows, columns = weight.shape[0], math.prod(weight.shape[1:])
     _, some, *_ = tile_bounds(rows, columns, block=weight.block, most=SAMPLE_WEIGHTS)

@@ -84,7 +84,9 @@ class Compressed:
     @property
     def scheme(self) -> Scheme:
         scheme = SCHEMES[self.recipe.quant_type]
-        return replace(scheme, group=self.recipe.group_size or scheme.group) if scheme.kind == "int" else scheme
+        if scheme.kind == "float":
+            return scheme
+        return replace(scheme, group=self.recipe.group_size or scheme.group, searches=self.recipe.scale_search)
 
     @property
     def description(self) -> str:
@@ -96,7 +98,9 @@ class Compressed:
 
     @property
     def settings(self) -> Mapping[str, str]:
-        return {"group size": str(self.scheme.group)} if self.scheme.kind == "int" else {}
+        scheme = self.scheme
+        found = {"group size": str(scheme.group)} if scheme.kind == "int" else {}
+        return found | ({"scales": "those with the smallest squared error"} if scheme.searches else {})
 
     @property
     def library(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from converter.quantize.scale_search import searched
 from converter.quantize.schemes import LARGEST_E2M1, LARGEST_E4M3, SMALLEST_E4M3, Scheme
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def quantize(values: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: T
         scales[scales == 0] = SMALLEST_E4M3
         divisors = scales / global_scale
     else:
-        scales = divisors = _or_epsilon((largest / scheme.top).to(dtype))
+        scales = _or_epsilon((largest / scheme.top).to(dtype))
+        scales = divisors = searched(values, scales, scheme, dtype) if scheme.searches else scales
     stored = stored_scales(scales, scheme, dtype)
     spread = _spread(divisors, scheme, values.shape)
     scaled = values / spread

@@ -29,6 +29,7 @@ from converter.quantize.jit import (
     tally_blocks,
     value_of,
 )
+from converter.quantize.scale_search_kernels import search_scales
 from converter.quantize.schemes import Scheme
 
 _INT4, _INT8, _NVFP4, _MXFP4 = 0, 1, 2, 3
@@ -56,7 +57,8 @@ def quantize_rows(
         return float(_quantize_runs(*rows, height, width < source.columns, dtype, packed, scales, sums))
     kinds = {("int", 4): _INT4, ("int", 8): _INT8, ("float", 4): _NVFP4 if scheme.has_global_scale else _MXFP4}
     kind = kinds[scheme.kind, scheme.bits]
-    return float(_quantize_groups(*rows, scheme.group, kind, dtype, np.float32(global_scale), packed, scales, sums))
+    how = scheme.group, kind, scheme.searches, dtype, np.float32(global_scale)
+    return float(_quantize_groups(*rows, *how, packed, scales, sums))
 
 
 def load(scheme: Scheme, dtypes: Iterable[str]) -> None:
@@ -226,7 +228,7 @@ def _merge(stored, change, how, scaling, rounding, begin, size, block, values, l
 
 @jitted()
 def _quantize_groups(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, rounding, group, kind, dtype, global_scale, packed, scales, sums
+    stored, change, how, scaling, columns, rounding, group, kind, searches, dtype, global_scale, packed, scales, sums
 ):
     values, restored = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
     codes = np.empty(STEP, np.uint32)
@@ -245,6 +247,9 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         top = max(top, most[0])
         _find_largest(values, group, largest[:count])
         _scale(largest[:count], kind, rounding, dtype, global_scale, here, by)
+        if searches:
+            search_scales(values, group, 8 if kind == _INT4 else 128, rounding, dtype, here)
+            by[:] = here
         _encode(values, by, group, kind, rounding, codes, restored)
         if kind == _INT8:
             _pack_bytes(codes, packed[begin : begin + size])

@@ -36,6 +36,8 @@ class Scheme:
     """Values of a row that share a scale (group, tensor_group)."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale (block)."""
+    searches: bool = False
+    """Whether the scale of a group is searched (integers): `scale_search`."""
     scale_dtype: str | None = None
     """Of the scales, as torch spells it; None: the weight's."""
     activations: tuple[tuple[str, Any], ...] | None = None

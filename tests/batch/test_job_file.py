@@ -23,7 +23,7 @@ def test_a_toml_file_has_defaults_and_jobs(tmp_path: Path) -> None:
     file.write_text(
         'base = "x"\nout = "z"\n[recipe]\nquant-type = "fp4"\n'
         '[[jobs]]\nadapter = "org/one"\n'
-        '[[jobs]]\nadapter = "./two"\nname = "second"\nquant_type = "int8"\nkeep = "lm_head"\n'
+        '[[jobs]]\nadapter = "./two"\nname = "second"\nquant_type = "w4a16"\nscale-search = true\nkeep = "lm_head"\n'
         '[[jobs]]\nadapter = "org/three"\nout = "elsewhere"\nbase = "org/base"\nbase_revision = "v1"\n'
     )
 
@@ -31,7 +31,7 @@ def test_a_toml_file_has_defaults_and_jobs(tmp_path: Path) -> None:
 
     assert one == Job(tmp_path / "z" / "one", "org/one", str(tmp_path / "x"), Recipe(quant_type="fp4"))
     assert two.out == tmp_path / "z" / "second"
-    assert two.recipe == Recipe(quant_type="int8", keep=("lm_head",))
+    assert two.recipe == Recipe(quant_type="w4a16", scale_search=True, keep=("lm_head",))
     assert two.adapter == str(tmp_path / "two")
     assert (three.out, three.base, three.base_revision) == (tmp_path / "elsewhere", "org/base", "v1")
 

@@ -120,7 +120,19 @@ def test_printing_the_options_writes_nothing_and_prints_what_it_read(run: Run, p
 @pytest.mark.parametrize("what", ["OUT", "OUT/conversion.json"])
 def test_a_receipt_gives_the_recipe_that_makes_the_same_bytes(what: str, run: Run, project: Path) -> None:
     where = ["--base", project / "base", "--adapter", project / "ads" / "one"]
-    run(*where, "--out", project / "out", "--format", "w8a16", "--group-size", "32", "--keep", "o_proj", "-q")
+    run(
+        *where,
+        "--out",
+        project / "out",
+        "--format",
+        "w8a16",
+        "--group-size",
+        "32",
+        "--keep",
+        "o_proj",
+        "--scale-search",
+        "-q",
+    )
 
     printed = run("--config", project / what.replace("OUT", "out"), "--print-config").out
     (project / "again.toml").write_text(printed)
