@@ -266,6 +266,26 @@ def measure_tuners(bench: Bench, name: str) -> None:
         remove(folder)
 
 
+def measure_evaluation(bench: Bench, name: str) -> None:
+    """An output measured on a short text, beside the 16-bit model: how much memory one layer at a time takes."""
+    bench.say(f"{name}: evaluation, one layer at a time")
+    folder, out = bench.model(name), bench.work / "out"
+    inputs = ("--base", folder / "base", "--adapter", folder / "adapter")
+    bench.convert(*inputs, "--out", out)
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPO / "fixtures" / "tiny-base" / part, out)
+    text = ("--text", Path(__file__), "--max-tokens", 2048)
+    run = bench.convert("evaluate", out, *text, *inputs, "--memory", "200MB", "--scratch", bench.work)
+    bench.result.setdefault("evaluation", {})[name] = figures(run) | {
+        "base_bytes": size(folder / "base"),
+        "output_bytes": size(out),
+    }
+    remove(out)
+    bench.save()
+    if not bench.keep:
+        remove(folder)
+
+
 def measure_plan(bench: Bench) -> None:
     """The plan for a model of 70 billion parameters, of which there are headers only."""
     folder = bench.model("70")
@@ -321,7 +341,9 @@ def conditions() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest model alone")
-    parser.add_argument("--only", choices=["batch", "paths", "tuners"], help="this section alone, and the imports")
+    parser.add_argument(
+        "--only", choices=["batch", "paths", "tuners", "evaluation"], help="this section alone, and the imports"
+    )
     parser.add_argument("--work", type=Path, default=REPO / "build" / "bench", help="default: build/bench")
     parser.add_argument("--runs", type=int, help="of each command; the median counts (default: 3, --quick: 2)")
     parser.add_argument("--picture", type=Path, help="default: performance.png in the work folder")
@@ -345,6 +367,9 @@ def main() -> None:
         measure_batch(bench, "0.3" if args.quick else "1.1")
     if args.only in (None, "tuners"):
         measure_tuners(bench, "0.3")
+    if args.only in (None, "evaluation"):
+        for name in ["0.3"] if args.quick else ["1.1", "3.2"]:
+            measure_evaluation(bench, name)
     if args.only is None and not args.quick:
         bench.runs = 1
         measure_model(bench, "wide", reference=False)

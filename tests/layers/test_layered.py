@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 
 from converter import Inputs, Recipe, convert, make_plan
@@ -27,7 +28,7 @@ from tests.layers.models import (
     whole_logits,
     whole_model,
 )
-from tests.models import save_adapter, save_base
+from tests.models import SIZES, save_adapter, save_base
 
 # Of experts that are one tensor, which "all-linear" doesn't reach.
 pytestmark = [
@@ -163,6 +164,21 @@ def test_a_model_that_is_no_decoder_is_refused(name: str, changes: dict[str, Any
 
     with pytest.raises(Unsupported, match=why):
         layered_logits(base)
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_layers_that_share_keys_and_values_are_refused(shared: int, tmp_path: Path) -> None:
+    sizes = {**SIZES, "num_hidden_layers": 3, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 0}
+    kinds = ["full_attention"] * 3
+    config = transformers.Gemma4TextConfig(**sizes, num_kv_shared_layers=shared, layer_types=kinds)
+    model = transformers.Gemma4ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+
+    if shared:
+        with pytest.raises(Unsupported, match="some of its layers take keys and values of others"):
+            layered_logits(tmp_path / "base")
+    else:
+        assert equal(layered_logits(tmp_path / "base"), whole_logits(whole_model(tmp_path / "base")))
 
 
 def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
