@@ -1,4 +1,4 @@
-"""The rope parameters of a config in the words of transformers 4, beside those of version 5.
+"""The rope parameters of a config in the words of transformers 4, beside those of version 5; and a number of experts.
 
 Version 5 has one `rope_parameters`, for all layers or by layer type; version 4 has rope_theta, rope_scaling and a few
 keys of single families. Version 5 reads the old keys, too, so a base that has them needs nothing.
@@ -34,6 +34,8 @@ def with_old_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     spelled = copy.deepcopy(dict(config))
     complete = True
     for part in _parts(spelled):
+        if str(part.get("model_type")).startswith("qwen3_moe") and "num_local_experts" in part:
+            part.setdefault("num_experts", part["num_local_experts"])
         rope = part.get("rope_parameters")
         if isinstance(rope, Mapping) and rope:
             keys = _old_keys(str(part.get("model_type")), rope)

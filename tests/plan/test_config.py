@@ -310,6 +310,15 @@ def test_positions_in_three_dimensions_are_given_to_version_4_too() -> None:
     assert spelled["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
 
 
+def test_the_number_of_qwen3s_experts_is_given_to_version_4_too() -> None:
+    config = {"model_type": "qwen3_moe", "num_local_experts": 4, "rope_parameters": {"rope_theta": 1e4}}
+
+    spelled, complete = with_old_keys(config)
+
+    assert (spelled["num_experts"], spelled["num_local_experts"], complete) == (4, 4, True)
+    assert "num_experts" not in with_old_keys(config | {"model_type": "mixtral"})[0]
+
+
 def test_phi3_gets_the_three_keys_that_version_4_takes() -> None:
     rope = {**YARN, "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 
