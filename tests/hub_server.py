@@ -44,7 +44,7 @@ class StandInHub:
     What a test wants to go wrong is set on its attributes.
     """
 
-    def __init__(self, folders: Mapping[str, Path]) -> None:
+    def __init__(self, folders: Mapping[str, Path], answer: type[Answer] | None = None) -> None:
         self.log: list[Request] = []
         self.user = "somebody"  # whose the `tokens` are
         self.gated: set[str] = set()  # repositories that want a token from `tokens`
@@ -63,7 +63,7 @@ class StandInHub:
         self.repositories: dict[str, Repository] = {}
         for repo_id, folder in folders.items():
             self.push(repo_id, folder)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (_Answer,), {"hub": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (answer or Answer,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def push(self, repo_id: str, folder: Path, branch: str = "main") -> str:
@@ -129,7 +129,7 @@ class StandInHub:
         self._server.server_close()
 
 
-class _Answer(BaseHTTPRequestHandler):
+class Answer(BaseHTTPRequestHandler):
     hub: StandInHub
     protocol_version = "HTTP/1.1"
     # An answer's head and body are two packets, and the second would wait until the first is acknowledged.
