@@ -157,6 +157,12 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
     origin = origin_of(plan, inputs, torch_device(plan.device).type, digests)
     fidelity = {tensor.name: output.made[tensor.name].fidelity for tensor in plan.tensors()}
     adapter = inputs.adapter.folder if inputs.adapter else None
+    if may_be_without_effect(plan, fidelity) and output.staging.is_thinned:
+        raise NoEffect(
+            f"{job.label}: nothing shows that the adapter's change survives in any tensor, and the values of finished "
+            "shards are gone from this disk, so they can't be compared with the base's. Check lora_alpha and the "
+            "adapter's values, or convert to a folder"
+        )
     if may_be_without_effect(plan, fidelity) and not _has_effect(output, inputs.base.folder, adapter):
         rounded = plan.recipe.dtype if plan.recipe.quant_type == "none" else plan.recipe.quant_type
         raise NoEffect(

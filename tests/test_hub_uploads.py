@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from converter import Gates, Recipe, Resources, convert, plan_conversion
-from converter.errors import BadOutput, ConverterError, GateFailed, HubGated, StoreRefused
+from converter.errors import BadOutput, ConverterError, GateFailed, HubGated, NoEffect, StoreRefused
 from tests.folders import contents
 from tests.hub_uploads import TOKEN, UploadHub
 from tests.models import save_adapter, save_base
+from tests.test_effect import smaller
 
 SMALL_SHARDS = Recipe(max_shard_size=1_000_000)
 ONE_THREAD = Resources(threads=1)
@@ -110,6 +111,18 @@ def test_a_missed_gate_commits_nothing_and_a_weaker_one_sends_no_shard_again(
 
     assert puts(hub) == 0
     assert model(hub.files("org/merged")) == whole
+
+
+def test_an_adapter_without_effect_is_an_error_and_nothing_is_committed(
+    inputs: tuple[Path, Path], hub: UploadHub, tmp_path: Path
+) -> None:
+    adapter = smaller(inputs[1], tmp_path / "adapter", 1e-12)
+
+    with pytest.raises(NoEffect, match="nothing shows that the adapter's change survives in any tensor"):
+        convert(inputs[0], adapter, OUT, SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+
+    assert hub.commits == []
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_another_conversion_is_replaced_only_if_the_user_says_so(

@@ -135,6 +135,11 @@ class Staging:
         with writing(self.folder / name):
             return ReusableShard(self.folder / name, self._digest(name), identity_of(self.folder / name))
 
+    @property
+    def is_thinned(self) -> bool:
+        """Whether finished shards leave this disk for a store, so that their values can't be read here."""
+        return self._uploads is not None
+
     def is_there(self) -> bool:
         """Whether the folder is still this run's. Somebody may delete or move it although it is locked."""
         return self._lock.is_there()
