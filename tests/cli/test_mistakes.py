@@ -271,6 +271,7 @@ def test_from_python_errors_name_parameters(base: Path, adapter: Path, tmp_path:
 
 OF_OTHER_PROGRAMS = re.compile(
     r"`(hf|mlx_lm)[^`]*`|run `mlx_lm.*|--model-path PATH.*|^ --load-format \w+$|`hf download.*|^ --revision $"
+    r"|^ --local-dir FOLDER`$"
 )
 
 
