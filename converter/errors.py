@@ -146,11 +146,11 @@ class HubFailed(ConversionFailed):
 
 
 class DeviceDisagrees(ConversionFailed):
-    """An accelerator made codes or scales that the CPU doesn't, and rounding doesn't explain it."""
+    """An accelerator and the CPU made different codes or scales, and rounding does not explain the difference."""
 
 
 class StoreFailed(ConversionFailed):
-    """The store that OUT is to be in failed."""
+    """The store could not take OUT."""
 
     resumable = True
 

@@ -23,7 +23,7 @@ RECIPES = {
 }
 WITH_EXPERTS = ("mixtral", "qwen2_moe", "olmoe")
 FAR = {"nf4": 0.35, "int8": 0.1, "bf16": 1e-6, "nf4-vllm": 0.5}
-"""The most that logits may be from those of the merged model, as a share of them: tiny random models lose much."""
+"""How far logits may be from the merged model's, as a share of them. Tiny random models lose much."""
 
 
 def make(root: Path) -> None:

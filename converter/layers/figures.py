@@ -77,7 +77,7 @@ class WindowSums(NamedTuple):
 
 
 class BatchSums:
-    """Of the windows of a batch; tiles of logits are added."""
+    """The figures of one batch of windows, to which tiles of logits are added."""
 
     def __init__(self, tokens: Tensor, lengths: Sequence[int], *, compared: bool) -> None:
         import torch
