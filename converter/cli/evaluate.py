@@ -18,6 +18,7 @@ from converter.cli.options import (
     with_device,
     with_help,
     with_offline,
+    with_out_again,
     with_pickle,
 )
 from converter.cli.values import Place, Size
@@ -39,7 +40,7 @@ Exit code:
 @click.argument("out", type=Place(), required=False)
 @cloup.option_group(
     "Input",
-    cloup.option("--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."),
+    with_out_again,
     cloup.option(
         "--text",
         type=Place("file"),

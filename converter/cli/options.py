@@ -44,6 +44,9 @@ REVISIONS: dict[str, Decorator] = {
     name: cloup.option(f"--{name}-revision", metavar="REV", help=f"Branch, tag or commit of {name} on the Hub.")
     for name in ("base", "adapter")
 }
+with_out_again = cloup.option(
+    "--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."
+)
 PRINTING: tuple[Decorator, ...] = (
     flag("--json", "as_json", text="Print one JSON object on stdout."),
     cloup.option(

@@ -19,6 +19,7 @@ from converter.cli.options import (
     with_device,
     with_help,
     with_offline,
+    with_out_again,
     with_pickle,
 )
 from converter.cli.values import Place, Share
@@ -41,7 +42,7 @@ Exit code:
 @click.argument("out", type=Place(), required=False)
 @cloup.option_group(
     "Input",
-    cloup.option("--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."),
+    with_out_again,
     cloup.option("--base", "--model", "base", **REFERENCE, help="Make OUT again from this base, and compare."),
     cloup.option(
         "--adapter",
