@@ -155,6 +155,12 @@ class StoreFailed(ConversionFailed):
     resumable = True
 
 
+class AnnouncementFailed(ConversionFailed):
+    """OUT is published, and the program that was to hear of it failed."""
+
+    resumable = True
+
+
 class NoEffect(ConversionFailed):
     """The adapter's change is not zero, but no value of the output differs from the base's."""
 

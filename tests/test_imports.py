@@ -32,7 +32,21 @@ SOURCES = {_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.r
 
 FOUNDATION, LOOP = "foundation", "loop"
 """The modules that lie in no room: those below all rooms, and those that run the conversion."""
-ROOMS = (FOUNDATION, "read", "model", "merge", "quantize", "plan", "write", "seal", "layers", LOOP, "batch", "cli")
+ROOMS = (
+    FOUNDATION,
+    "read",
+    "model",
+    "merge",
+    "quantize",
+    "plan",
+    "write",
+    "seal",
+    "layers",
+    LOOP,
+    "batch",
+    "delivery",
+    "cli",
+)
 """A room imports from itself and from those before it."""
 WITHOUT_A_ROOM = {
     "errors": FOUNDATION,
@@ -62,7 +76,7 @@ WITHOUT_A_ROOM = {
     "__main__": "cli",
 }
 
-COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "report", "doctor", "completion")
+COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "pipeline", "report", "doctor", "completion")
 ONLY_IN = {
     "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
     "bitsandbytes": {"quantize.bnb"},

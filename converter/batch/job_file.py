@@ -11,19 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from converter.batch.adapters import adapters_of, names_several
+from converter.batch.afterwards import TABLES, Afterwards
 from converter.batch.jobs import FOLDER_NAME, last_part
 from converter.combination import OPTIONS as _COMBINATION
 from converter.combination import Combination
-from converter.errors import BadCheckpoint, BadRecipe
+from converter.errors import BadCheckpoint, BadRecipe, StoreRefused
 from converter.gates import Gates
 from converter.job import Adapters, Job
 from converter.read.folder import is_folder
 from converter.read.strict_json import parse_json_object
 from converter.recipe import Recipe, choices_of_format
-from converter.write.stores.addresses import NO_STORE, is_address
+from converter.write.stores.addresses import NO_STORE, parts_of, path_of
 
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
@@ -31,7 +32,7 @@ _PARAMETER = re.compile(r"`(\w+)`")
 _RECIPE = {field.name for field in fields(Recipe)} - {"combine"}
 _GATES = {field.name for field in fields(Gates)}
 _TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
-_KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format", *_COMBINATION})
+_KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format", *_COMBINATION, *TABLES})
 
 Text = TypeVar("Text", str, str | None)
 
@@ -39,8 +40,17 @@ Rows = tuple[Sequence[Any], dict[str, Any]]
 """The jobs as they stand in the file, and what holds for each that says nothing else."""
 
 
+class Asked(NamedTuple):
+    """A job of a file, and what is to become of its output."""
+
+    job: Job
+    afterwards: Afterwards
+    tables: frozenset[str] = frozenset()
+    """Which tables say so."""
+
+
 def read_jobs(path: Path) -> list[Job]:
-    """The jobs in a file. Raises `BadRecipe`, naming the job.
+    """The jobs in a file, all of which make folders. Raises `BadRecipe`, naming the job.
 
     `.toml`, `.yaml`, `.yml` and `.json` hold `jobs`, a list, and beside it values for all jobs that state no other; or
     a single job. `.json` may also hold a list of jobs; any other file, one JSON object per line.
@@ -51,11 +61,22 @@ def read_jobs(path: Path) -> list[Job]:
     whose outputs lie in `out` by their names; with `combine` (`Combination.from_options`) they are a list of those that
     become one output. Relative paths are relative to the folder of the file.
     """
+    return [asked.job for asked in read_file(path, stores=False)]
+
+
+def read_file(path: Path, *, stores: bool) -> list[Asked]:
+    """The jobs in a file, as `read_jobs` reads them, each with its tables verify, evaluate and announce.
+
+    `stores`: whether `out` may be an address. `out = "s3://BUCKET/FOLDER"` above the jobs has an output for each.
+    """
     rows, defaults = _rows(path, _contents(path))
-    jobs = [job for number, row in enumerate(rows, 1) for job in _Row(path, number, row, defaults).jobs()]
-    if not jobs:
+    found = []
+    for number, content in enumerate(rows, 1):
+        row = _Row(path, number, content, defaults, stores=stores)
+        found += [Asked(job, row.afterwards, row.tables) for job in row.jobs()]
+    if not found:
         raise BadRecipe(f"{path}: has no jobs")
-    return jobs
+    return found
 
 
 def referred(text: str, parent: Path) -> str:
@@ -166,8 +187,8 @@ def _refuse_repeated_keys(node: Any) -> None:
 class _Row:
     """One entry of the file: a job, or one job for each of its adapters."""
 
-    def __init__(self, path: Path, number: int, row: object, defaults: Mapping[str, Any]) -> None:
-        self._where, self._parent = f"{path}: job {number}", path.parent
+    def __init__(self, path: Path, number: int, row: object, defaults: Mapping[str, Any], *, stores: bool) -> None:
+        self._where, self._parent, self._stores = f"{path}: job {number}", path.parent, stores
         if not isinstance(row, dict):
             raise BadRecipe(f"{self._where}: not an object")
         try:
@@ -191,6 +212,9 @@ class _Row:
             combine = Combination.from_options(self._of(_COMBINATION))
             self._recipe = replace(Recipe.from_json(self._of(_RECIPE)), combine=combine)
             self._gates = Gates(**self._of(_GATES))
+            self.tables = frozenset(TABLES) & self._stated.keys()
+            tables = {name: _spelled(defaults.get(name, {})) | _spelled(self._stated[name]) for name in self.tables}
+            self.afterwards = Afterwards.of(tables, self._parent)
         except BadRecipe as exc:
             raise self._wrong(exc) from exc
 
@@ -226,11 +250,10 @@ class _Row:
             raise self._wrong(f"{len(combine.weights)} weights for {len(texts)} adapters: give one for each")
         return self._job([self._reference(text) for text in texts], self._own_output(None))
 
-    def _own_output(self, name: str | None) -> Path:
+    def _own_output(self, name: str | None) -> str:
         """Where the job says; `name`: what the output is called where it has no other name."""
         if "out" in self._own:
-            self._refuse_store(self._own["out"])
-            return self._parent / Path(self._own["out"]).expanduser()
+            return str(self._own["out"])
         name = self._stated.get("name") or name
         if name is None:
             raise self._wrong("has neither out nor name, and its adapters have several names")
@@ -261,30 +284,34 @@ class _Row:
             jobs += [self._job(str(folder), self._output(name)) for name, folder in found.items()]
         return jobs
 
-    def _output(self, name: str) -> Path:
+    def _output(self, name: str) -> str:
         """In the folder of all outputs."""
         folder = self._stated.get("out")
         if folder is None:
             raise self._wrong("has no out")
-        self._refuse_store(folder)
         if FOLDER_NAME.fullmatch(name) is None:
             raise self._wrong(f"{name!r} can't be a folder's name; give name or out")
-        return self._parent / Path(folder).expanduser() / name
+        return f"{folder.rstrip('/')}/{name}"
 
-    def _refuse_store(self, out: str) -> None:
-        if is_address(out):
-            raise self._wrong(f"{out}: {NO_STORE}")
-
-    def _job(self, adapter: Adapters | None, out: Path) -> Job:
+    def _job(self, adapter: Adapters | None, out: str) -> Job:
         stated, base = self._stated, self._reference(self._stated.get("base"))
+        try:
+            path = path_of(out)
+            if path is None:
+                parts_of(out)
+        except StoreRefused as exc:
+            raise self._wrong(exc) from exc
+        if path is None and not self._stores:
+            raise self._wrong(f"{out}: {NO_STORE}")
         return Job(
-            out,
+            Path(out) if path is None else self._parent / path.expanduser(),
             adapter,
             base,
             self._recipe,
             stated.get("base_revision"),
             stated.get("adapter_revision"),
             gates=self._gates,
+            store=out if path is None else None,
         )
 
     def _reference(self, text: Text) -> Text:

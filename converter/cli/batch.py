@@ -79,10 +79,15 @@ A line of a job file:
 @click.pass_obj
 def batch(stop: Callable[[], int | None], /, jobs: Path, *, part: tuple[int, int] | None, **options: Any) -> None:
     """Make a checkpoint for each job of a file: TOML or YAML with jobs, or one JSON object per line."""
-    from converter.batch.job_file import read_jobs
+    from converter.batch.job_file import read_file
     from converter.batch.jobs import slice_of
+    from converter.cli.printing import note
 
-    wanted = read_jobs(jobs)
+    asked = read_file(jobs, stores=False)
+    wanted = [one.job for one in asked]
+    left = sorted(frozenset().union(*(one.tables for one in asked)))
+    if left and not options["quiet"]:
+        note(f"{jobs}: {', '.join(left)}: not done by `convert batch`; `convert pipeline {jobs}` does it")
     if part is not None:
         wanted = slice_of(wanted, *part)
     gates = gates_from(options)

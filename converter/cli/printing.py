@@ -44,6 +44,13 @@ def complain(message: str) -> None:
         sys.stderr.flush()
 
 
+def note(message: str) -> None:
+    """Say on stderr what a user should know, though nothing is wrong."""
+    with suppress(OSError):
+        sys.stderr.write(f"note: {as_options(message)}\n")
+        sys.stderr.flush()
+
+
 def report_error(message: str, code: int, *, as_json: bool) -> int:
     """Print an error for people and, with `as_json`, for programs; its exit code."""
     message = as_options(message)

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from converter.errors import BadOutput
+from converter.errors import BadOutput, OutputLocked
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
 from converter.read.digests import digests_of
+from converter.seal.link import link
 from converter.seal.receipt import CARD, RECEIPT, fingerprint_of, origin_of, read_receipt
 from converter.write.durable import LOCAL_DISK, Disk, writing
 from converter.write.journal import JOURNAL, Journal
@@ -66,6 +67,10 @@ class Place(Protocol):
 
     def accept(self) -> None:
         """Make the finished staging folder OUT."""
+
+    def publish(self, folder: Path) -> None:
+        """Make OUT of a finished output that lies in another folder, and stays there. If it fails, or the process dies,
+        it may be called again."""
 
 
 class Destination:
@@ -163,6 +168,25 @@ class Destination:
                 self.accepted = True
                 self._tidy()
             LOCAL_DISK.sync_folder(self.out.parent)
+
+    def publish(self, folder: Path) -> None:
+        with writing(self.staging):
+            LOCAL_DISK.make_folder(self.staging)
+            names = os.listdir(self.staging)
+            if JOURNAL in names or (names and LOCK not in names):
+                raise BadOutput(f"{self.staging}: another run left it there; finish that run, or delete the folder")
+            try:
+                lock = Lock(self.staging)
+            except BlockingIOError:
+                raise OutputLocked(f"{self.staging}: another run is writing it") from None
+            try:
+                clear(self.staging, but={LOCK})
+                for name in sizes_in(folder):
+                    LOCAL_DISK.make_folder((self.staging / name).parent)
+                    link(folder / name, self.staging / name)
+                self.accept()
+            finally:
+                lock.release()
 
     def _tidy(self) -> None:
         for name in OURS:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import BadOutput, ConversionRefused
+from converter.errors import BadOutput, ConversionRefused, Interrupted
 from converter.job import Job, RunOptions
 from converter.read.cache import cache_folder
 from converter.read.checkpoint import CONFIG
@@ -118,24 +119,33 @@ class Published:
         return Uploads(self._store, self._staging, journal, disk, waiting=self._waiting, stop=self._stop)
 
     def accept(self) -> None:
-        receipt = parse_receipt((self._staging / RECEIPT).read_bytes())
-        assert receipt is not None  # noqa: S101  (it was written a moment ago)
-        shards = [
-            Upload(name, file["bytes"], file["sha256"])
-            for name, file in receipt["files"].items()
-            if name.endswith(".safetensors")
-        ]
+        self._show(self._staging, _shards_of(self._staging))
+        remove(self._staging)
+
+    def publish(self, folder: Path) -> None:
+        shards = _shards_of(folder)
+        try:
+            self._store.begin()
+            for upload in shards:
+                if (signum := self._stop()) is not None:
+                    raise Interrupted(signum, f"{signal.Signals(signum).name} before {upload.shard} was uploaded")
+                self._store.take(upload, folder / upload.shard)
+        except ConversionRefused as exc:
+            raise resumable(exc) from exc
+        self._show(folder, shards)
+
+    def _show(self, folder: Path, shards: list[Upload]) -> None:
+        """Make OUT of shards that the store has, and of the small files in a folder."""
         taken = {upload.shard for upload in shards}
-        beside = sorted(sizes_in(self._staging).keys() - taken - OURS, key=arrival)
-        small = {name: self._staging / name for name in beside}
+        beside = sorted(sizes_in(folder).keys() - taken - OURS, key=arrival)
+        small = {name: folder / name for name in beside}
         before = self._names(self.receipt) & self._files.keys() if self.receipt is not None else set()
         try:
             self.seen_at = self._store.publish(shards, small, before - taken - small.keys())
         except ConversionRefused as exc:
             raise resumable(exc) from exc
         self.accepted = True
-        self.receipt = receipt
-        remove(self._staging)
+        self.receipt = parse_receipt((folder / RECEIPT).read_bytes())
 
     def _is_whole(self, receipt: Mapping[str, Any]) -> bool:
         return all(self._files.get(name) == file.get("bytes") for name, file in receipt["files"].items())
@@ -143,6 +153,17 @@ class Published:
     @staticmethod
     def _names(receipt: Mapping[str, Any]) -> set[str]:
         return {RECEIPT, SUMS, CARD, *receipt["files"]}
+
+
+def _shards_of(folder: Path) -> list[Upload]:
+    """Those of a finished output, as its receipt lists them."""
+    receipt = parse_receipt((folder / RECEIPT).read_bytes())
+    assert receipt is not None  # noqa: S101  (it was written a moment ago)
+    return [
+        Upload(name, file["bytes"], file["sha256"])
+        for name, file in receipt["files"].items()
+        if name.endswith(".safetensors")
+    ]
 
 
 def place_of(

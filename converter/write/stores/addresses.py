@@ -45,8 +45,8 @@ def refuse_to_read(place: str) -> None:
     raise StoreRefused(f"{place[:120]}: only a folder can be read here: get it first with {how}")
 
 
-def open_store(address: str, *, create_pr: bool = False) -> Store:
-    """The store at an address. `StoreRefused` if there can be none."""
+def parts_of(address: str) -> tuple[str, str]:
+    """The scheme of an address, in small letters, and the rest. `StoreRefused`, without the rest, if that has a key."""
     found = ADDRESS.match(address)
     scheme, rest = (found[1].lower(), address[found.end() :]) if found else ("", address)
     # A key in an address would come into the shell's history, logs and messages.
@@ -54,6 +54,12 @@ def open_store(address: str, *, create_pr: bool = False) -> Store:
         raise StoreRefused(
             f"{scheme}://…: has '@', '?' or '#': an address holds no key and no settings; give them in the environment"
         )
+    return scheme, rest
+
+
+def open_store(address: str, *, create_pr: bool = False) -> Store:
+    """The store at an address. `StoreRefused` if there can be none."""
+    scheme, rest = parts_of(address)
     if scheme == "hf":
         from converter.write.stores.hub import HubStore
 

@@ -1,0 +1,1 @@
+"""From registry to server: fetch, convert, verify, hold the gates, publish, announce."""
