@@ -35,8 +35,8 @@ from converter.read.side_files import is_loaded
 from converter.recipe import Recipe
 from converter.seal.destination import sizes_in
 from converter.seal.receipt import CARD, RECEIPT, fidelity_of, read_receipt
-from converter.seal.staging import sha256_of
 from converter.tensors import all_finite
+from converter.write.sha256 import sha256_of
 
 _RECEIPT_SAYS, _SUMS_SAY = "the receipt says", f"{SUMS} says"
 

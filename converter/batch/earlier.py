@@ -20,8 +20,8 @@ from converter.read.folder import LocalFolder
 from converter.seal.link import ReusableShard, identity_of
 from converter.seal.production import Made
 from converter.seal.receipt import identity, read_receipt
-from converter.seal.staging import sha256_of
 from converter.tensors import torch_device
+from converter.write.sha256 import sha256_of
 
 
 def earlier_shards(run: BatchRun, group: JobGroup) -> list[EarlierShard]:

@@ -171,7 +171,7 @@ class Production:
                 if writer.is_lost:
                     self.staging.journal.forget(file)
                 raise
-        self.staging.finish_soon(file)
+        self.staging.finish_soon(file, writer.hashed)
 
     def _sync(self) -> None:
         """Make durable what is written, then note it."""

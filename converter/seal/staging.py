@@ -7,12 +7,11 @@ next one refers to it, so OUT is never half a checkpoint.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -37,6 +36,7 @@ from converter.threads import pool
 from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
 from converter.write.journal import JOURNAL, Journal
 from converter.write.lock import LOCK, Lock
+from converter.write.sha256 import Begun, sha256_of
 from converter.write.shard import ShardWriter
 
 if TYPE_CHECKING:
@@ -104,17 +104,19 @@ class Staging:
 
     def writer(self, shard: ShardPlan) -> ShardWriter:
         """Begin a shard, or resume it."""
-        return ShardWriter(self.folder, shard, self.journal.written(shard.file), disk=self._disk)
+        written = self.journal.written(shard.file)
+        # An upload reads it again.
+        return ShardWriter(self.folder, shard, written, disk=self._disk, read_again=self._uploads is not None)
 
     def put(self, name: str, raw: bytes) -> None:
         """Write a small file, durably. `WriteFailed`."""
         self._disk.make_folder((self.folder / name).parent)
         self._disk.put(self.folder / name, raw)
 
-    def finish_soon(self, name: str) -> None:
+    def finish_soon(self, name: str, hashed: Begun | None = None) -> None:
         """Begin to compute the sha256 of a finished shard, while the next one is made; if OUT lies in a store, also to
-        upload it. Its tensors are in the journal."""
-        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended)
+        upload it. Its tensors are in the journal. `hashed`: the sha256 of its beginning."""
+        self._digests[name] = self._hasher.submit(sha256_of, self.folder / name, self._ended, hashed)
         if self._uploads is not None:
             self._uploads.add(name, self._digests[name])
 
@@ -269,14 +271,3 @@ def _known(digest: str) -> Future[str]:
     done: Future[str] = Future()
     done.set_result(digest)
     return done
-
-
-def sha256_of(path: Path, ended: threading.Event | None = None) -> str:
-    """The sha256 of a file, in hex. `CancelledError` once `ended` is set: a shard takes seconds."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 18))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            if ended is not None and ended.is_set():
-                raise CancelledError
-            digest.update(buffer[:count])
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ class Disk:
             if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
             os.ftruncate(descriptor, size)  # this filesystem can't reserve
+
+    def forget(self, descriptor: int, start: int, count: int) -> None:
+        """Let the file cache forget the pages in which these bytes lie, if they are durable: no more than a hint."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE  # the system keeps a page of which it is told a part
+        os.posix_fadvise(descriptor, first, start + count - first, os.POSIX_FADV_DONTNEED)
 
     def cut(self, descriptor: int, size: int) -> None:
         """Let the file end after `size` bytes."""

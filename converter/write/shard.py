@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 from collections import defaultdict
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 import xxhash
 
 from converter.plan.layout import header_json
-from converter.threads import no_thread
 from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
+from converter.write.flusher import Flusher
+from converter.write.sha256 import Begun, GrowingSha256
 
 if TYPE_CHECKING:
     from converter.plan.plan import ShardPlan
@@ -51,67 +53,6 @@ class Writer(Protocol):
         """Take `raw` as the bytes of a tensor from its byte `start`; the number of bytes."""
 
 
-class _Flusher:
-    """Syncs a file in a thread of its own while more is written to it.
-
-    The system reports a failed sync once, to whoever asks first. So one asks at a time, and all hear of the failure.
-    """
-
-    def __init__(self, sync: Callable[[], None], every: int) -> None:
-        self._sync, self._every = sync, every
-        self._waiting = 0
-        self._ended = False
-        self._failure: OSError | None = None
-        self._syncing = threading.Lock()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as exc:
-            raise no_thread("flush", exc) from exc
-
-    def wrote(self, count: int) -> None:
-        """Take note of `count` new bytes. `OSError` if an earlier sync failed."""
-        if self._failure is not None:
-            raise self._failure
-        with self._changed:
-            self._waiting += count
-            if self._waiting >= self._every:
-                self._changed.notify()
-
-    def sync(self) -> None:
-        """Make durable what was written. `OSError` if this or an earlier sync failed."""
-        with self._syncing:
-            if self._failure is not None:
-                raise self._failure
-            try:
-                self._sync()
-            except OSError as exc:
-                self._failure = exc
-                raise
-
-    def end(self) -> None:
-        """End the thread. `OSError` if a sync failed: the file is lost."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._ended or self._waiting >= self._every)
-                if self._ended:
-                    return
-                self._waiting = 0
-            try:
-                self.sync()
-            except OSError:
-                return
-
-
 class ShardWriter:
     """One output file. `write` puts bytes at a tensor's place; `finish` adds quant states and header, and the name.
 
@@ -128,7 +69,9 @@ class ShardWriter:
         *,
         disk: Disk = LOCAL_DISK,
         flush_bytes: int = FLUSH_BYTES,
+        read_again: bool = False,
     ) -> None:
+        """`read_again`: whether somebody on this machine reads the file soon, so that the file cache should keep it."""
         self._plan, self._disk = plan, disk
         self._owner = {output.name: tensor.name for tensor in plan.tensors for output in tensor.outputs}
         self._state_names = {t.name: [output.name for output in t.outputs if output.is_state] for t in plan.tensors}
@@ -138,12 +81,34 @@ class ShardWriter:
         self._counting = threading.Condition()
         self._writers = 0
         self._lost = self._finished = False
-        self._flusher: _Flusher | None = None
+        self._flusher: Flusher | None = None
+        self._growing: GrowingSha256 | None = None
         self._count_nothing()
         with writing(self._temporary, plan.layout.size):
-            self._open(written or {}, flush_bytes)
+            self._open(written or {})
+            if not self.is_finished and plan.layout.size > flush_bytes:
+                self._begin_to_flush(flush_bytes, read_again)
 
-    def _open(self, written: Written, flush_bytes: int) -> None:
+    def _begin_to_flush(self, flush_bytes: int, read_again: bool) -> None:
+        """Sync the file while it is written, and hash it, if nothing that comes first in it is known last."""
+        try:
+            if not any(self._state_names.values()):
+                header, _ = self._frame()
+                self._growing = GrowingSha256(self._disk, header, forget=not read_again)
+                for piece in itertools.chain.from_iterable(self._pieces.values()):
+                    self._growing.wrote(self._plan.layout.offsets[piece.output] + piece.start, piece.length)
+            self._flusher = Flusher(self._sync_and_hash, flush_bytes)
+        except BaseException:
+            self._discard(lost=not self.resumed)
+            raise
+
+    def _sync_and_hash(self) -> None:
+        end = 0 if self._growing is None else self._growing.whole
+        self._disk.sync_bytes(self._descriptor)
+        if self._growing is not None:
+            self._growing.follow(self._descriptor, end)
+
+    def _open(self, written: Written) -> None:
         unfinished = self._temporary
         if written and self._path.exists():
             self._temporary = self._path  # an earlier run finished it
@@ -162,8 +127,6 @@ class ShardWriter:
             if not self.is_finished:
                 self._disk.reserve(self._descriptor, self._plan.layout.size)
                 self._disk.sync_folder(self._path.parent)
-            if self._plan.layout.size > flush_bytes:
-                self._flusher = _Flusher(lambda: self._disk.sync_bytes(self._descriptor), flush_bytes)
         except BaseException:
             self._discard(lost=is_new)
             raise
@@ -177,6 +140,11 @@ class ShardWriter:
     def is_lost(self) -> bool:
         """Whether a sync failed. What the disk has is then unknown, and the file is removed at the end."""
         return self._lost
+
+    @property
+    def hashed(self) -> Begun | None:
+        """The sha256 of the beginning of the file, once it is finished; None if it is to be taken of the whole file."""
+        return None if self._growing is None else self._growing.begun()
 
     def pieces(self, tensor: str) -> tuple[Piece, ...]:
         """What was written of a tensor, quant states excepted."""
@@ -206,6 +174,8 @@ class ShardWriter:
             with self._counting:
                 self._left[name] -= len(raw)
                 self._pieces[self._owner[name]].append(piece)
+                if self._growing is not None:
+                    self._growing.wrote(self._plan.layout.offsets[name] + start, len(raw))
         return len(raw)
 
     def finish(self) -> int:
@@ -352,6 +322,8 @@ class ShardWriter:
 
     def _discard(self, *, lost: bool) -> None:
         # What fails here must not hide the first failure.
+        if self._growing is not None:
+            self._growing.stop()
         if self._flusher is not None:
             try:
                 self._flusher.end()
