@@ -26,11 +26,11 @@ from converter.seal.destination import Place, already_made, sizes_in
 from converter.seal.link import identity_of
 from converter.seal.published import Published, place_of
 from converter.seal.receipt import fidelity_of, read_receipt
-from converter.seal.staging import sha256_of
 from converter.tensors import torch_device
 from converter.verification import Checks, verify_output
 from converter.write.durable import writing
 from converter.write.journal import job_of
+from converter.write.sha256 import sha256_of
 
 Figures = dict[str, Any]
 _FILES = "identity_of_files"
