@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ UNFINISHED = ".unfinished"
 
 _FICLONE = 0x40049409
 """`linux/fs.h`."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Disk:
@@ -65,7 +65,7 @@ class Disk:
 
     def forget(self, descriptor: int, start: int, count: int) -> None:
         """Let the file cache forget the pages in which these bytes lie, if they are durable: no more than a hint."""
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE  # the system keeps a page of which it is told a part
+        first = start // _PAGE * _PAGE  # the system keeps a page of which it is told a part
         os.posix_fadvise(descriptor, first, start + count - first, os.POSIX_FADV_DONTNEED)
 
     def cut(self, descriptor: int, size: int) -> None:
