@@ -31,11 +31,12 @@ from converter.read.digests import remember_digests
 from converter.read.folder import Folder
 from converter.read.side_files import read_side_files
 from converter.seal.card import CardOf, metadata_of, model_card
-from converter.seal.destination import Place, already_made
+from converter.seal.destination import BASE, Place, already_made
 from converter.seal.production import Made, Production, Target
 from converter.seal.published import Published, place_of
 from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of, read_receipt, summary_of
 from converter.seal.staging import Staging
+from converter.supply import arrives, room_for, supplied
 from converter.tensors import torch_device
 from converter.threads import Crew, one_thread
 from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
@@ -121,22 +122,30 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
             job.gates.hold(_figures(destination), destination.label)
             return Report(job.out, plan, known, {}, nothing_to_do=True, store=_stored(destination))
         destination.refuse_if_taken()
-        destination.refuse_if_too_full(destination.room_for(plan))
+        room = room_for(destination, plan, inputs, options.disk)
+        destination.refuse_if_too_full(room.of_base + room.of_out)
         if plan.beforehand:
             observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
-        inputs.bring(observer.tell, observer.stop)
+        if not arrives(inputs):
+            inputs.bring(observer.tell, observer.stop)
         before = inputs.identities() | before  # what was fetched, and what the plan is of
 
-        files = [shard.file for shard in plan.shards]
-        staging = Staging(destination, job_of(plan, inputs), files, resume=options.resume)
+        files, kept = [shard.file for shard in plan.shards], {BASE} if room.is_limited else ()
+        staging = Staging(destination, job_of(plan, inputs), files, resume=options.resume, keep=kept)
         plan = replace(plan, notes=plan.notes + staging.notes)
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
-            with inputs.unchanged(before), crew_of(plan, encoding) as crew:
-                for target, made in convert_tensors(output.targets(), inputs.base.folder, encoding, crew, observer):
-                    if isinstance(made, ConverterError):
-                        raise made
-                    output.note(made)
-                    observer.tell("converting", output.done, plan.base_bytes, target.tensor.name)
+            with (
+                inputs.unchanged(before),
+                supplied(inputs, output, room, observer) as supply,
+                crew_of(plan, encoding) as crew,
+            ):
+                for stretch in supply.stretches(output.targets()):
+                    for target, made in convert_tensors(stretch, supply.folder, encoding, crew, observer):
+                        if isinstance(made, ConverterError):
+                            raise made
+                        output.note(made)
+                        supply.made(target.tensor.name)
+                        observer.tell("converting", output.done, plan.base_bytes, target.tensor.name)
 
             observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
@@ -176,7 +185,7 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
         failed = GateFailed(f"{job.label}: {in_words(misses)}; {output.staging.folder / GATES} lists them")
         failed.staging, failed.receipt = str(output.staging.folder), json.loads(receipt)
         raise failed
-    cards = CardOf(metadata_of(inputs.base.folder), metadata_of(adapter), job.card)
+    cards = CardOf(metadata_of(inputs.folder_of("base")), metadata_of(adapter), job.card)
     side_files = read_side_files(plan.side_files, inputs.folder_of) | {CARD: model_card(plan, origin, fidelity, cards)}
     agreement = total_of(output.made[tensor.name].agreement for tensor in plan.tensors())
     output.staging.seal(plan, origin, side_files, fidelity, agreement)
@@ -212,15 +221,16 @@ def plan_job(job: Job, options: RunOptions = RunOptions(), *, with_out: bool = T
             if already_made(destination, plan, inputs, torch_device(plan.device).type) is not None:
                 return DryRun(plan, estimate(plan, inputs.base), nothing_to_do=True)
             destination.refuse_if_taken()
-            disk = destination.room_for(plan)
-            destination.refuse_if_too_full(disk)
+            room = room_for(destination, plan, inputs, options.disk)
+            destination.refuse_if_too_full(room.of_base + room.of_out)
+            plan = replace(plan, notes=plan.notes + room.notes)
             if isinstance(destination, Published):
                 notes = (
                     f"OUT lies in {destination.label}; its files gather in {destination.staging}",
                     destination.note,
                 )
                 plan = replace(plan, notes=plan.notes + tuple(filter(None, notes)))
-            return DryRun(plan, estimate(plan, inputs.base), disk=disk)
+            return DryRun(plan, estimate(plan, inputs.base), disk=room.of_base + room.of_out)
         return DryRun(plan, estimate(plan, inputs.base), disk=plan.output_bytes)
 
 

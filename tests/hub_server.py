@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
@@ -57,6 +57,9 @@ class StandInHub:
         self.failing_body: str | None = None  # where the failure is an answer of another kind
         self.ignores_range = False
         self.flips: dict[str, int] = {}  # file name → the byte of which a bit is another when it arrives
+        self.cuts: dict[str, int] = {}  # file name → bytes after which the connection is cut, of whole files, once
+        self.expired = 0  # links to storage still to be refused
+        self.watch: Callable[[], None] = lambda: None  # called before each piece of a file is sent
         self.stores_elsewhere = False  # redirect for large files to another host, as the Hub does
         self.headers: dict[str, str] = {}  # of every answer about a file, in the place of the right ones
         self.endless = ""  # what does not end (until MOST bytes are sent): the listing, files or failures
@@ -152,7 +155,11 @@ class Answer(BaseHTTPRequestHandler):
             else:
                 self._refuse(401, None, "Invalid user token.")
         elif match := re.fullmatch(r"/storage/(.+)/([^/]+)/([^/]+)", urlsplit(self.path).path):
-            self._send_file(match[2], self.hub.repositories[match[1]].commits[match[2]] / match[3])
+            if self.hub.expired:
+                self.hub.expired -= 1
+                self._refuse(403, None, "Request has expired")
+            else:
+                self._send_file(match[2], self.hub.repositories[match[1]].commits[match[2]] / match[3])
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", urlsplit(self.path).path):
             self._answer(unquote(match[1]), unquote(match[2]), unquote(match[3]))
         else:
@@ -204,7 +211,17 @@ class Answer(BaseHTTPRequestHandler):
             starts = range(first, last + 1, PIECE)
             flip = self.hub.flips.get(path.name, -1)
             pieces = (_flipped(file.read(min(PIECE, last + 1 - start)), flip - start) for start in starts)
+            if self.request_log.range is None and self.command == "GET" and path.name in self.hub.cuts:
+                pieces = self._cut(pieces, self.hub.cuts.pop(path.name))
             self._send(status, headers, pieces)
+
+    def _cut(self, pieces: Iterable[bytes], left: int) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece[:left]
+            left -= len(piece)
+            if left <= 0:
+                self.close_connection = True
+                return
 
     def _refuse(self, status: int, code: str | None, message: str) -> None:
         body = (self.hub.failing_body or json.dumps({"error": message})).encode()
@@ -232,6 +249,7 @@ class Answer(BaseHTTPRequestHandler):
         for piece in pieces:
             # Counted before it is sent, so that a client that has it all finds it counted.
             self.request_log.sent += len(piece)
+            self.hub.watch()
             try:
                 self.wfile.write(piece)
             except (BrokenPipeError, ConnectionResetError):

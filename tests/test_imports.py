@@ -63,6 +63,7 @@ WITHOUT_A_ROOM = {
     "recheck": LOOP,
     "tile": LOOP,
     "effect": LOOP,
+    "supply": LOOP,
     "pipeline": LOOP,
     "compare": LOOP,
     "verification": LOOP,

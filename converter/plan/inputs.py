@@ -22,6 +22,7 @@ from converter.plan.adapters import OpenedAdapter, Several, open_adapters, open_
 from converter.read.checkpoint import CONFIG, Checkpoint
 from converter.read.checksums import Hashing, stated
 from converter.read.folder import Folder, LocalFolder
+from converter.read.hub.folder import HubFolder
 from converter.read.side_files import wanted_from_base
 
 Show = Callable[[str, int, int, str], None]
@@ -44,7 +45,9 @@ class Base:
         self.commit = self._opened.commit
         self.id = self._opened.repo_id
         self.checked: dict[str, str] = {}
-        """Shard → who stated the sha256 that it was found to have; empty before `bring`."""
+        """Shard → who stated the sha256 that it was found to have; of those that are here."""
+        self.small: Folder = self._opened
+        """Where the files beside the shards are read."""
 
     def fetch(
         self,
@@ -53,15 +56,27 @@ class Base:
     ) -> LocalFolder:
         """Download what a conversion reads of a base on the Hub, and give the folder that has it. `arrived` is called
         for each shard."""
-        names = self._opened.names()
-        code = [name for name in names if name.endswith(".py")]
-        rest = [name for name in ("config.json", "model.safetensors.index.json") if name in names]
-        folder = self._opened.fetch([*rest, *wanted_from_base(self._opened), *code], progress)
+        folder = self.fetch_small(progress)
         for shard in self.checkpoint.shards:
             arrived(self._opened.fetch([shard], progress), shard)
         if folder is not self._opened:
             self.checkpoint = Checkpoint(folder)
         return folder
+
+    def fetch_small(self, progress: Callable[[str, int], None] | None = None) -> LocalFolder:
+        """Download what a conversion reads of a base on the Hub, but for the shards."""
+        names = self._opened.names()
+        code = [name for name in names if name.endswith(".py")]
+        rest = [name for name in ("config.json", "model.safetensors.index.json") if name in names]
+        folder = self._opened.fetch([*rest, *wanted_from_base(self._opened), *code], progress)
+        self.small = folder
+        return folder
+
+    @property
+    def hub(self) -> HubFolder | None:
+        """The repository that its files still are to come from; None for a folder, and offline."""
+        opened = self._opened
+        return opened if isinstance(opened, HubFolder) and not opened.is_offline else None
 
     def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
         """Download what is missing, and check the shards whose sha256 is known.
@@ -180,10 +195,10 @@ class Inputs:
         return self.opened.hub_digests()
 
     def folder_of(self, origin: str) -> Folder:
-        """The folder of the base, or of the adapter."""
+        """Where the small files of the base, or of the adapter, are read."""
         if origin == "adapter" and self.adapter is not None:
             return self.adapter.folder
-        return self.base.folder
+        return self.opened.small
 
     @contextmanager
     def unchanged(self, before: Mapping[Path, list[int]] | None = None) -> Iterator[None]:

@@ -180,14 +180,18 @@ class Hashing:
                 _remember(folder, path.name, digest.hexdigest())
             return _Hashed(state, digest.hexdigest(), remembered=False)
 
+    def close(self) -> None:
+        """End the threads at their next piece."""
+        self._ended.set()
+        self._pool.shutdown(cancel_futures=True)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ended.set()
-        self._pool.shutdown(cancel_futures=True)
+        self.close()
 
 
 class _Ended(Exception):

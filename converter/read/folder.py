@@ -175,10 +175,15 @@ class LocalFolder:
             _hint(self._open(name), asked, until - asked, os.POSIX_FADV_WILLNEED)
             self._asked[name] = until
 
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
+    def let_go(self, name: str) -> None:
+        """Close one file. If it was removed, the disk has its room again."""
+        if (descriptor := self._descriptors.pop(name, None)) is not None:
             os.close(descriptor)
-        self._descriptors.clear()
+        self._asked.pop(name, None)
+
+    def close(self) -> None:
+        for name in [*self._descriptors]:
+            self.let_go(name)
 
     def _open(self, name: str) -> int:
         if name not in self._descriptors:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from converter.plan.plan import Plan
     from converter.write.uploads import Uploads
 
+BASE = ".base"
+"""The folder in a staging folder that has files of a base while they are read."""
 OURS = frozenset({LOCK, JOURNAL})
 """Files of a staging folder that don't belong to the checkpoint."""
 _INSIDE = ".partial"
@@ -56,8 +58,11 @@ class Place(Protocol):
     def refuse_if_taken(self) -> None:
         """`BadOutput` unless OUT is free, or holds a conversion that `--overwrite` may replace."""
 
-    def room_for(self, plan: Plan) -> int:
-        """Bytes that a conversion takes of this machine's disk."""
+    def room_for(self, plan: Plan, disk: int | None = None) -> int:
+        """Bytes that OUT takes of this machine's disk while it is made; `disk`: how many it may take at the most."""
+
+    def least_room_for(self, plan: Plan) -> int:
+        """The smallest `disk` with which it can be made."""
 
     def refuse_if_too_full(self, nbytes: int) -> None:
         """`BadOutput` if this machine's disk has no room for `nbytes`."""
@@ -137,7 +142,10 @@ class Destination:
     def label(self) -> str:
         return str(self.out)
 
-    def room_for(self, plan: Plan) -> int:
+    def room_for(self, plan: Plan, disk: int | None = None) -> int:
+        return plan.output_bytes
+
+    def least_room_for(self, plan: Plan) -> int:
         return plan.output_bytes
 
     def uploads(self, journal: Journal, disk: Disk) -> None:
@@ -145,7 +153,7 @@ class Destination:
 
     def refuse_if_too_full(self, nbytes: int) -> None:
         """`BadOutput` if the disk has no room for `nbytes`. What an earlier run left in staging counts as free."""
-        if (free := room([self.staging])) < nbytes:
+        if (free := room([self.staging, self.staging / BASE])) < nbytes:
             raise BadOutput(
                 f"{self.out}: {nbytes:,} bytes are needed, the disk has {free:,} free; make room for {nbytes - free:,} "
                 "more, or choose a folder on another disk"

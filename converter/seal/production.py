@@ -106,6 +106,14 @@ class Production:
             return None
         return Target(tensor, self._adapter, self._writers[shard.file], self)
 
+    def left(self) -> list[TensorPlan]:
+        """The tensors that are left to be made, in their order, once what an earlier run left is taken in."""
+        begun = {entry.shard for entry in self.staging.journal.entries.values()}
+        for shard in self.plan.shards:
+            if shard.file in begun - self._given and shard.file not in self._left:
+                self._open(shard)
+        return [tensor for name, (_, tensor) in self._planned.items() if name not in self.made]
+
     def note(self, made: Made) -> None:
         """Take note of a tensor that was written. Every few seconds the notes are made durable.
 
@@ -136,7 +144,7 @@ class Production:
     def keep(self) -> bool:
         """Make durable what is there. Whether another run of the same command can resume it."""
         with suppress(Exception):  # what fails here must not hide the first failure
-            self._sync()
+            self.make_durable()
         for file, writer in self._writers.items():
             if writer.is_lost:
                 self.staging.journal.forget(file)
@@ -163,7 +171,7 @@ class Production:
         self.done += made.nbytes
 
     def _finish(self, file: str) -> None:
-        self._sync()
+        self.make_durable()
         with self._writers.pop(file) as writer:
             try:
                 writer.finish()
@@ -173,7 +181,7 @@ class Production:
                 raise
         self.staging.finish_soon(file, writer.hashed)
 
-    def _sync(self) -> None:
+    def make_durable(self) -> None:
         """Make durable what is written, then note it."""
         self._await_sync()
         self._make_durable(list(self._writers.values()), self.staging.journal.take())
@@ -181,7 +189,7 @@ class Production:
     def _sync_in_the_background(self) -> None:
         """The same while more is made, for a disk takes its time."""
         if self._background is None:
-            self._sync()
+            self.make_durable()
             return
         writers, entries = list(self._writers.values()), self.staging.journal.take()
         self._syncing = self._background.submit(self._make_durable, writers, entries)

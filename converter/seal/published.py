@@ -15,7 +15,7 @@ from converter.job import Job, RunOptions
 from converter.read.cache import cache_folder
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
-from converter.seal.destination import OURS, Destination, Place, arrival, remove, room, sizes_in
+from converter.seal.destination import BASE, OURS, Destination, Place, arrival, remove, room, sizes_in
 from converter.seal.receipt import CARD, RECEIPT, parse_receipt
 from converter.write.durable import Disk
 from converter.write.journal import Journal, Upload
@@ -41,10 +41,9 @@ class Published:
         *,
         overwrite: bool,
         work: Path | None = None,
-        disk: int | None = None,
         stop: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self._store, self._overwrite, self._disk, self._stop = store, overwrite, disk, stop
+        self._store, self._overwrite, self._stop = store, overwrite, stop
         name = re.sub(r"[^\w.-]+", "-", store.label)[:80]
         key = hashlib.sha256(store.label.encode()).hexdigest()[:12]
         self._staging = (work or cache_folder() / "outputs").expanduser().absolute() / f"{name}-{key}.partial"
@@ -91,24 +90,18 @@ class Published:
             )
             raise BadOutput(f"{self.label}: holds {what}; `overwrite` replaces it")
 
-    def room_for(self, plan: Plan) -> int:
+    def room_for(self, plan: Plan, disk: int | None = None) -> int:
         """What all shards take that are whole on this disk at one time: the one that is made, and those before it that
-        are uploaded. `BadOutput` if `disk` is too small for one shard."""
+        are uploaded."""
         sizes = [shard.layout.size for shard in plan.shards]
-        largest = max(sizes)
-        if self._disk is not None:
-            if self._disk < largest + SMALL_FILES:
-                raise BadOutput(
-                    f"`disk` is {self._disk:,} bytes, and one shard with what lies beside it takes "
-                    f"{largest + SMALL_FILES:,}: give more, or a smaller `max_shard_size`"
-                )
-            self._waiting = (self._disk - SMALL_FILES) // largest - 1
-        return min(sum(sizes), (1 + self._waiting) * largest) + SMALL_FILES
+        self._waiting = 1 if disk is None else (disk - SMALL_FILES) // max(sizes) - 1
+        return min(sum(sizes), (1 + self._waiting) * max(sizes)) + SMALL_FILES
+
+    def least_room_for(self, plan: Plan) -> int:
+        return max(shard.layout.size for shard in plan.shards) + SMALL_FILES
 
     def refuse_if_too_full(self, nbytes: int) -> None:
-        nearest = next(folder for folder in self._staging.parents if folder.exists())
-        free = room([self._staging]) if self._staging.exists() else room([nearest / self._staging.name])
-        if free < nbytes:
+        if (free := room([self._staging, self._staging / BASE])) < nbytes:
             raise BadOutput(
                 f"{self._staging}: {nbytes:,} bytes are needed on this machine, the disk has {free:,} free; make room "
                 "for them, or choose another disk with `work`, or smaller shards with `max_shard_size`"
@@ -171,12 +164,10 @@ def place_of(
 ) -> Place:
     """OUT of a job: a folder, or a place in a store."""
     if job.store is None:
-        if options.create_pr or options.work is not None or options.disk is not None:
-            raise BadOutput(
-                f"{job.out}: `create_pr`, `work` and `disk` go with an OUT in a store, such as hf://ORG/NAME"
-            )
+        if options.create_pr or options.work is not None:
+            raise BadOutput(f"{job.out}: `create_pr` and `work` go with an OUT in a store, such as hf://ORG/NAME")
         return Destination(job.out, inputs=inputs, overwrite=options.overwrite)
     if options.offline:
         raise BadOutput(f"{job.store}: `offline` reaches no store; write to a folder")
     store = open_store(job.store, create_pr=options.create_pr)
-    return Published(store, overwrite=options.overwrite, work=options.work, disk=options.disk, stop=stop)
+    return Published(store, overwrite=options.overwrite, work=options.work, stop=stop)

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,8 @@ class Staging:
 
     Closed before `seal`, it stays for the next run of the same job. It is removed if nothing is done in it, or if
     `spend` or `fail` said that it is of no more use. What an earlier run left is discarded if `resume` is false, or if
-    it has the same tensors in other shards; then `notes` says so.
+    it has the same tensors in other shards; then `notes` says so. A folder in `keep`, and what lies in it, is the
+    caller's.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Staging:
         shards: Iterable[str],
         *,
         resume: bool,
+        keep: Collection[str] = (),
         disk: Disk = LOCAL_DISK,
     ) -> None:
         self._destination, self._disk = destination, disk
@@ -93,7 +95,7 @@ class Staging:
                     self.notes = (ANEW,)
                     shards = ()
                 shards = frozenset(shards)
-                clear(self.folder, but={LOCK, JOURNAL, *shards, *(shard + UNFINISHED for shard in shards)})
+                clear(self.folder, but={LOCK, JOURNAL, *keep, *shards, *(shard + UNFINISHED for shard in shards)})
                 self._hasher = pool(1, "digest")
                 self._uploads = destination.uploads(self.journal, disk)
                 if self._uploads is not None:

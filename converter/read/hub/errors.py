@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from converter.errors import ConverterError, HubFailed, HubGated, HubNotFound, HubOffline, WriteFailed
 from converter.read.hub.answers import without_tokens
@@ -14,6 +15,8 @@ T = TypeVar("T")
 
 RETRY_DELAYS = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth try
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+EXPIRED_STATUS = frozenset({400, 403})
+"""What storage answers to a link that has expired."""
 
 _SECRETS = (
     (re.compile(r"hf_[\w.-]+"), "hf_…"),
@@ -141,12 +144,14 @@ def _library_errors() -> tuple[type[Exception], ...]:
 
 def _may_pass(exc: Exception) -> bool:
     """Whether another try may help."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(exc, RuntimeError) and isinstance(exc.__cause__, Exception):
         return _may_pass(exc.__cause__)
     if isinstance(exc, errors.HfHubHTTPError):
-        return exc.response.status_code in RETRIED_STATUS
+        status, host = exc.response.status_code, exc.response.request.url.host
+        # A link to storage lasts for a while, and each try gets a new one.
+        return status in RETRIED_STATUS or (status in EXPIRED_STATUS and host != urlsplit(constants.ENDPOINT).hostname)
     # LocalEntryNotFoundError: the library could not reach the server, having tried for half a minute itself.
     final = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.FileMetadataError)
     return not isinstance(exc, final) and not _is_local(exc)

@@ -134,29 +134,47 @@ class HubFolder:
         if self._cached is not None:
             self._cached.expect(name, offset)
 
-    def fetch(self, names: Iterable[str], progress: Progress | None = None) -> LocalFolder:
-        """Download those of these files that the Hub's cache lacks, and open its snapshot of this commit.
+    @property
+    def is_offline(self) -> bool:
+        """Whether its files are those of the Hub's cache, and no other can come."""
+        return self._cached is not None
 
-        `HubFailed` if a file's size is not what the Hub said; `WriteFailed` if the cache cannot be written.
+    def fetch(self, names: Iterable[str], progress: Progress | None = None, place: Path | None = None) -> LocalFolder:
+        """Download those of these files that the Hub's cache lacks, and open its snapshot of this commit; with `place`,
+        download into that folder those that are not there, and open it.
+
+        `HubFailed` if a file's size is not what the Hub said; `WriteFailed` if the files cannot be written.
         """
+        where = self.snapshot if place is None else place
         for name in names:
             size = self._file(name).size
             if self._cached is None:
-                self._download(name, progress)
+                self._download(name, progress, place)
             try:
-                found = (self.snapshot / name).stat().st_size
+                found = (where / name).stat().st_size
             except FileNotFoundError:  # of another commit than was asked for
                 raise not_a_hub(self.repo_id) from None
             if found != size:
                 raise HubFailed(
                     f"{self.label}: {name} has {found:,} bytes in the cache, expected {size:,}: "
-                    f"remove {self.snapshot / name} and what it links to, and try again"
+                    f"remove {where / name} and what it links to, and try again"
                 )
             if progress is not None:
                 progress(name, size)
-        if self._cached is None:
+        if self._cached is None and place is None:
             self._remember_revision()
-        return LocalFolder(self.snapshot)
+        return LocalFolder(where)
+
+    def cached(self, name: str) -> Path | None:
+        """Where the Hub's cache has a file whole; None if it has it not."""
+        path = self.snapshot / name
+        try:
+            real = path.resolve(strict=True)
+            # A link to it is followed then.
+            is_whole = real.stat().st_size == self._file(name).size and real.parent.name == "blobs"
+        except OSError:
+            return None
+        return real if is_whole else None
 
     def close(self) -> None:
         """Let go of open files and of what was read ahead."""
@@ -302,7 +320,7 @@ class HubFolder:
         if not stated.startswith(asked.replace("=", " ") + "/"):
             raise HubFailed(f"{self.label}: {name}: the server sent {brief(stated)!r}, asked for {asked!r}")
 
-    def _download(self, name: str, progress: Progress | None) -> None:
+    def _download(self, name: str, progress: Progress | None, place: Path | None) -> None:
         from huggingface_hub import hf_hub_download
 
         size = self._files[name].size
@@ -315,7 +333,9 @@ class HubFolder:
 
         try:
             retrying(
-                lambda: hf_hub_download(self.repo_id, name, revision=self.commit, tqdm_class=_counter_class(count)),
+                lambda: hf_hub_download(
+                    self.repo_id, name, revision=self.commit, tqdm_class=_counter_class(count), local_dir=place
+                ),
                 self._subject(name),
             )
         except ValueError:  # what the library says of headers that it can't use
