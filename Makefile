@@ -52,13 +52,16 @@ real: .venv/ready  ## a real language model, and the usual flow beside it; downl
 LOADED = transformers==4.57.6 transformers==5.24.0
 loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environments of their own; downloads 500 MB
 	PYTHONPATH=. $(BIN)/python tools/loaders.py make build/loaders
+	PYTHONPATH=. $(BIN)/python tools/ropes.py make build/loaders
 	for wanted in $(LOADED); do \
 		test -x build/loaders/$$wanted/bin/python || $(PYTHON) -m venv build/loaders/$$wanted || exit 1; \
 		build/loaders/$$wanted/bin/python -m pip install --quiet --disable-pip-version-check \
 			$$wanted $$(grep -E '^(torch|bitsandbytes|accelerate|safetensors|numpy)==' constraints.txt) || exit 1; \
 		build/loaders/$$wanted/bin/python tools/loads.py build/loaders || exit 1; \
+		build/loaders/$$wanted/bin/python tools/ropes.py compute build/loaders || exit 1; \
 	done
 	PYTHONPATH=. $(BIN)/python tools/loaders.py compare build/loaders
+	$(BIN)/python tools/ropes.py compare build/loaders
 
 bench: .venv/ready  ## measure time and memory beside the usual flow; twenty minutes, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py

@@ -31,6 +31,7 @@ from converter.model.meta_model import (
 )
 from converter.model.read_directly import modules_read_directly
 from converter.model.skip_list import default_skips_of_version_4, head_of, linear_modules, skip_modules
+from converter.model.version_4 import misread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,6 +188,7 @@ def _written(
         head=heads[0] if heads else None,
         stacks=stacks,
         default_skips=default_skips_of_version_4(model, head),
+        misread=list(misread(config)),
     )
 
 

@@ -34,7 +34,7 @@ checkpoint may have take about one billion."""
 _FROM_OUTSIDE = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 """Signals that no config is at fault for, but a user, or a system without memory."""
 _KIND, _MOST_ANSWERS = "architectures", 64
-_ANSWERS = "6"
+_ANSWERS = "7"
 """Changes with what an answer says: answers of another kind are not remembered."""
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from converter.model.answers import serve; serve({memory})"
 """With this process's own path: a folder named converter may lie where the command is run."""

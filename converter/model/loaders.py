@@ -50,6 +50,8 @@ class Written:
     """Tensors that hold the experts of a layer → whether the model is published with a tensor for each expert."""
     default_skips: Collection[str]
     """What transformers 4.57 keeps if the config has no list."""
+    misread: Collection[str] = ()
+    """What of the config it reads otherwise than transformers 5, or not at all."""
 
     @property
     def method(self) -> str | None:
@@ -94,6 +96,7 @@ def _transformers_4(written: Written) -> Iterator[str]:
     if written.model_type not in MODEL_TYPES:
         yield f"it has no model type {written.model_type[:60]}"
         return
+    yield from written.misread
     for tensor, published_apart in written.stacks.items():
         if published_apart:
             yield f"{tensor}: it takes a tensor for each expert"

@@ -1,11 +1,12 @@
-"""Transformers 4.57: the model types that it has, and which modules it quantizes.
+"""Transformers 4.57: the model types that it has, which configs it misreads, and which modules it quantizes.
 
 It isn't installed beside version 5, so its rules are written here; `make loaders` compares them with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 _MODEL_TYPES = """
 aimv2 aimv2_vision_model albert align altclip apertus arcee aria aria_text audio-spectrogram-transformer
@@ -50,6 +51,24 @@ xlnet xlstm xmod yolos yoso zamba zamba2 zoedepth
 """
 MODEL_TYPES = frozenset(_MODEL_TYPES.split())
 """`CONFIG_MAPPING_NAMES` of transformers 4.57.6."""
+
+_LAYERS = {"mamba", "attention"}
+
+
+def misread(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a config for it: keys that have other words since version 5, and are not there in its own."""
+    model_type, layers = config.get("model_type"), config.get("layer_types")
+    if config.get("rope_parameters") and not config.keys() & {"rope_theta", "global_rope_theta"}:
+        yield "config.json has its rope parameters in the words of transformers 5 only"
+    if model_type == "granitemoehybrid" and isinstance(layers, list) and set(map(str, layers)) - _LAYERS:
+        yield "config.json names its kinds of layers in the words of transformers 5"
+    if model_type == "csm" and config.get("tie_word_embeddings"):
+        yield "config.json says tie_word_embeddings, which it refuses for this model type"
+    if model_type == "dbrx" and "architectures" in (config.get("attn_config") or {}):
+        yield "attn_config in config.json has keys that it refuses"
+    for part in config.values():
+        if isinstance(part, Mapping) and "model_type" in part:
+            yield from misread(part)
 
 
 def modules_quantized(linear: Iterable[str], skip: Iterable[str]) -> set[str]:

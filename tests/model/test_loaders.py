@@ -12,7 +12,9 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 from converter.model.answers import check_loaders, describe
+from converter.model.version_4 import misread
 from converter.plan.config import output_config
+from converter.plan.rope import with_old_keys
 from converter.recipe import Recipe
 from tests.architectures import save_tiny
 from tests.model.test_architecture import shapes_of
@@ -35,7 +37,8 @@ def of(config: dict[str, Any], shapes: Any, recipe: Recipe, keep: tuple[str, ...
     quantize = recipe.quant_type != "none"
     architecture = describe(config, shapes, quantize=quantize, dtype="bfloat16", keep=keep, library=library)
     quantized = {name for name, role in architecture.roles.items() if role.quantize}
-    return output_config(config, recipe, architecture, vocabulary=None, untied=False), shapes, quantized
+    spelled, _ = with_old_keys(config)
+    return output_config(spelled, recipe, architecture, vocabulary=None, untied=False), shapes, quantized
 
 
 def saved(name: str, folder: Path) -> Any:
@@ -50,6 +53,34 @@ def test_a_plain_decoder_is_taken_by_every_loader_whose_rules_are_known(quant_ty
 
     others = ["vLLM", "SGLang"] if quant_type == "w4a16" else ["transformers 4.57", "vLLM", "SGLang"]
     assert found == {loader: [] for loader in ("transformers 5", *others)}
+
+
+def test_positions_that_version_4_would_not_find_are_said() -> None:
+    config, shapes, quantized = written(make_model("llama"))
+    del config["rope_theta"]
+
+    found = check_loaders(config, shapes, quantized)
+
+    assert found["transformers 4.57"] == ["config.json has its rope parameters in the words of transformers 5 only"]
+    assert found["transformers 5"] == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("granitemoehybrid", "config.json names its kinds of layers in the words of transformers 5"),
+        ("csm", "config.json says tie_word_embeddings, which it refuses for this model type"),
+        ("dbrx", "attn_config in config.json has keys that it refuses"),
+    ],
+)
+def test_what_transformers_5_saves_and_version_4_refuses_is_said_of_a_model_type(model_type: str, why: str) -> None:
+    saved_by_5, _ = with_old_keys(json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False)))
+
+    assert why in list(misread(saved_by_5))
+
+
+def test_layers_that_were_named_by_version_4_are_read_by_it() -> None:
+    assert list(misread({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]})) == []
 
 
 def test_a_class_that_a_loader_lacks_is_said(tmp_path: Path) -> None:

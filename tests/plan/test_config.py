@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig
 from converter.errors import Unsupported
 from converter.model.architecture import Architecture
 from converter.model.ask import reads_alike
+from converter.model.version_4 import misread
 from converter.plan.config import config_of, output_config
 from converter.plan.rope import in_words_of_all_versions, with_old_keys
 from converter.quantize.bnb import quantization_config
@@ -54,6 +55,14 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 9_999.0, "partial_rotary_factor": 0.5}},
     ),
+    "gpt_neox_japanese": (
+        "gpt_neox_japanese",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7.0}},
+    ),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+    "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 7.0}}),
+    "qwen2_vl": ("qwen2_vl_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+    "qwen3_vl": ("qwen3_vl_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
     "phi3": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.75}}),
     "phi3 long": (
         "phi3",
@@ -302,12 +311,85 @@ def test_the_language_model_of_a_config_gets_the_keys_of_its_own_family() -> Non
     assert spelled["text_config"] == {**text, "rope_theta": 3.0, "rope_local_base_freq": 5.0}
 
 
-def test_positions_in_three_dimensions_are_given_to_version_4_too() -> None:
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 7.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 3.0,
+    "short_factor": [1.0],
+    "long_factor": [2.0],
+    "original_max_position_embeddings": 32,
+}
 
-    spelled, _ = with_old_keys({"model_type": "qwen2_vl_text", "rope_parameters": rope})
 
-    assert spelled["rope_scaling"] == {"rope_type": "default", "mrope_section": [2, 3, 3]}
+# `make loaders` compares what both versions compute from such configs.
+@pytest.mark.parametrize(
+    ("model_type", "rope", "scaling"),
+    [
+        ("mllama_text_model", PLAIN, {"rope_type": "default"}),
+        ("qwen3_vl_text", PLAIN, {"rope_type": "default"}),
+        ("qwen3_vl_text", {**PLAIN, "mrope_section": [2, 3, 3]}, {"rope_type": "default", "mrope_section": [2, 3, 3]}),
+        ("gpt_oss", PLAIN, {"rope_type": "default"}),
+        ("apertus", PLAIN, {"rope_type": "default"}),
+        ("qwen2_vl_text", PLAIN, {"rope_type": "default", "mrope_section": [16, 24, 24]}),
+        (
+            "qwen2_5_vl_text",
+            {**PLAIN, "mrope_section": [2, 3, 3]},
+            {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        ),
+        ("glm4v_text", LINEAR, {"rope_type": "linear", "factor": 4.0, "mrope_section": [8, 12, 12]}),
+        ("phi3", LONGROPE, {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ("phimoe", LONGROPE, {"type": "longrope"} | {k: v for k, v in LONGROPE.items() if k != "rope_theta"}),
+        ("olmo2", LINEAR, {"type": "linear", "factor": 4.0}),
+        ("olmoe", LINEAR, {"rope_type": "linear", "factor": 4.0}),
+        ("chameleon", {**LINEAR, "rope_type": "dynamic"}, {"type": "dynamic", "factor": 4.0}),
+        ("llama4_text", LLAMA3, {key: value for key, value in LLAMA3.items() if key != "rope_theta"}),
+        ("llama", PLAIN, None),
+    ],
+)
+def test_each_family_gets_the_scaling_that_version_4_understands(
+    model_type: str, rope: dict[str, Any], scaling: Any
+) -> None:
+    base = {"model_type": model_type, "rope_parameters": rope}
+
+    spelled, complete = with_old_keys(base)
+
+    assert complete
+    assert spelled.get("rope_scaling") == scaling
+    assert spelled["rope_theta"] == rope["rope_theta"]
+    assert list(misread(base)) == ["config.json has its rope parameters in the words of transformers 5 only"]
+    assert list(misread(spelled)) == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope"), [("nemotron", LINEAR), ("llama4_text", YARN), ("olmo", YARN), ("chameleon", LLAMA3)]
+)
+def test_a_scaling_that_version_4_lacks_in_a_family_is_left_out_and_said(model_type: str, rope: dict[str, Any]) -> None:
+    base = {"model_type": "whole", "text_config": {"model_type": model_type, "rope_parameters": rope}}
+
+    spelled, complete = with_old_keys(base)
+
+    assert (spelled, complete) == (base, False)
+    assert list(misread(spelled)) == ["config.json has its rope parameters in the words of transformers 5 only"]
+
+
+def test_the_length_that_longrope_starts_from_is_given_where_version_4_looks_for_it() -> None:
+    spelled, _ = with_old_keys({"model_type": "llama", "max_position_embeddings": 128, "rope_parameters": LONGROPE})
+
+    assert spelled["original_max_position_embeddings"] == 32
+
+
+def test_parts_within_parts_are_spelled_too() -> None:
+    def config(text: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "model_type": "qwen2_5_omni",
+            "thinker_config": {"model_type": "qwen2_5_omni_thinker", "text_config": text},
+        }
+
+    text = {"model_type": "qwen2_5_omni_text", "rope_parameters": PLAIN}
+
+    spelled, _ = with_old_keys(config(text))
+
+    scaling = {"rope_type": "default", "mrope_section": [16, 24, 24]}
+    assert spelled == config({**text, "rope_theta": 3.0, "rope_scaling": scaling})
 
 
 def test_the_number_of_qwen3s_experts_is_given_to_version_4_too() -> None:
@@ -317,14 +399,6 @@ def test_the_number_of_qwen3s_experts_is_given_to_version_4_too() -> None:
 
     assert (spelled["num_experts"], spelled["num_local_experts"], complete) == (4, 4, True)
     assert "num_experts" not in with_old_keys(config | {"model_type": "mixtral"})[0]
-
-
-def test_phi3_gets_the_three_keys_that_version_4_takes() -> None:
-    rope = {**YARN, "rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
-
-    spelled, _ = with_old_keys({"model_type": "phi3", "rope_parameters": rope})
-
-    assert spelled["rope_scaling"] == {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
 
 
 def test_a_second_spelling_that_transformers_reads_otherwise_is_left_out_and_said() -> None:
