@@ -45,6 +45,7 @@ ROOMS = (
     LOOP,
     "batch",
     "delivery",
+    "export",
     "cli",
 )
 """A room imports from itself and from those before it."""
@@ -77,7 +78,7 @@ WITHOUT_A_ROOM = {
     "__main__": "cli",
 }
 
-COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "pipeline", "report", "doctor", "completion")
+COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "pipeline", "export", "report", "doctor", "completion")
 ONLY_IN = {
     "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
     "bitsandbytes": {"quantize.bnb"},
@@ -92,7 +93,7 @@ ONLY_IN = {
     "rich": {"cli.show.progress"},
     "psutil": {"samples", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},
-    "yaml": {"batch.job_file"},
+    "yaml": {"batch.job_file", "export.kubernetes"},
     "peft": {"merge.bridge"},
     "safetensors": set(),
     "accelerate": set(),

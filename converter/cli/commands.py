@@ -7,11 +7,12 @@ from converter.cli.completion import completion
 from converter.cli.convert import cli
 from converter.cli.doctor import doctor
 from converter.cli.evaluate import evaluate
+from converter.cli.export import export
 from converter.cli.pipeline import pipeline
 from converter.cli.report import report
 from converter.cli.verify import verify
 
-for command in (verify, evaluate, batch, pipeline, report, doctor, completion):
+for command in (verify, evaluate, batch, pipeline, export, report, doctor, completion):
     cli.add_command(command)
 
 __all__ = ["cli"]

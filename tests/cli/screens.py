@@ -28,6 +28,7 @@ COMMANDS: dict[str, list[str]] = {
     "help-verify": ["verify", "--help"],
     "help-evaluate": ["evaluate", "--help"],
     "help-pipeline": ["pipeline", "--help"],
+    "help-export": ["export", "--help"],
     "conversion": ["--base", "base", "--adapter", "adapter", "--out", "out"],
     "refusal": ["--base", "adapter", "--adapter", "base", "--out", "out"],
     "gate": ["--base", "base", "--adapter", "adapter", "--out", "gated", "--max-error", "0.05"],

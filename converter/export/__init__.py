@@ -1,0 +1,1 @@
+"""What a server needs to serve a finished output."""
