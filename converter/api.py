@@ -63,8 +63,9 @@ def convert(
     each tile, and while the sha256 of the base is checked; once it gives the number of a signal, the conversion ends
     with `Interrupted`. `check_tiles`: of an accelerator's tiles, one in so many is made again on the CPU; 0: none.
 
-    For a store: `work` is the folder in which files gather, `disk` the bytes that they may take of it, and `create_pr`
-    opens a pull request on the Hub instead of committing. Each shard is uploaded while the next one is made.
+    For a store: `work` is the folder in which files gather, and `create_pr` opens a pull request on the Hub instead of
+    committing. Each shard is uploaded while the next one is made. `disk`: bytes that OUT and a base on the Hub may
+    take of this machine's disk; the base's files are removed after their last tensor then, not kept in the Hub's cache.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """

@@ -65,7 +65,8 @@ class RunOptions:
     work: Path | None = None
     """Where the files of an OUT in a store gather; None: in the user's cache."""
     disk: int | None = None
-    """Bytes of this machine's disk that an OUT in a store may take while it is made; None: those of two shards."""
+    """Bytes of this machine's disk that OUT and a base on the Hub may take. None: an OUT in a store takes those
+    of two shards, and the base comes into the Hub's cache, which keeps it."""
     create_pr: bool = False
     """Open a pull request on the Hub instead of committing."""
 

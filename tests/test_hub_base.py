@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from converter import Recipe, Resources, convert, plan_conversion
@@ -243,6 +244,18 @@ def test_a_quantized_base_comes_file_by_file_too(inputs: tuple[Path, Path], hub:
     assert len(files_of(quantized)) > 2
 
 
+def test_tensors_that_share_a_scale_wait_for_each_others_files(
+    inputs: tuple[Path, Path], hub: UploadHub, tmp_path: Path
+) -> None:
+    recipe = Recipe(quant_type="nvfp4a16")
+    expected = convert(*inputs, tmp_path / "expected", recipe, ONE_THREAD).out
+    disk = needed(recipe=recipe)
+
+    convert(BASE, LORA, OUT, recipe, ONE_THREAD, work=tmp_path / "work", disk=disk)
+
+    assert weights(hub.files("org/merged")) == weights(contents(expected))
+
+
 # Faults
 
 
@@ -251,12 +264,14 @@ def test_a_quantized_base_comes_file_by_file_too(inputs: tuple[Path, Path], hub:
 def test_a_hub_that_fails_for_a_while_is_asked_again(
     fault: int | str,
     elsewhere: bool,
+    monkeypatch: pytest.MonkeyPatch,
     inputs: tuple[Path, Path],
     local: dict[str, bytes],
     hub: UploadHub,
     tmp_path: Path,
 ) -> None:
     hub.stores_elsewhere = elsewhere
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     failed: set[tuple[str, str]] = set()
 
     def fail(method: str, path: str) -> int | str | None:
@@ -275,6 +290,8 @@ def test_a_hub_that_fails_for_a_while_is_asked_again(
 
     assert len(failed) == 2 * len(files_of(inputs[0])) or isinstance(fault, str)
     assert hub.cuts == {}
+    # What has come before the connection was cut does not come again.
+    assert any((one.range or "").endswith("-") for one in hub.log) == (fault == "cut")
     assert hub.expired == (2 if fault == "expired" and not elsewhere else 0)
     assert weights(hub.files("org/merged")) == local
 

@@ -98,7 +98,8 @@ STORES: tuple[Decorator, ...] = (
         "--disk",
         type=Size(),
         metavar="SIZE",
-        help="With an address as OUT: disk to use for its files.  [default: two shards]",
+        help="Disk to use for OUT, or for its shards on the way to a store, and for a base on the Hub, which is then "
+        "not kept.  [default: OUT or two shards of it; the base is kept in the Hub's cache]",
     ),
     flag("--create-pr", text="With hf:// as OUT: open a pull request instead of committing."),
 )

@@ -26,9 +26,10 @@ _SHA256 = "sha256:"
 class Arrivals:
     """Downloads files in their order, in a thread of its own. Leaving it ends the download that is under way.
 
-    Without `place`, files come into the Hub's cache and stay there. With it, they come into this folder, which is ours
-    alone; of those that the Hub's cache has, it gets links. At most `room` bytes of it lie there at a time: the next
-    download waits until `release` has made room. So `room` must be enough for all files that are in use at one time.
+    Without `place`, files come into the Hub's cache, which must have a file of this commit already, and stay there.
+    With it, they come into this folder, which is ours alone; of those that the Hub's cache has, it gets links. At most
+    `room` bytes lie there at a time: the next download waits until `release` has made room. So `room` must be enough
+    for all files that are in use at one time.
     """
 
     def __init__(
