@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.receipt import RECEIPT, read_receipt
 from converter.verification import Checks, Verification, verify_output
-from converter.write.stores.addresses import path_of, refuse_to_read
+from converter.write.stores.addresses import path_of
+from converter.write.stores.reading import as_folder
 
 
 def convert(
@@ -132,6 +134,7 @@ def verify(
 ) -> Verification:
     """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
 
+    `out` is a folder, or hf://ORG/NAME[@REVISION], which is downloaded for it and removed again.
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
     `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
     no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
@@ -143,13 +146,9 @@ def verify(
     if base is not None or adapter is not None or compare:
         sources = Sources(base, adapter, base_revision, adapter_revision)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
-    refuse_to_read(os.fspath(out))
-    return verify_output(
-        path_of(os.fspath(out)) or Path(out),
-        Checks(sources, sample, gates, require_receipt),
-        options,
-        Observer(progress),
-    )
+    observer, checks = Observer(progress), Checks(sources, sample, gates, require_receipt)
+    with as_folder(os.fspath(out), offline=offline, tell=partial(observer.tell, "fetching")) as folder:
+        return verify_output(folder, checks, options, observer)
 
 
 def evaluate(

@@ -53,6 +53,7 @@ class Stored:
     """Where to look at it: on the Hub, the commit or the pull request."""
     nbytes: int
     """Of its shards."""
+    receipt: dict[str, Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,7 +106,7 @@ class Report:
         """For notebooks: the head of the report of what lies at `out`."""
         from converter.page import head
 
-        receipt = None if self.store is not None else read_receipt(self.out)
+        receipt = self.store.receipt if self.store is not None else read_receipt(self.out)
         return None if receipt is None else head(receipt)
 
 
@@ -157,7 +158,7 @@ def _stored(place: Place) -> Stored | None:
     """Where an output lies that was published."""
     if not isinstance(place, Published) or place.receipt is None:
         return None
-    return Stored(place.label, place.seen_at, place.receipt["summary"]["bytes"]["output"])
+    return Stored(place.label, place.seen_at, place.receipt["summary"]["bytes"]["output"], place.receipt)
 
 
 def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Job) -> Report:

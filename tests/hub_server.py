@@ -60,6 +60,7 @@ class StandInHub:
         self.cuts: dict[str, int] = {}  # file name → bytes after which the connection is cut, of whole files, once
         self.expired = 0  # links to storage still to be refused
         self.watch: Callable[[], None] = lambda: None  # called before each piece of a file is sent
+        self.states_digests = True  # in the list of files
         self.stores_elsewhere = False  # redirect for large files to another host, as the Hub does
         self.headers: dict[str, str] = {}  # of every answer about a file, in the place of the right ones
         self.endless = ""  # what does not end (until MOST bytes are sent): the listing, files or failures
@@ -193,6 +194,8 @@ class Answer(BaseHTTPRequestHandler):
         blobs = "blobs" in parse_qs(urlsplit(self.path).query)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         siblings = [{"rfilename": str(path.relative_to(folder)), **(_blob(path) if blobs else {})} for path in files]
+        if not self.hub.states_digests:
+            siblings = [{key: one[key] for key in ("rfilename", "size")} for one in siblings]
         body = json.dumps({"id": repo_id, "sha": commit, "siblings": siblings}).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         self._send(200, headers | {"X-HF-Warning": "login; You have not logged in."}, [body])

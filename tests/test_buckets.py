@@ -14,8 +14,10 @@ import pytest
 
 from converter import Gates, Recipe, Resources, convert, plan_conversion, verify
 from converter.errors import BadOutput, ConverterError, GateFailed, StoreFailed, StoreRefused
+from converter.seal.receipt import RECEIPT
 from converter.write.journal import Upload
 from converter.write.stores.bucket import Bucket
+from converter.write.stores.reading import small_file
 from tests.bucket_proxy import Proxy
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
 from tests.folders import contents
@@ -92,6 +94,9 @@ def test_an_output_in_a_bucket_has_the_bytes_of_one_in_a_folder(
     config = [at for at, (method, path) in enumerate(proxy.log) if (method, path[-12:]) == ("PUT", "/config.json")]
     last = max(at for at, (method, path) in enumerate(proxy.log) if method == "PUT")
     assert config == [last]
+    assert small_file(address, RECEIPT) == whole[RECEIPT]
+    with pytest.raises(StoreRefused, match=r"has no other.json, so nothing tells that this tool made it"):
+        small_file(address, "other.json")
 
 
 def test_what_is_there_already_is_not_made_again(
@@ -333,7 +338,7 @@ def test_a_file_address_is_a_folder(inputs: tuple[Path, Path], whole: dict[str, 
     ("place", "said"),
     [
         ("s3://bucket/model", "`aws s3 sync ADDRESS FOLDER`"),
-        ("hf://org/name@v2", "`hf download org/name --revision v2 --local-dir FOLDER`"),
+        ("gs://bucket/model", "`aws s3 sync ADDRESS FOLDER`"),
     ],
 )
 def test_verify_says_how_to_get_a_folder(place: str, said: str) -> None:

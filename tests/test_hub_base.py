@@ -20,13 +20,14 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from converter import Recipe, Resources, convert, plan_conversion
-from converter.errors import BadCheckpoint, BadOutput, HubFailed, InputChanged, Interrupted
+from converter.errors import BadCheckpoint, BadOutput, HubFailed, InputChanged, Interrupted, NoEffect
 from converter.observer import Progress
 from converter.plan.estimate import DryRun
 from converter.read.hub.folder import HubFolder
 from tests.folders import contents
 from tests.hub_uploads import TOKEN, UploadHub
 from tests.models import save_adapter, save_base
+from tests.test_effect import smaller
 
 RECIPE = Recipe(max_shard_size=1_000_000)
 ONE_THREAD = Resources(threads=1)
@@ -254,6 +255,31 @@ def test_tensors_that_share_a_scale_wait_for_each_others_files(
     convert(BASE, LORA, OUT, recipe, ONE_THREAD, work=tmp_path / "work", disk=disk)
 
     assert weights(hub.files("org/merged")) == weights(contents(expected))
+
+
+@pytest.mark.parametrize("disk", [ENOUGH, None])
+def test_an_adapter_without_effect_is_found_though_the_base_is_gone(
+    disk: int | None, inputs: tuple[Path, Path], hub: UploadHub, tmp_path: Path
+) -> None:
+    hub.push(LORA, smaller(inputs[1], tmp_path / "adapter", 1e-12))
+
+    with pytest.raises(NoEffect, match="the output would equal the base"):
+        convert(BASE, LORA, tmp_path / "out", RECIPE, ONE_THREAD, disk=disk)
+
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+
+
+def test_a_base_whose_hub_does_not_say_what_its_files_are_comes_whole_and_not_on_a_small_disk(
+    inputs: tuple[Path, Path], local: dict[str, bytes], hub: UploadHub, tmp_path: Path
+) -> None:
+    hub.states_digests = False
+    with pytest.raises(
+        BadOutput, match="the Hub does not say what its files are, so they come all at once: omit `disk`"
+    ):
+        convert(BASE, LORA, tmp_path / "out", RECIPE, ONE_THREAD, disk=ENOUGH)
+    assert downloads(hub) == []
+
+    assert weights(contents(convert(BASE, LORA, tmp_path / "out", RECIPE, ONE_THREAD).out)) == local
 
 
 # Faults

@@ -11,8 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from converter import Gates, Recipe, Resources, convert, plan_conversion
-from converter.errors import BadOutput, ConverterError, GateFailed, HubGated, NoEffect, StoreRefused
+from converter import Gates, Recipe, Resources, convert, plan_conversion, verify
+from converter.errors import (
+    BadOutput,
+    ConverterError,
+    GateFailed,
+    HubGated,
+    HubNotFound,
+    NoEffect,
+    OutputLocked,
+    StoreRefused,
+)
+from converter.read.cache import cache_folder
+from converter.write.stores.reading import as_folder
 from tests.folders import contents
 from tests.hub_uploads import TOKEN, UploadHub
 from tests.models import save_adapter, save_base
@@ -214,3 +225,75 @@ def test_without_a_login_nothing_is_begun(
 def test_what_is_no_branch_of_a_repository_is_refused(place: str, inputs: tuple[Path, Path], hub: UploadHub) -> None:
     with pytest.raises(StoreRefused, match="give"):
         plan_conversion(*inputs, place)
+
+
+# Reading what was published
+
+
+def reading() -> Path:
+    """Where what lies on the Hub comes while it is read."""
+    return cache_folder() / "reading"
+
+
+def test_what_was_published_is_verified_where_it_lies_and_nothing_stays_here(
+    inputs: tuple[Path, Path], hub: UploadHub, tmp_path: Path
+) -> None:
+    convert(*inputs, f"{OUT}@v2", SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+    stages: list[str] = []
+
+    found = verify(f"{OUT}@v2", *inputs, require_receipt=True, progress=lambda progress: stages.append(progress.stage))
+
+    assert found.is_good
+    assert found.recomputed == len(list(plan_conversion(*inputs).plan.tensors()))
+    assert {"fetching", "reading"} <= set(stages)
+    assert list(reading().iterdir()) == []
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_a_file_that_was_changed_on_the_hub_is_found(inputs: tuple[Path, Path], hub: UploadHub, tmp_path: Path) -> None:
+    convert(*inputs, OUT, SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+    files = hub.files("org/merged")
+    name = max(files, key=lambda name: len(files[name]))
+    hub.commit("org/merged", files | {name: files[name][:-1] + bytes([files[name][-1] ^ 1])})
+
+    found = verify(OUT)
+
+    assert [problem.partition("…")[0][:-13] for problem in found.problems] == [f"{name}: sha256"]
+
+
+@pytest.mark.parametrize(("place", "said"), [("hf://org/other", "no such repository"), (f"{OUT}@v9", "no revision")])
+def test_what_is_not_there_is_named(place: str, said: str, hub: UploadHub) -> None:
+    hub.commit("org/merged", {"README.md": b"hello"})
+    with pytest.raises(HubNotFound, match=said):
+        verify(place)
+
+
+def test_two_that_read_the_same_do_not_get_into_each_others_way(hub: UploadHub) -> None:
+    hub.commit("org/merged", {"README.md": b"hello"})
+    with as_folder(OUT) as folder:
+        assert {path.name for path in folder.iterdir()} >= {"README.md"}
+        with pytest.raises(OutputLocked, match="another process is reading it"), as_folder(OUT):
+            pass
+        lock = folder.parent / ".lock"
+        assert lock.exists()
+    assert not folder.exists()
+
+
+def test_what_a_killed_reader_left_is_not_downloaded_again(hub: UploadHub) -> None:
+    hub.commit("org/merged", {"README.md": b"hello", "model.safetensors": b"weights"})
+    with as_folder(OUT) as folder:
+        left = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        kept = folder.parent.with_name("kept")
+        folder.parent.rename(kept)
+    kept.rename(folder.parent)
+    hub.log.clear()
+
+    with as_folder(OUT) as again:
+        assert {path.name: path.read_bytes() for path in again.rglob("*") if path.is_file()} == left
+    assert [one for one in hub.log if "/resolve/" in one.path] == []
+
+
+def test_offline_reaches_no_store(hub: UploadHub) -> None:
+    with pytest.raises(StoreRefused, match="`offline` reaches no store"):
+        verify(OUT, offline=True)
+    assert hub.log == []

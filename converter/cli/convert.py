@@ -156,8 +156,6 @@ def cli(context: click.Context, /, **options: Any) -> None:
         raise click.UsageError("Give --out, or --dry-run.")
     of_store = take(options, "work", "disk", "create_pr")
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
-    if report_file is not None and is_address(options["out"]):
-        raise click.UsageError("--report goes with a folder as --out; download the output, then `convert report` it.")
     if report_file is not None and dry_run:
         raise click.UsageError("--report needs an output, and --dry-run makes none.")
     if (is_named(adapters) and options["combine"] is None) or of_batch["against"] is not None:
@@ -197,12 +195,13 @@ def cli(context: click.Context, /, **options: Any) -> None:
             report = convert(**what, **options, progress=hear, stop=context.obj)
         except GateFailed as failed:
             if report_file is not None and samples is not None:
-                file, place = Path(report_file).expanduser(), Path(options["out"])
-                write_report_of_failure(failed, place, file, options["gates"], samples.ended())
+                file = Path(report_file).expanduser()
+                write_report_of_failure(failed, options["out"], file, options["gates"], samples.ended())
             raise
     if report_file is not None and samples is not None:
         taken = () if report.nothing_to_do else samples.ended()
-        write_report(report.out, Path(report_file).expanduser(), options["gates"], taken)
+        receipt = None if report.store is None else report.store.receipt
+        write_report(report.label, Path(report_file).expanduser(), options["gates"], taken, receipt)
     if printing.as_json:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:

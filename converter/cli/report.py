@@ -22,11 +22,12 @@ Examples:
   convert report OUT
   convert report OUT --out report.html
   convert report OUTS --min-survival 0.9
+  convert report hf://ORG/NAME
 """
 
 
 @cloup.command(short_help="Write one HTML file about an output, or a folder of outputs.", epilog=EXAMPLES)
-@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", metavar="OUT", type=Place())
 @cloup.option_group(
     "Output",
     cloup.option(
@@ -38,37 +39,54 @@ Examples:
 )
 @cloup.option_group("Quality", *GATES, help="What the report holds the figures against.")
 @cloup.option_group("Behaviour", with_help)
-def report(folder: Path, file: str | None, **options: Any) -> None:
+def report(out: str, file: str | None, **options: Any) -> None:
     """Write a report: verdict, gates, inputs, sizes, error and survival by layer and module, the worst tensors.
 
-    Of a folder of outputs: survival by adapter, own and shared bytes. The file needs nothing else: no script, no font,
-    no network.
+    Of a folder of outputs: survival by adapter, own and shared bytes. OUT may be an address, such as hf://ORG/NAME. The
+    file needs nothing else: no script, no font, no network.
     """
     from converter.cli.printing import print_text
     from converter.cli.show.words import text_of
 
-    target = Path(file).expanduser() if file is not None else beside(folder)
-    write_report(folder, target, gates_from(options))
+    target = Path(file).expanduser() if file is not None else beside(out)
+    write_report(out, target, gates_from(options))
     here = Path.cwd()
     shown = target.relative_to(here) if target.is_relative_to(here) else target
     print_text(text_of([f"{shown}: open it in a browser"]))
 
 
-def beside(out: Path) -> Path:
-    """Where the report of an output is written: beside it, because the receipt lists every file inside it."""
-    whole = out.expanduser().resolve()
+def beside(out: str) -> Path:
+    """Where the report of an output is written: beside it, because the receipt lists every file inside it. Of what lies
+    in a store: in the current folder."""
+    from converter.write.stores.addresses import path_of
+
+    path = path_of(out)
+    if path is None:
+        return Path.cwd() / f"{_last(out)}-report.html"
+    whole = path.expanduser().resolve()
     return whole.with_name(f"{whole.name}-report.html")
 
 
-def write_report(out: Path, file: Path, gates: Any, samples: Sequence[Sample] = ()) -> None:
+def write_report(
+    out: str, file: Path, gates: Any, samples: Sequence[Sample] = (), receipt: dict[str, Any] | None = None
+) -> None:
     """Write the report of a finished output, or of the outputs that a folder holds. `samples` are those of the run that
-    has just made it. `ConversionRefused` without a receipt, `WriteFailed`."""
+    has just made it, `receipt` is its, if it is known. `ConversionRefused` without a receipt, `WriteFailed`."""
     from converter.errors import ConversionRefused
     from converter.page import batch_page, page
     from converter.read.folder import LocalFolder
-    from converter.seal.receipt import RECEIPT, read_receipt
+    from converter.seal.receipt import RECEIPT, parse_receipt, read_receipt
+    from converter.write.stores.addresses import path_of
+    from converter.write.stores.reading import small_file
 
-    folder = LocalFolder(out.expanduser()).path
+    path = path_of(out)
+    if path is None:
+        receipt = receipt or parse_receipt(small_file(out, RECEIPT))
+        if receipt is None:
+            raise ConversionRefused(f"{out}: its {RECEIPT} is none of this tool; convert it anew")
+        _write(file, page(receipt, _last(out), gates, samples))
+        return
+    folder = LocalFolder(path.expanduser()).path
     receipt, name = read_receipt(folder), folder.resolve().name
     if receipt is not None:
         text = page(receipt, name, gates, samples)
@@ -81,16 +99,21 @@ def write_report(out: Path, file: Path, gates: Any, samples: Sequence[Sample] = 
     _write(file, text)
 
 
-def write_report_of_failure(failed: GateFailed, out: Path, file: Path, gates: Any, samples: Sequence[Sample]) -> None:
+def write_report_of_failure(failed: GateFailed, out: str, file: Path, gates: Any, samples: Sequence[Sample]) -> None:
     """Write the report of an output that misses a gate, to the file and into its staging folder."""
     from converter.page import page
 
     if failed.receipt is None or failed.staging is None:
         write_report(out, file, gates)  # OUT was there already
         return
-    text = page(failed.receipt, out.expanduser().resolve().name, gates, samples)
+    text = page(failed.receipt, _last(out), gates, samples)
     _write(Path(failed.staging) / IN_STAGING, text)
     _write(file, text)
+
+
+def _last(out: str) -> str:
+    """What an output is called."""
+    return out.rstrip("/").rpartition("/")[2] if "://" in out else Path(out).expanduser().resolve().name
 
 
 def _write(file: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -88,6 +87,6 @@ def verify(out: str | None, also_out: str | None, **options: Any) -> None:
     if printing.as_json:
         print_text(json_text(verification_json(found)))
     elif not printing.quiet or not found.is_good:
-        print_text(verification_text(Path(place), found))
+        print_text(verification_text(place, found))
     if not found.is_good:
         raise click.exceptions.Exit(1 if found.problems else 4)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run, is_one_line
 from tests.folders import change_json, contents, copy
 from tests.hub_server import StandInHub
+from tests.hub_uploads import TOKEN, UploadHub
 from tests.reference import differences
 
 
@@ -200,3 +201,54 @@ def test_text_for_the_card_that_cannot_be_read_is_refused(run: Run, base: Path, 
 
         assert ran.code == 2
         assert f"--card {tmp_path / file}: {said}" in ran.err
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    (tmp_path / "commits").mkdir()
+    with UploadHub({}, tmp_path / "commits") as server:
+        server.use(monkeypatch, tmp_path / "hub")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def test_a_report_is_written_while_converting_to_the_hub_and_from_what_lies_there(
+    run: Run, uploads: UploadHub, tiny_base: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--base", tiny_base, "--adapter", tiny_adapter, "--out", "hf://org/merged"]
+
+    made = run(*arguments, "--report", "one.html", "-q")
+    uploads.log.clear()
+    ran = run("report", "hf://org/merged")
+    missed = run(*arguments, "--report", "missed.html", "--max-error", "0.001", "-q")
+
+    assert (made.code, made.err) == (0, "")
+    assert (ran.code, ran.out) == (0, "merged-report.html: open it in a browser\n")
+    assert not uploads.asked(".safetensors")
+    assert missed.code == 4
+    for file in ("one.html", "merged-report.html", "missed.html"):
+        assert "<title>Conversion report: merged</title>" in (tmp_path / file).read_text()
+    assert "a gate is missed" in (tmp_path / "missed.html").read_text()
+
+
+def test_what_lies_on_the_hub_is_verified_there(
+    run: Run, uploads: UploadHub, tiny_base: Path, tiny_adapter: Path
+) -> None:
+    run("--base", tiny_base, "--adapter", tiny_adapter, "--out", "hf://org/merged", "-q")
+
+    ran = run("verify", "hf://org/merged")
+
+    assert ran.code == 0
+    assert ran.out.startswith("hf://org/merged: ")
+    assert "convert verify hf://org/merged --base" in ran.out
+
+
+def test_a_report_of_what_this_tool_did_not_make_is_refused(run: Run, uploads: UploadHub) -> None:
+    uploads.commit("org/merged", {"README.md": b"hello"})
+
+    ran = run("report", "hf://org/merged")
+
+    assert ran.code == 2
+    assert is_one_line(ran.err)
+    assert "hf://org/merged: has no conversion.json, so nothing tells that this tool made it" in ran.err

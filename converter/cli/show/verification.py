@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from converter.cli.show.words import loader_lines, text_of
@@ -15,7 +14,7 @@ MOST_OF_A_KIND = 10
 _VARIES = re.compile(r"[0-9a-f]{12}…|\d[\d,]*|\[[\d, ]*\]|\b(?:F|BF|I|U)\d+\b")
 
 
-def verification_text(out: Path, found: Verification) -> str:
+def verification_text(out: str, found: Verification) -> str:
     """What was checked, and what is wrong."""
     checked = [f"{found.tensors} tensors read"]
     if found.has_receipt:
@@ -36,7 +35,7 @@ def verification_text(out: Path, found: Verification) -> str:
     return text_of([*lines, *([] if found.problems else loader_lines(found.loaders))])
 
 
-def _how_to_compare(out: Path, found: Verification) -> str:
+def _how_to_compare(out: str, found: Verification) -> str:
     if found.base_name is not None and (found.adapter_name is not None or not found.has_adapter):
         return f"convert verify {out} --compare"
     adapter = f" --adapter {found.adapter_name or 'ADAPTER'}" if found.has_adapter else ""

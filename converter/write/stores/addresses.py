@@ -36,13 +36,10 @@ def refuse_to_read(place: str) -> None:
     found = ADDRESS.match(place)
     if found is None or path_of(place) is not None:
         return
-    rest = place[found.end() :].rstrip("/")
-    if found[1].lower() == "hf":
-        repo_id, _, branch = rest.partition("@")
-        how = f"`hf download {repo_id}{f' --revision {branch}' if branch else ''} --local-dir FOLDER`"
-    else:
-        how = "your provider's tool, such as `aws s3 sync ADDRESS FOLDER`"
-    raise StoreRefused(f"{place[:120]}: only a folder can be read here: get it first with {how}")
+    raise StoreRefused(
+        f"{place[:120]}: only a folder or a repository on the Hub can be read here: get it first with your provider's "
+        "tool, such as `aws s3 sync ADDRESS FOLDER`"
+    )
 
 
 def parts_of(address: str) -> tuple[str, str]:
