@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the Hub; those about it talk to a server of their own
@@ -35,6 +36,27 @@ def _one_process_of_several() -> None:
     gc.freeze()  # the libraries' million objects stay: to look through them took a tenth of the tests' time
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _sigint_is_heard() -> None:
+    """Here and in the processes that tests start, also where a shell has the tests ignore it: in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and a conversion of a tiny model waits for the disk five times as long as it computes.
+    `make chaos` cuts it; so do tests in processes of their own."""
+
+    def of_an_open_file(file: Any) -> None:
+        os.fstat(file if isinstance(file, int) else file.fileno())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, name, of_an_open_file)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
