@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text().splitlines()
 LOCKED = (REPOSITORY / "locked.txt").read_text().replace("\\\n", "").splitlines()
-ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools")
+ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools", "ci")
 OPTIONAL = {"atheris"}  # `make fuzz` says how to get it
 ENTRIES = [line for line in LOCKED if line and not line.startswith(("#", "--"))]
 

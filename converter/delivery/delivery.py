@@ -168,7 +168,7 @@ class _Run:
         output.error = None  # of a batch, a good outcome replaces a bad one
         figures: Figures = {}
         output.note_conversion(figures)
-        noted = self._state.step(output.label, "convert")
+        noted = self._state.step(output.noted_as, "convert")
         key = output.key("convert", self._state)
         is_noted = noted is not None and noted.key == key and noted.figures.get("fingerprint") == figures["fingerprint"]
         if nothing_to_do and is_noted:
@@ -191,7 +191,7 @@ class _Run:
     def _step(self, output: Output, name: Name, action: Callable[[Figures], None], *, again: bool = False) -> bool:
         """Do a step, unless an earlier run did and `again` is false; whether it is done now."""
         self._stop_if_asked(output)
-        if not again and self._state.is_done(output.label, name, output.key(name, self._state)):
+        if not again and self._state.is_done(output.noted_as, name, output.key(name, self._state)):
             self._tell(output, name, "skipped")
             return True
         self._begin(output, name)
@@ -209,7 +209,7 @@ class _Run:
 
     def _done(self, output: Output, name: Name, figures: Figures, began: float) -> None:
         key = output.key(name, self._state)
-        self._state.put(output.label, name, Step("done", key, _since(began), figures))
+        self._state.put(output.noted_as, name, Step("done", key, _since(began), figures))
         told = output.result(self._state) if name == "announce" else for_people(figures)
         self._tell(output, name, "done", told)
 
@@ -221,7 +221,7 @@ class _Run:
         output.error = exc
         key = output.key(name, self._state)
         step = Step("failed", key, _since(began), figures or {}, str(exc), exc.exit_code)
-        self._state.put(output.label, name, step)
+        self._state.put(output.noted_as, name, step)
         self._tell(output, name, "failed", figures or {}, str(exc))
 
     def _tell(self, output: Output, name: Name, state: Ended, result: Figures | None = None, reason: str = "") -> None:

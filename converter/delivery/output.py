@@ -42,10 +42,14 @@ class Output:
 
     def __init__(self, asked: Asked, work: Path, options: RunOptions, observer: Observer) -> None:
         self.job, self._afterwards = asked.job, asked.afterwards
+        self.noted_as = self.job.store or os.path.relpath(self.job.out, self._afterwards.folder)
+        """In the state file, wherever the file of jobs lies and from wherever it is named."""
+        if self.job.store is None:  # whoever hears of it may be in another folder
+            self.job = replace(self.job, out=self.job.out.absolute())
         self._options, self._observer = options, observer
         self.label = self.job.label
         name = re.sub(r"[^\w.-]+", "-", self.label.rstrip("/").rpartition("/")[2])[-60:]
-        self.folder = work / "outputs" / f"{name}-{hashlib.sha256(self.label.encode()).hexdigest()[:12]}"
+        self.folder = work / "outputs" / f"{name}-{hashlib.sha256(self.noted_as.encode()).hexdigest()[:12]}"
         self._identity = ""
         """sha256 of what it is made of: contents, recipe, device, versions."""
         self._text: str | None = None
@@ -96,7 +100,7 @@ class Output:
         """What a step depends on."""
         if name in ("fetch", "convert"):
             return self._identity
-        convert = state.step(self.label, "convert")
+        convert = state.step(self.noted_as, "convert")
         made = [self._identity, (convert.figures if convert else {}).get("fingerprint")]
         after = self._afterwards
         if name == "verify":
@@ -105,20 +109,20 @@ class Output:
         gates = key_of(made, asdict(self.job.gates), measuring, self._text)
         if name == "gates":
             return gates
-        return key_of(gates, self.label, self._options.create_pr, after.command if name == "announce" else None)
+        return key_of(gates, self.noted_as, self._options.create_pr, after.command if name == "announce" else None)
 
     def is_published(self, place: Place, state: State) -> bool:
         """Whether what passed these checks and gates is at OUT."""
-        if not all(state.is_done(self.label, name, self.key(name, state)) for name in STEPS[:-1]):
+        if not all(state.is_done(self.noted_as, name, self.key(name, state)) for name in STEPS[:-1]):
             return False
-        convert = state.step(self.label, "convert")
+        convert = state.step(self.noted_as, "convert")
         assert convert is not None  # noqa: S101  (it is done)
         # Nobody but the Hub knows what became of a pull request.
         return self._options.create_pr or place.holds(str(convert.figures["fingerprint"]))
 
     def is_as_verified(self, state: State) -> bool:
         """Whether the files in its own folder are those that were verified."""
-        step = state.step(self.label, "verify")
+        step = state.step(self.noted_as, "verify")
         return step is not None and step.figures.get(_FILES) == self._files()
 
     def _files(self) -> str:
@@ -200,7 +204,7 @@ class Output:
 
     def result(self, state: State) -> Figures:
         """What is announced: where the output is, what it is, and the figures of each step."""
-        done = {name: step for name in STEPS[:-1] if (step := state.step(self.label, name)) is not None}
+        done = {name: step for name in STEPS[:-1] if (step := state.step(self.noted_as, name)) is not None}
         steps = {name: for_people(step.figures) for name, step in done.items()}
         return {
             "out": self.label,

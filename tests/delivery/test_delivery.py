@@ -33,8 +33,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return contents(convert(BASE, ADAPTER, tmp_path_factory.mktemp("whole") / "out").out)
 
 
-def state_of(work: Path, out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((work / STATE).read_text())["outputs"][str(out)]
+def state_of(work: Path, out: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((work / STATE).read_text())["outputs"][out]
     return found
 
 
@@ -50,7 +50,7 @@ def test_a_whole_run_publishes_the_bytes_of_a_conversion_and_says_what_each_step
     out = tmp_path / "out"
     assert (ran.code, ran.steps) == (0, ALL_DONE)
     assert contents(out) == whole
-    steps = state_of(tmp_path / "work", out)
+    steps = state_of(tmp_path / "work", "out")
     assert [*steps] == [*STEPS]
     assert {step["state"] for step in steps.values()} == {"done"}
     assert steps["convert"]["figures"]["fingerprint"] == json.loads(whole["conversion.json"])["fingerprint"]
@@ -78,6 +78,19 @@ def test_a_second_run_does_nothing(tmp_path: Path) -> None:
     assert [(one.st_ino, one.st_mtime_ns) for one in before] == [(one.st_ino, one.st_mtime_ns) for one in after]
 
 
+def test_a_file_that_is_named_from_elsewhere_or_has_moved_with_its_output_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    file = job_file(tmp_path / "here", "out", announce={"command": ["touch", "heard"]})
+    assert delivered(file, tmp_path / "work").code == 0
+
+    monkeypatch.chdir(tmp_path)
+    assert delivered(Path("here", "job.toml"), tmp_path / "work").steps == NOTHING
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert delivered(tmp_path / "there" / "job.toml", tmp_path / "work").steps == NOTHING
+
+
 MISSED: dict[str, tuple[dict[str, Any], str]] = {
     "survival": ({"min_survival": 0.9999}, "survival"),
     "error": ({"max_error": 0.01}, "error"),
@@ -96,7 +109,7 @@ def test_a_missed_gate_publishes_nothing_ends_with_4_and_a_weaker_one_needs_no_n
     assert ran.code == 4
     assert ran.steps == [("fetch", "done"), ("convert", "done"), ("verify", "done"), ("gates", "failed")]
     assert said in ran.events[-1].reason
-    assert state_of(tmp_path / "work", tmp_path / "out")["gates"]["reason"] == ran.events[-1].reason
+    assert state_of(tmp_path / "work", "out")["gates"]["reason"] == ran.events[-1].reason
     assert {path.name for path in tmp_path.iterdir()} == {"job.toml", "text.txt", "work"}
 
     again = delivered(job_file(tmp_path, "out"), tmp_path / "work")

@@ -7,7 +7,7 @@ import shlex
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from packaging.requirements import Requirement
@@ -67,10 +67,24 @@ def commands(block: Block) -> list[Command]:
         return [Command(words, None) for line in block.text.splitlines() for words in _words(line)]
     if block.language == "yaml" and (name := file_name(block)).startswith(".github/"):
         jobs = yaml.safe_load(block.text)["jobs"].values()
+        calls = [job for job in jobs if "uses" in job]
+        for job in calls:
+            _check_call(job, block)
+        jobs = [job for job in jobs if "uses" not in job]
         lines = [line for job in jobs for step in job["steps"] for line in step.get("run", "").splitlines()]
-        assert lines, f"{block}: {name} runs nothing"
+        assert lines or calls, f"{block}: {name} runs nothing"
         return [Command(words, None) for line in lines for words in _words(line)]
     return []
+
+
+def _check_call(job: dict[str, Any], block: Block) -> None:
+    """A job that calls a reusable workflow: it is one of ours, and has these inputs and all that it must."""
+    path = re.fullmatch(r"[\w/]+/(\.github/workflows/[\w.-]+)@\w+", job["uses"])
+    assert path, f"{block}: {job['uses']}: no workflow of this repository"
+    called = yaml.safe_load((REPOSITORY / path[1]).read_text())
+    inputs = called[True]["workflow_call"]["inputs"]  # in YAML `on` is true
+    needed = {name for name, one in inputs.items() if one.get("required")}
+    assert needed <= {*job["with"]} <= {*inputs}, f"{block}: {job['uses']} has other inputs: {sorted(inputs)}"
 
 
 def file_name(block: Block) -> str:

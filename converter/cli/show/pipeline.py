@@ -80,7 +80,7 @@ def pipeline_json(outputs: Sequence[Output], state: State, seconds: float) -> di
                 "nothing_to_do": output.had_nothing_to_do,
                 "did": dict(output.did),
                 "error": None if output.error is None else as_options(str(output.error)),
-                "steps": state.as_json(output.label),
+                "steps": state.as_json(output.noted_as),
             }
             for output in outputs
         ],
