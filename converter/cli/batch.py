@@ -107,6 +107,7 @@ def run_batch(
     ray: str | None = None,
 ) -> None:
     """Exit with 0 if every output is made, 1 if some are, 2 if nothing could start; 4 if only gates were missed."""
+    from converter.batch.observer import BatchObserver
     from converter.batch.options import BatchOptions
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
@@ -124,18 +125,17 @@ def run_batch(
         def tell(outcome: Outcome) -> None:
             shown.ended(printable(outcome.job.label), None if outcome.is_good else outcome.message)
 
-        watched: dict[str, Any] = {"dry_run": dry_run, "progress": shown.progress, "stop": stop, "tell": tell}
         forecasts: list[Forecast] = []
-        if dry_run:
-            watched["foretell"] = forecasts.append
+        foretell = forecasts.append if dry_run else None
+        observer = BatchObserver(shown.progress, stop, ended=tell, foretold=foretell)
         if ray is None:
-            from converter.batch.batch import convert_batch
+            from converter.batch.batch import convert_jobs
 
-            outcomes = convert_batch(jobs, terms, **watched)
+            outcomes = convert_jobs(jobs, terms, observer, dry_run=dry_run)
         else:
             from converter.batch.cluster.cluster import convert_on_cluster
 
-            outcomes = convert_on_cluster(jobs, terms, ray, **watched)
+            outcomes = convert_on_cluster(jobs, terms, ray, observer, dry_run=dry_run)
     if printing.as_json:
         print_text(json_text(batch_json(outcomes, shown.seconds(), forecasts)))
     elif not printing.quiet:

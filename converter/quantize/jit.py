@@ -53,11 +53,27 @@ class Source(NamedTuple):
     how: int = UNCHANGED
     """What becomes of the change: ADDED or REPLACED; UNCHANGED: there is none."""
 
-    def arguments(self) -> tuple[Array, Array, int, np.float32]:
-        """As the compiled functions take them: bits, change, what becomes of it, scaling."""
+    def in_bits(self) -> Bits:
+        """As the compiled functions take them."""
         stored = self.stored if self.stored.dtype == np.uint16 else self.stored.view(np.uint32)
         change = np.empty(0, np.float32) if self.change is None else self.change
-        return stored, change, self.how, np.float32(self.scaling)
+        return Bits(stored, change, self.how, np.float32(self.scaling), self.columns, self.rounding)
+
+
+class Bits(NamedTuple):
+    """A `Source` whose fields have the same type each time, so that one form of a function takes all of them.
+
+    A compiled function takes what it needs of it before its loops: there, each array that is taken would be counted.
+    """
+
+    stored: Array
+    """Bits of float32 as uint32, or of bfloat16 as uint16."""
+    change: Array
+    """float32; empty if there is none."""
+    how: int
+    scaling: np.float32
+    columns: int
+    rounding: int
 
 
 class _Kept(_function_cache):  # type: ignore[misc]
@@ -148,10 +164,10 @@ def round_float(value, rounding):  # type: ignore[no-untyped-def]
 
 # Inlined, so that each rounding gets loops of its own.
 @jitted(inline="always")
-def merge_blocks(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, rounding, begin, size, block, rounded, largest
-):
-    """What is quantized of `size` values from `begin` on, and the largest of each block."""
+def merge_blocks(source, rounding, begin, size, block, rounded, largest):  # type: ignore[no-untyped-def]
+    """What is quantized of `size` values from `begin` on, and the largest of each block. `rounding` is the source's, as
+    a number that the compiler knows."""
+    stored, change, how, scaling = source.stored, source.change, source.how, source.scaling
     finite = True
     for number in range(largest.size):
         most = np.uint32(0)
@@ -173,10 +189,9 @@ def merge_blocks(  # type: ignore[no-untyped-def]
 
 # Sums alone may be reordered, so that they vectorize: their order then depends on their length, and nothing else.
 @jitted(fastmath={"reassoc"})
-def _tally_widely(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, begin, first, last, restored, scale, sums
-):
+def _tally_widely(source, begin, first, last, restored, scale, sums):  # type: ignore[no-untyped-def]
     """Add a block to the sums of its rows, of which it may lie in several, in float64."""
+    stored, change, how, scaling, columns = source.stored, source.change, source.how, source.scaling, source.columns
     while first < last:
         row = (begin + first) // columns
         end = min(last, (row + 1) * columns - begin)
@@ -204,10 +219,9 @@ def _tally_widely(  # type: ignore[no-untyped-def]
 
 
 @jitted(fastmath={"reassoc"})
-def tally_blocks(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, begin, size, block, restored, absmax, sums
-):
+def tally_blocks(source, begin, size, block, restored, absmax, sums):  # type: ignore[no-untyped-def]
     """The same, in float32 within a block, wherever that will do."""
+    stored, change, how, scaling, columns = source.stored, source.change, source.how, source.scaling, source.columns
     for number in range(absmax.size):
         first, last, scale = number * block, min((number + 1) * block, size), absmax[number]
         row = (begin + first) // columns
@@ -244,14 +258,13 @@ def tally_blocks(  # type: ignore[no-untyped-def]
                 sums[row, 3] += shift
         else:
             last = min((number + 1) * block, size)
-            _tally_widely(stored, change, how, scaling, columns, begin, first, last, restored, scale, sums)
+            _tally_widely(source, begin, first, last, restored, scale, sums)
 
 
 @jitted(fastmath={"reassoc"})
-def tally_row(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, begin, size, restored, sums
-):
+def tally_row(source, begin, size, restored, sums):  # type: ignore[no-untyped-def]
     """Add a part of one row to its sums, in float64."""
+    stored, change, how, scaling = source.stored, source.change, source.how, source.scaling
     missed, whole, along, shift = 0.0, 0.0, 0.0, 0.0
     if how == REPLACED:
         for j in range(size):

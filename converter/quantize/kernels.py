@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,18 +35,26 @@ _GROUP = 2048
 _SMALLEST = np.float32(1e-38)
 
 
-@cache
-def tables(quant_type: str) -> tuple[Array, Array, Array]:
-    """The code of a type: (values, order, bounds) = (16 values ascending, their codes, 15 bounds between them).
+class Code(NamedTuple):
+    """The code of a type."""
 
-    A value on a bound goes to the lower side.
-    """
+    values: Array
+    """float32 [16], ascending."""
+    order: Array
+    """uint8 [16]: the code of each value."""
+    bounds: Array
+    """float32 [15], between neighbouring values. A value on a bound goes to the lower side."""
+
+
+@cache
+def code_of(quant_type: str) -> Code:
+    """The code of nf4 or fp4."""
     code = four_bit_map(quant_type).numpy()
     # torch.argsort's order of the two zeros of FP4: the first one comes first.
     order = np.argsort(code, kind="stable").astype(np.uint8)
     values = code[order]
     bounds = (values[:-1] + values[1:]) / np.float32(2)
-    return values, order, bounds
+    return Code(values, order, bounds)
 
 
 def quantize_rows(
@@ -63,23 +71,7 @@ def quantize_rows(
     Filled in: `packed` (uint8, half as many, rounded up), `absmax` (float32, one a block, the last of which may be
     short), `sums` (float64, (rows, SUMS)).
     """
-    values, order, bounds = tables(quant_type)
-    identity = bool((order == np.arange(16)).all())
-    return bool(
-        _quantize(
-            *source.arguments(),
-            source.columns,
-            values,
-            order,
-            bounds,
-            identity,
-            block,
-            source.rounding,
-            packed,
-            absmax,
-            sums,
-        )
-    )
+    return bool(_quantize(source.in_bits(), code_of(quant_type), block, packed, absmax, sums))
 
 
 def sums_of(exact: Array, restored: Array, base: Array, delta: Array) -> Array:
@@ -143,22 +135,9 @@ def _unpack(packed, begin, size, stands_for, pairs):  # type: ignore[no-untyped-
 
 
 @jitted()
-def _quantize(  # type: ignore[no-untyped-def]
-    stored,
-    change,
-    how,
-    scaling,
-    columns,
-    values,
-    order,
-    bounds,
-    identity,
-    block,
-    rounding,
-    packed,
-    absmax,
-    sums,
-):
+def _quantize(source, code, block, packed, absmax, sums):  # type: ignore[no-untyped-def]
+    values, order, bounds, rounding, total = code.values, code.order, code.bounds, source.rounding, source.stored.size
+    identity = (order == np.arange(16)).all()
     group = max(block, _GROUP)
     rounded = np.empty(group, np.float32)
     codes = np.empty(group, np.int32)
@@ -169,21 +148,21 @@ def _quantize(  # type: ignore[no-untyped-def]
     stands_for = halves.reshape(512).view(np.uint64)
     finite = True
     sums[:] = 0.0
-    for begin in range(0, stored.size, group):
-        size = min(group, stored.size - begin)
+    for begin in range(0, total, group):
+        size = min(group, total - begin)
         scales = absmax[begin // block : (begin + size + block - 1) // block]
         if rounding == EXACT:
-            finite &= merge_blocks(stored, change, how, scaling, EXACT, begin, size, block, rounded, scales)
+            finite &= merge_blocks(source, EXACT, begin, size, block, rounded, scales)
         elif rounding == BFLOAT16:
-            finite &= merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, block, rounded, scales)
+            finite &= merge_blocks(source, BFLOAT16, begin, size, block, rounded, scales)
         else:
-            finite &= merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, block, rounded, scales)
+            finite &= merge_blocks(source, FLOAT16, begin, size, block, rounded, scales)
         _search(rounded, size, block, scales, bounds, codes)
         if size % 2:
             codes[size] = (bounds < np.float32(0.0)).sum()  # the code of zero
         _pack(codes.view(np.uint64), size, packed, begin)
         _unpack(packed, begin, size, stands_for, restored.view(np.uint64))
-        tally_blocks(stored, change, how, scaling, columns, begin, size, block, restored, scales, sums)
+        tally_blocks(source, begin, size, block, restored, scales, sums)
     if not identity:
         for j in range(packed.size):
             packed[j] = order[packed[j] >> 4] << 4 | order[packed[j] & 15]

@@ -40,12 +40,12 @@ def keep_rows(source: Source, *, dtype: int, out: Array, sums: Array) -> bool:
 
     Filled in: `out` (uint16, or uint32 of float32; the bits), `sums` (float64, (rows, SUMS)).
     """
-    return bool(_keep(*source.arguments(), source.columns, source.rounding, dtype, out, sums))
+    return bool(_keep(source.in_bits(), dtype, out, sums))
 
 
 def eight_bit_rows(source: Source, *, codes: Array, absmax: Array, sums: Array) -> bool:
     """The same, quantized as LLM.int8 does. Filled in: `codes` (int8), `absmax` (float32, one a row), `sums`."""
-    return bool(_eight_bit(*source.arguments(), source.columns, source.rounding, codes, absmax, sums))
+    return bool(_eight_bit(source.in_bits(), codes, absmax, sums))
 
 
 def load(dtypes: Iterable[str]) -> None:
@@ -69,12 +69,13 @@ def _rounded_to(values, size, dtype):  # type: ignore[no-untyped-def]
 
 
 @jitted()
-def _merge(stored, change, how, scaling, rounding, begin, size, rounded, largest):  # type: ignore[no-untyped-def]
+def _merge(source, begin, size, rounded, largest):  # type: ignore[no-untyped-def]
+    rounding = source.rounding
     if rounding == EXACT:
-        return merge_blocks(stored, change, how, scaling, EXACT, begin, size, size, rounded, largest)
+        return merge_blocks(source, EXACT, begin, size, size, rounded, largest)
     if rounding == BFLOAT16:
-        return merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, size, rounded, largest)
-    return merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, size, rounded, largest)
+        return merge_blocks(source, BFLOAT16, begin, size, size, rounded, largest)
+    return merge_blocks(source, FLOAT16, begin, size, size, rounded, largest)
 
 
 @jitted()
@@ -99,33 +100,33 @@ def _write(values, size, dtype, begin, out):  # type: ignore[no-untyped-def]
 
 
 @jitted()
-def _keep(stored, change, how, scaling, columns, rounding, dtype, out, sums):  # type: ignore[no-untyped-def]
+def _keep(source, dtype, out, sums):  # type: ignore[no-untyped-def]
+    columns = source.columns
     rounded, largest = np.empty(STEP, np.float32), np.empty(1, np.float32)
     finite = True
     sums[:] = 0.0
     for row in range(sums.shape[0]):
         for first in range(0, columns, STEP):
             size, begin = min(STEP, columns - first), row * columns + first
-            finite &= _merge(stored, change, how, scaling, rounding, begin, size, rounded, largest)
+            finite &= _merge(source, begin, size, rounded, largest)
             if dtype == BFLOAT16:
                 finite &= _rounded_to(rounded, size, BFLOAT16) < _INFINITY
             elif dtype == FLOAT16:
                 finite &= _rounded_to(rounded, size, FLOAT16) < _INFINITY
             _write(rounded, size, dtype, begin, out)
-            tally_row(stored, change, how, scaling, begin, size, rounded, sums[row])
+            tally_row(source, begin, size, rounded, sums[row])
     return finite
 
 
 @jitted()
-def _eight_bit(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, rounding, codes, absmax, sums
-):
+def _eight_bit(source, codes, absmax, sums):  # type: ignore[no-untyped-def]
+    columns = source.columns
     rounded, largest = np.empty(columns, np.float32), np.empty(1, np.float32)
     finite = True
     sums[:] = 0.0
     for row in range(sums.shape[0]):
         begin = row * columns
-        finite &= _merge(stored, change, how, scaling, rounding, begin, columns, rounded, largest)
+        finite &= _merge(source, begin, columns, rounded, largest)
         finite &= _rounded_to(rounded, columns, FLOAT16) < _INFINITY
         most = np.float32(0.0)
         for j in range(columns):
@@ -138,5 +139,5 @@ def _eight_bit(  # type: ignore[no-untyped-def]
             whole = (rounded[np.uintp(j)] * inverse) + TO_INTEGER
             codes[np.uintp(begin + j)] = np.int8(np.int32(bits_of(whole) - INTEGER_BITS))
             rounded[np.uintp(j)] = (whole - TO_INTEGER) * scale
-        tally_row(stored, change, how, scaling, begin, columns, rounded, sums[row])
+        tally_row(source, begin, columns, rounded, sums[row])
     return finite

@@ -7,6 +7,7 @@ adding a number so large that only what is wanted of the other is left, or in th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,20 @@ _TO_E2M1, _E2M1_BITS = np.float32(4194304.0), np.uint32(0x4A800000)
 """2²², whose neighbours are ½ away."""
 
 
+class Groups(NamedTuple):
+    """How the groups of a row are quantized, as the compiled functions take it."""
+
+    group: int
+    """Weights that share a scale."""
+    kind: int
+    """_INT4, _INT8, _NVFP4 or _MXFP4."""
+    searches: bool
+    """Whether a better scale than the library's is looked for."""
+    dtype: int
+    """That of scales."""
+    global_scale: np.float32
+
+
 def quantize_rows(
     source: Source, scheme: Scheme, dtype: int, global_scale: float, packed: Array, scales: Array, sums: Array
 ) -> float:
@@ -51,14 +66,14 @@ def quantize_rows(
     other: BFLOAT16 or FLOAT16. `global_scale`: of a scheme that has one. Filled in: `packed` (uint8, the bytes of what
     is stored), `scales` (float32, as `formulas` makes them), `sums` (float64, (rows, SUMS)).
     """
-    rows = (*source.arguments(), source.columns, source.rounding)
     if scheme.layout == "float-quantized":
         height, width = scheme.extent(source.columns)
-        return float(_quantize_runs(*rows, height, width < source.columns, dtype, packed, scales, sums))
+        return float(_quantize_runs(source.in_bits(), height, width < source.columns, dtype, packed, scales, sums))
     kinds = {("int", 4): _INT4, ("int", 8): _INT8, ("float", 4): _NVFP4 if scheme.has_global_scale else _MXFP4}
     kind = kinds[scheme.kind, scheme.bits]
-    how = scheme.group, kind, scheme.searches, dtype, np.float32(global_scale)
-    return float(_quantize_groups(*rows, *how, packed, scales, sums))
+    assert scheme.group is not None  # noqa: S101  (only runs have none)
+    groups = Groups(scheme.group, kind, scheme.searches, dtype, np.float32(global_scale))
+    return float(_quantize_groups(source.in_bits(), groups, packed, scales, sums))
 
 
 def load(scheme: Scheme, dtypes: Iterable[str]) -> None:
@@ -218,18 +233,19 @@ def _find_largest(values, group, largest):  # type: ignore[no-untyped-def]
 
 
 @jitted(inline="always")
-def _merge(stored, change, how, scaling, rounding, begin, size, block, values, largest):  # type: ignore[no-untyped-def]
+def _merge(source, begin, size, block, values, largest):  # type: ignore[no-untyped-def]
+    rounding = source.rounding
     if rounding == EXACT:
-        return merge_blocks(stored, change, how, scaling, EXACT, begin, size, block, values, largest)
+        return merge_blocks(source, EXACT, begin, size, block, values, largest)
     if rounding == BFLOAT16:
-        return merge_blocks(stored, change, how, scaling, BFLOAT16, begin, size, block, values, largest)
-    return merge_blocks(stored, change, how, scaling, FLOAT16, begin, size, block, values, largest)
+        return merge_blocks(source, BFLOAT16, begin, size, block, values, largest)
+    return merge_blocks(source, FLOAT16, begin, size, block, values, largest)
 
 
 @jitted()
-def _quantize_groups(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, rounding, group, kind, searches, dtype, global_scale, packed, scales, sums
-):
+def _quantize_groups(source, groups, packed, scales, sums):  # type: ignore[no-untyped-def]
+    columns, rounding, total = source.columns, source.rounding, source.stored.size
+    group, kind, searches, dtype, global_scale = groups
     values, restored = np.empty(STEP, np.float32), np.empty(STEP, np.float32)
     codes = np.empty(STEP, np.uint32)
     largest, divisors = np.empty(STEP // group, np.float32), np.empty(STEP // group, np.float32)
@@ -239,11 +255,11 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
         together //= 2
     finite, top = True, np.float32(0.0)
     sums[:] = 0.0
-    for begin in range(0, stored.size, STEP):
-        size = min(STEP, stored.size - begin)
+    for begin in range(0, total, STEP):
+        size = min(STEP, total - begin)
         count = size // group
         here, by = scales[begin // group : begin // group + count], divisors[:count]
-        finite &= _merge(stored, change, how, scaling, rounding, begin, size, STEP, values, most)
+        finite &= _merge(source, begin, size, STEP, values, most)
         top = max(top, most[0])
         _find_largest(values, group, largest[:count])
         _scale(largest[:count], kind, rounding, dtype, global_scale, here, by)
@@ -255,9 +271,7 @@ def _quantize_groups(  # type: ignore[no-untyped-def]
             _pack_bytes(codes, packed[begin : begin + size])
         else:
             _pack_pairs(codes.view(np.uint64), packed[begin // 2 : (begin + size) // 2])
-        tally_blocks(
-            stored, change, how, scaling, columns, begin, size, together, restored, ones[: size // together], sums
-        )
+        tally_blocks(source, begin, size, together, restored, ones[: size // together], sums)
     return top if finite else np.float32(np.inf)
 
 
@@ -285,15 +299,14 @@ def _encode_row(values, divisors, rounding, packed, restored):  # type: ignore[n
 
 
 @jitted()
-def _quantize_runs(  # type: ignore[no-untyped-def]
-    stored, change, how, scaling, columns, rounding, height, by_run, dtype, packed, scales, sums
-):
+def _quantize_runs(source, height, by_run, dtype, packed, scales, sums):  # type: ignore[no-untyped-def]
     """Rows in E4M3. `height` rows share scales, `by_run`: one for each run of them, else one for all."""
+    columns, rounding = source.columns, source.rounding
     runs = (columns + _RUN - 1) // _RUN
     values, restored = np.empty(columns, np.float32), np.empty(columns, np.float32)
     largest, most, divisors = np.empty(runs, np.float32), np.empty(runs, np.float32), np.empty(runs, np.float32)
     each = runs if by_run else 1
-    rows = stored.size // columns
+    rows = source.stored.size // columns
     finite, top = True, np.float32(0.0)
     sums[:] = 0.0
     for first in range(0, rows, height):
@@ -301,7 +314,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
         most[:] = np.float32(0.0)
         for row in range(first, last):
             begin = row * columns
-            finite &= _merge(stored, change, how, scaling, rounding, begin, columns, _RUN, values, largest)
+            finite &= _merge(source, begin, columns, _RUN, values, largest)
             for number in range(runs):
                 at = number if by_run else 0
                 most[at] = max(most[at], largest[number])
@@ -314,7 +327,7 @@ def _quantize_runs(  # type: ignore[no-untyped-def]
         for row in range(first, last):
             begin = row * columns
             if height > 1:  # merging again is cheaper than keeping all rows
-                _merge(stored, change, how, scaling, rounding, begin, columns, _RUN, values, largest)
+                _merge(source, begin, columns, _RUN, values, largest)
             _encode_row(values, divisors, rounding, packed[begin : begin + columns], restored)
-            tally_blocks(stored, change, how, scaling, columns, begin, columns, _RUN, restored, divisors, sums)
+            tally_blocks(source, begin, columns, _RUN, restored, divisors, sums)
     return top if finite else np.float32(np.inf)

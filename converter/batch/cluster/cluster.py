@@ -19,7 +19,6 @@ from converter.batch.batch import convert_jobs
 from converter.batch.cluster.parts import Ask, Node, Prediction, divide, on_gpus, predict
 from converter.batch.cluster.ray_cluster import Lost, connected, refuse_if_unusable
 from converter.batch.cluster.report import PartsReport
-from converter.batch.forecast import Forecast
 from converter.batch.jobs import grouped
 from converter.batch.observer import BatchObserver
 from converter.batch.options import BatchOptions
@@ -49,32 +48,17 @@ def convert_on_cluster(
     jobs: Sequence[Job],
     options: BatchOptions = BatchOptions(),
     address: str = "local",
-    *,
-    dry_run: bool = False,
-    progress: Callable[[Progress], None] = lambda _: None,
-    stop: Callable[[], int | None] = lambda: None,
-    tell: Callable[[Outcome], None] = lambda _: None,
-    foretell: Callable[[Forecast], None] | None = None,
-) -> list[Outcome]:
-    """`convert_batch` on the nodes of the Ray cluster at `address`, HOST:PORT; `local` starts one on this machine.
-
-    With `dry_run`, and where `strict` ends it, nothing is asked of the cluster. Raises `ConversionRefused` where it
-    can't be reached or no node has what a part takes, and `Interrupted` at a signal: the same batch resumes the work.
-    """
-    observer = BatchObserver(progress, stop, ended=tell, foretold=foretell)
-    return convert_jobs_on_cluster(jobs, options, address, observer, dry_run=dry_run)
-
-
-def convert_jobs_on_cluster(
-    jobs: Sequence[Job],
-    options: BatchOptions = BatchOptions(),
-    address: str = "local",
     observer: BatchObserver = BatchObserver(),
     *,
     dry_run: bool = False,
     connect: Callable[[str], AbstractContextManager[Cluster]] | None = None,
 ) -> list[Outcome]:
-    """`convert_on_cluster`, from values. `connect` gives the cluster at an address; by default, Ray's."""
+    """`convert_jobs` on the nodes of the Ray cluster at `address`, HOST:PORT; `local` starts one on this machine.
+    `connect` gives the cluster at an address; by default, Ray's.
+
+    With `dry_run`, and where `strict` ends it, nothing is asked of the cluster. Raises `ConversionRefused` where it
+    can't be reached or no node has what a part takes, and `Interrupted` at a signal: the same batch resumes the work.
+    """
     if dry_run:
         return convert_jobs(jobs, options, observer, dry_run=True)
     if options.strict:

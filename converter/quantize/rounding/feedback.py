@@ -16,8 +16,7 @@ Columns are rounded by the length of a_i, the longest last: a long a_i can corre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +26,7 @@ DAMPING = 0.3
 """λ, in means of the squares of A's columns' lengths. Measured: docs/quantized-bases.md."""
 
 
-@dataclass(frozen=True)
-class Directions:
+class Directions(NamedTuple):
     """What is kept of a weight of `columns` input features. All are in the order in which columns are taken."""
 
     order: np.ndarray[Any, Any]
@@ -58,8 +56,7 @@ def directions_of(a: Tensor, damping: float = DAMPING) -> Directions:
     return Directions(order, inputs.astype(numpy.float32), gains.astype(numpy.float32))
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """What a code may stand for, in units of its scale: 16 values, or all whole numbers up to `most`."""
 
     values: np.ndarray[Any, Any]

@@ -24,8 +24,7 @@ def round_rows(target: Array, scales: Array, block: int, grid: Grid, directions:
     `scales`: float32, one for `block` consecutive weights, across rows.
     """
     codes = np.empty(target.shape, np.int8)
-    how = (directions.order, directions.inputs, directions.gains)
-    _round(target, scales, block, grid.values, grid.bounds, np.float32(grid.most), *how, codes)
+    _round(target, scales, block, grid, directions, codes)
     return codes
 
 
@@ -36,7 +35,9 @@ def load() -> None:
 
 
 @jitted()
-def _round(target, scales, block, values, bounds, most, order, inputs, gains, codes):  # type: ignore[no-untyped-def]
+def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-untyped-def]
+    values, bounds, most = grid.values, grid.bounds, np.float32(grid.most)
+    order, inputs, gains = directions.order, directions.inputs, directions.gains
     rows, columns = target.shape
     carried = np.empty((inputs.shape[1], _LANES), np.float32)
     wanted = np.empty((_STEP, _LANES), np.float32)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from converter import BatchOptions, Resources, read_jobs
-from converter.batch.cluster.cluster import convert_jobs_on_cluster
+from converter.batch.cluster.cluster import convert_on_cluster
 from converter.batch.cluster.ray_cluster import connected
 from converter.batch.observer import BatchObserver
 from converter.cli.signals import Signals
@@ -21,7 +21,7 @@ def main(jobs: str, address: str) -> None:
     options = BatchOptions(Resources(threads=1))
     connect = partial(connected, work=held_part)
     try:
-        outcomes = convert_jobs_on_cluster(read_jobs(Path(jobs)), options, address, observer, connect=connect)
+        outcomes = convert_on_cluster(read_jobs(Path(jobs)), options, address, observer, connect=connect)
     except ConverterError as exc:
         sys.stderr.write(f"error: {exc}\n")
         sys.exit(exc.exit_code)

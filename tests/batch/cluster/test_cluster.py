@@ -16,7 +16,7 @@ import pytest
 
 from converter import BatchOptions, Job, Outcome, convert_batch
 from converter.batch.batch import convert_jobs
-from converter.batch.cluster.cluster import MOST_STARTS, convert_jobs_on_cluster, convert_on_cluster
+from converter.batch.cluster.cluster import MOST_STARTS, convert_on_cluster
 from converter.batch.cluster.parts import Ask, Node
 from converter.batch.cluster.ray_cluster import Lost
 from converter.batch.cluster.worker import convert_part
@@ -84,7 +84,7 @@ class Nodes:
 
 def convert_on(nodes: Nodes, jobs: Sequence[Job], options: BatchOptions = BatchOptions(), **told: Any) -> list[Outcome]:
     """`told` are parts of an observer."""
-    return convert_jobs_on_cluster(jobs, options, "here", BatchObserver(**told), connect=nodes.connect)
+    return convert_on_cluster(jobs, options, "here", BatchObserver(**told), connect=nodes.connect)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_relative_paths_are_those_of_this_process(inputs: Path, monkeypatch: pyt
 
 def test_a_dry_run_asks_no_cluster(jobs: list[Job]) -> None:
     nodes = Nodes(NODE)
-    outcomes = convert_jobs_on_cluster(jobs, connect=nodes.connect, dry_run=True)
+    outcomes = convert_on_cluster(jobs, connect=nodes.connect, dry_run=True)
     assert outcomes == convert_jobs(jobs, dry_run=True)
     assert statuses(outcomes) == ["planned"] * 4
     assert nodes.connected == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from converter.quantize.kernels import tables
+from converter.quantize.kernels import code_of
 from converter.quantize.rounding.feedback import Directions, Grid, directions_of, round_by_torch
 from converter.quantize.rounding.feedback_kernels import round_rows
 
@@ -14,8 +14,8 @@ BLOCK = 64
 
 
 def grid(quant_type: str = "nf4") -> Grid:
-    values, _, bounds = tables(quant_type)
-    return Grid(values, bounds)
+    code = code_of(quant_type)
+    return Grid(code.values, code.bounds)
 
 
 def problem(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
