@@ -68,7 +68,7 @@ def test_closed_streams_are_no_reason_to_convert_nothing_nor_to_complain(
 
 def test_a_refusal_that_nobody_can_be_told_of_has_its_exit_code(run: Run, tmp_path: Path) -> None:
     for redirected in ("2>&-", "2>/dev/full", ">&- 2>&-", ">/dev/full 2>/dev/full"):
-        for more in ((), ("--json",), ("-v",)):
+        for more in ((), ("--json",), ("-v",)) if redirected == "2>/dev/full" else ((), ("--json",)):
             ran = run("--base", tmp_path / "none", "--dry-run", *more, redirected=redirected)
 
             assert (ran.code, ran.err) == (2, "")
@@ -76,14 +76,12 @@ def test_a_refusal_that_nobody_can_be_told_of_has_its_exit_code(run: Run, tmp_pa
                 assert json.loads(ran.out)["exit_code"] == 2
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)])
-def test_what_standard_output_has_no_room_for_fails_in_one_line(
-    more: tuple[str, ...], run: Run, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_what_standard_output_has_no_room_for_fails_in_one_line(run: Run, tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    plan = ("--base", tiny_base, "--dry-run")
 
-    for command in (("--base", tiny_base, "--out", out), ("--base", tiny_base, "--dry-run"), ("verify", out)):
-        ran = run(*command, *more, redirected=">/dev/full")
+    for command in (("--base", tiny_base, "--out", out), plan, (*plan, "--json"), ("verify", out)):
+        ran = run(*command, redirected=">/dev/full")
 
         assert (ran.code, ran.err) == (1, "error: standard output: No space left on device\n")
     assert verify(out).is_good

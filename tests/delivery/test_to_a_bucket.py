@@ -20,7 +20,7 @@ from tests.conftest import REPOSITORY
 from tests.delivery.scenes import ADAPTER, BASE, ONE_THREAD, delivered, job_file
 from tests.folders import change_json, contents, copy
 from tests.limits import HANG
-from tests.test_buckets import when
+from tests.write.stores.test_buckets import when
 
 NOTHING = [("announce", "skipped")]
 EVALUATE = {"text": "text.txt", "window": 32, "max_kl": 5.0}

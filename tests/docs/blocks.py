@@ -150,6 +150,8 @@ EXCUSES = (
     Excuse(re.compile(r"^make "), "makes an environment of its own, which takes a network", _is_a_target),
     Excuse(re.compile(r"^vllm serve |^python -m sglang"), "a server, which takes a GPU", lambda _: None),
     Excuse(re.compile(r"^hf "), "writes to the Hub, or reads from it", lambda _: None),
-    Excuse(re.compile(r"^convert .*--out (hf|s3)://"), "writes to a store; tests/test_buckets.py does, too", parse),
+    Excuse(
+        re.compile(r"^convert (.*--out|verify|report) (hf|s3)://"), "needs a store; tests/write/stores has some", parse
+    ),
     Excuse(re.compile(r"^(nf4-)?convert .*--ray\b"), "starts a cluster, or needs one; tests/batch has them", parse),
 )

@@ -37,6 +37,14 @@ def process() -> Iterator[TransformersProcess]:
     process.end()
 
 
+@pytest.fixture(scope="module")
+def living() -> Iterator[TransformersProcess]:
+    """For all tests that leave it alive."""
+    process = TransformersProcess()
+    yield process
+    process.end()
+
+
 def question(base: Checkpoint, **changes: Any) -> str:
     shapes = {tensor.name: tensor.shape for tensor in base}
     asked = {"question": "describe", "config": base.config, "shapes": shapes, "quantize": True, "dtype": "bfloat16"}
@@ -62,19 +70,17 @@ def send_while_it_answers(process: TransformersProcess, number: signal.Signals) 
 
 
 def test_a_process_of_its_own_gives_the_answers_that_this_one_would(
-    base: Checkpoint, process: TransformersProcess
+    base: Checkpoint, living: TransformersProcess
 ) -> None:
     here = answer(json.loads(question(base)))
 
-    assert process.ask(question(base)) == here
-    assert process.ask(question(base)) == here
+    assert living.ask(question(base)) == here
+    assert living.ask(question(base)) == here
 
 
-def test_a_refusal_comes_back_from_the_process_as_the_same_error(
-    base: Checkpoint, process: TransformersProcess
-) -> None:
+def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoint, living: TransformersProcess) -> None:
     with pytest.raises(errors.Unsupported, match="has no 'NoSuchModel'"):
-        process.ask(question(base, config=base.config | {"architectures": ["NoSuchModel"]}))
+        living.ask(question(base, config=base.config | {"architectures": ["NoSuchModel"]}))
 
 
 def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(

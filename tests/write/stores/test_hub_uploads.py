@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Gates, Recipe, Resources, convert, plan_conversion, verify
+from converter import Gates, convert, plan_conversion, verify
 from converter.errors import (
     BadOutput,
     ConverterError,
@@ -24,29 +24,11 @@ from converter.errors import (
 )
 from converter.read.cache import cache_folder
 from converter.write.stores.reading import as_folder
-from tests.folders import contents
 from tests.hub_uploads import TOKEN, UploadHub
-from tests.models import save_adapter, save_base
 from tests.test_effect import smaller
+from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
 
-SMALL_SHARDS = Recipe(max_shard_size=1_000_000)
-ONE_THREAD = Resources(threads=1)
-SHARDS = 4
 OUT = "hf://org/merged"
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base whose conversion makes four shards, and an adapter."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=9000)
-    return base, save_adapter(folder / "adapter", base, "llama")
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the same conversion writes to a folder."""
-    return contents(convert(*inputs, tmp_path_factory.mktemp("folder") / "out", SMALL_SHARDS, ONE_THREAD).out)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import Gates, Recipe, Resources, convert, plan_conversion, verify
+from converter import Gates, convert, plan_conversion, verify
 from converter.errors import BadOutput, ConverterError, GateFailed, StoreFailed, StoreRefused
 from converter.seal.receipt import RECEIPT
 from converter.write.journal import Upload
@@ -21,33 +21,13 @@ from converter.write.stores.reading import small_file
 from tests.bucket_proxy import Proxy
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
 from tests.folders import contents
-from tests.models import save_adapter, save_base
-
-SMALL_SHARDS = Recipe(max_shard_size=1_000_000)
-ONE_THREAD = Resources(threads=1)
-SHARDS = 4
+from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
     with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base whose conversion makes four shards, and an adapter."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=9000)
-    return base, save_adapter(folder / "adapter", base, "llama")
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the same conversion writes to a folder."""
-    report = convert(*inputs, tmp_path_factory.mktemp("folder") / "out", SMALL_SHARDS, ONE_THREAD)
-    assert len(report.plan.shards) == SHARDS
-    return contents(report.out)
 
 
 @pytest.fixture
