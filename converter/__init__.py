@@ -19,6 +19,10 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("nf4-converter")
+    from importlib.util import find_spec
+
+    if find_spec(f"{__name__}.{name}"):  # `from converter import errors` looks here first
+        raise AttributeError(name)
     import converter.public as public
 
     if name == "__all__" or name in public.__all__:

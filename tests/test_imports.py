@@ -215,6 +215,14 @@ def test_the_process_imports_nothing_before_it_can_catch_a_signal() -> None:
     assert early == {"__future__", "os", "signal", "sys", "contextlib", "typing"}
 
 
+def test_any_module_can_be_imported_first_and_without_the_public_names() -> None:
+    program = "import converter.model.ask, sys; print('converter.public' in sys.modules)"
+
+    ran = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+
+    assert ran.stdout == "False\n"
+
+
 def test_only_the_command_line_knows_of_clusters() -> None:
     known = {found.importer for found in imports() if own(found.module).startswith("batch.cluster")}
     assert {importer for importer in known if not importer.startswith("batch.cluster")} == {"cli.batch"}

@@ -31,7 +31,6 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make(root: Path) -> None:
-    import converter.errors  # noqa: F401  (the package's public names must not be its first import)
     from converter.model.version_4 import MODEL_TYPES, misread
     from converter.plan.rope import in_words_of_all_versions
 
