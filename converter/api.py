@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.compare import Sources
-from converter.errors import ConversionRefused
+from converter.errors import BadRecipe, ConversionRefused
 from converter.evaluation import Evaluation, Measuring, evaluate_output
 from converter.gates import Gates, QualityGates
 from converter.job import Adapters, Job, Reference, RunOptions
@@ -20,10 +20,12 @@ from converter.layers.texts import Text
 from converter.observer import Observer, Progress
 from converter.pipeline import Report, convert_job, plan_job
 from converter.plan.estimate import DryRun
+from converter.provenance import provenance_problems
 from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.receipt import RECEIPT, read_receipt
+from converter.signing import signature_problems
 from converter.verification import Checks, Verification, verify_output
 from converter.write.stores.addresses import path_of
 from converter.write.stores.reading import as_folder
@@ -130,6 +132,9 @@ def verify(
     device: str = "auto",
     offline: bool = False,
     allow_pickle: bool = False,
+    signature: Reference | None = None,
+    public_key: Reference | None = None,
+    provenance: Reference | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Verification:
     """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
@@ -138,17 +143,25 @@ def verify(
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
     `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
     no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
-    the `gates`.
+    the `gates`. `signature` and `public_key` are files, as `convert sign` takes and writes them, `provenance` one as
+    `convert provenance` writes it: what they say otherwise is a problem.
 
     Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
     """
+    if (signature is None) != (public_key is None):
+        raise BadRecipe("`signature` and `public_key` go together: give both")
     sources = None
     if base is not None or adapter is not None or compare:
         sources = Sources(base, adapter, base_revision, adapter_revision)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
     observer, checks = Observer(progress), Checks(sources, sample, gates, require_receipt)
     with as_folder(os.fspath(out), offline=offline, tell=partial(observer.tell, "fetching")) as folder:
-        return verify_output(folder, checks, options, observer)
+        found = verify_output(folder, checks, options, observer)
+        if signature is not None and public_key is not None:
+            found.problems += signature_problems(folder, Path(signature), Path(public_key))
+        if provenance is not None:
+            found.problems += provenance_problems(folder, Path(provenance))
+        return found
 
 
 def evaluate(

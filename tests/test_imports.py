@@ -72,13 +72,27 @@ WITHOUT_A_ROOM = {
     "health": LOOP,
     "samples": LOOP,
     "page": LOOP,
+    "signing": LOOP,
+    "provenance": LOOP,
     "api": "cli",
     "public": "cli",
     "": "cli",
     "__main__": "cli",
 }
 
-COMMANDS = ("config", "convert", "verify", "evaluate", "batch", "pipeline", "export", "report", "doctor", "completion")
+COMMANDS = (
+    "config",
+    "convert",
+    "verify",
+    "evaluate",
+    "batch",
+    "pipeline",
+    "export",
+    "report",
+    "sign",
+    "doctor",
+    "completion",
+)
 ONLY_IN = {
     "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
     "bitsandbytes": {"quantize.bnb"},
@@ -86,6 +100,7 @@ ONLY_IN = {
     "numba": {"quantize.jit"},
     "obstore": {"write.stores.bucket"},
     "jinja2": {"page"},
+    "model_signing": {"signing"},
     "packaging": {"health"},
     "platformdirs": {"read.cache"},
     "click": {f"cli.{name}" for name in ("main", "options", "values", *COMMANDS)},

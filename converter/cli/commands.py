@@ -10,9 +10,10 @@ from converter.cli.evaluate import evaluate
 from converter.cli.export import export
 from converter.cli.pipeline import pipeline
 from converter.cli.report import report
+from converter.cli.sign import provenance, sign
 from converter.cli.verify import verify
 
-for command in (verify, evaluate, batch, pipeline, export, report, doctor, completion):
+for command in (verify, evaluate, batch, pipeline, export, report, sign, provenance, doctor, completion):
     cli.add_command(command)
 
 __all__ = ["cli"]

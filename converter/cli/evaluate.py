@@ -36,7 +36,7 @@ Exit code:
 """
 
 
-@cloup.command(short_help="Measure a checkpoint on a text, and compare it with the 16-bit model.", epilog=EXAMPLES)
+@cloup.command(short_help="Measure a checkpoint on a text, and against the 16-bit model.", epilog=EXAMPLES)
 @click.argument("out", type=Place(), required=False)
 @cloup.option_group(
     "Input",

@@ -46,9 +46,7 @@ Exit code:
 """
 
 
-@cloup.command(
-    short_help="Fetch, convert, verify, hold the gates, publish, announce: all that a file says.", epilog=EXAMPLES
-)
+@cloup.command(short_help="Fetch, convert, verify, hold the gates, publish, announce.", epilog=EXAMPLES)
 @click.argument("jobs", metavar="FILE", type=click.Path(path_type=Path))
 @cloup.option_group(
     "Input",

@@ -62,6 +62,11 @@ Exit code:
         "--sample", type=Share(), default="100%", show_default=True, help="Share of the tensors to make again."
     ),
     *GATES,
+    cloup.option("--signature", type=Place("file"), metavar="FILE", help="Check this signature, as `sign` writes it."),
+    cloup.option("--public-key", type=Place("file"), metavar="FILE", help="Public key of the signature, in PEM."),
+    cloup.option(
+        "--provenance", type=Place("file"), metavar="FILE", help="Check this statement, as `provenance` writes it."
+    ),
     with_device,
     *PRINTING,
     with_help,

@@ -149,6 +149,8 @@ EXCUSES = (
     Excuse(re.compile(r"^pip install "), "needs a network", _is_installable),
     Excuse(re.compile(r"^make "), "makes an environment of its own, which takes a network", _is_a_target),
     Excuse(re.compile(r"^vllm serve |^python -m sglang"), "a server, which takes a GPU", lambda _: None),
+    Excuse(re.compile(r"^openssl "), "makes a key; tests/test_signing.py does, too", lambda _: None),
+    Excuse(re.compile(r"^convert .*--(public-)?key "), "needs a key; tests/test_signing.py has one", parse),
     Excuse(re.compile(r"^hf "), "writes to the Hub, or reads from it", lambda _: None),
     Excuse(
         re.compile(r"^convert (.*--out|verify|report) (hf|s3)://"), "needs a store; tests/write/stores has some", parse
