@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converter.calibration import Calibration
 from converter.compare import Sources
 from converter.errors import BadRecipe, ConversionRefused
 from converter.evaluation import Evaluation, Measuring, evaluate_output
@@ -49,6 +50,7 @@ def convert(
     check_tiles: int = RunOptions.check_tiles,
     card: str = "",
     gates: Gates = Gates(),
+    calibrate: Reference | None = None,
     work: Reference | None = None,
     disk: int | None = None,
     create_pr: bool = False,
@@ -71,10 +73,14 @@ def convert(
     committing. Each shard is uploaded while the next one is made. `disk`: bytes that OUT and a base on the Hub may
     take of this machine's disk; the base's files are removed after their last tensor then, not kept in the Hub's cache.
 
+    `calibrate`: a file of text, or of JSON lines, by which codes are chosen so that what the weights make of their real
+    inputs is kept; `recipe.calibration` says how much of it is read, and in which windows.
+
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     path, store = _out(out)
-    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, card, gates, store)
+    recipe, text = _calibrated(recipe, calibrate)
+    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, card, gates, store, text)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle, check_tiles)
     options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
     if progress is False:
@@ -101,6 +107,7 @@ def plan_conversion(
     offline: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    calibrate: Reference | None = None,
     work: Reference | None = None,
     disk: int | None = None,
     create_pr: bool = False,
@@ -111,7 +118,8 @@ def plan_conversion(
     samples of reading and computing.
     """
     path, store = _out(out or "")
-    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, store=store)
+    recipe, text = _calibrated(recipe, calibrate)
+    job = Job(path, adapter, base, recipe, base_revision, adapter_revision, store=store, text=text)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
     options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
     return plan_job(job, options, with_out=out is not None)
@@ -217,6 +225,15 @@ def summary(out: Reference) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConversionRefused(f"{Path(out)}: no {RECEIPT} with a summary; convert it anew")
     return found
+
+
+def _calibrated(recipe: Recipe, text: Reference | None) -> tuple[Recipe, Path | None]:
+    """The recipe, which calibrates by a text if one is given, and the text."""
+    if text is None:
+        return recipe, None
+    if recipe.calibration is None:
+        recipe = replace(recipe, calibration=Calibration.of(Path(text)))
+    return recipe, Path(text)
 
 
 def _out(out: Reference) -> tuple[Path, str | None]:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from converter.calibrate import Result
 from converter.errors import ConversionFailed, ConverterError, Interrupted, Undecided
 from converter.job import Adapters, Reference, RunOptions
 from converter.observer import Observer
-from converter.pipeline import Result, convert_tensors, crew_of
+from converter.pipeline import convert_tensors, crew_of
 from converter.plan.adapters import wanted
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs

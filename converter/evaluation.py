@@ -20,7 +20,7 @@ from converter.job import Reference, RunOptions
 from converter.layers.activations import Activations
 from converter.layers.figures import BatchSums, Comparison, Estimate, WindowSums, compared, perplexity_of
 from converter.layers.layered import LayeredModel
-from converter.layers.texts import Batch, Text, in_batches, windows_of
+from converter.layers.texts import DEFAULT_WINDOW, Batch, Text, in_batches, window_of, windows_of
 from converter.layers.weights import Weights
 from converter.model.tokenizer import Tokenizer
 from converter.observer import Observer
@@ -32,10 +32,8 @@ from converter.recipe import Recipe
 from converter.seal.receipt import read_receipt
 from converter.tensors import torch_device
 
-DEFAULT_WINDOW, DEFAULT_MEMORY = 2048, 1_000_000_000
+DEFAULT_MEMORY = 1_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""What configs call the most tokens of a window."""
 _LOGIT_BYTES = 24
 """Memory that one logit of both models takes: as the models give them, and what is made of them."""
 _LEAST_TILE = 256
@@ -104,7 +102,7 @@ def evaluate_output(
         raise BadRecipe("a gate on KL divergence, top-1 agreement or perplexity ratio needs `base` or `adapter`")
     with ExitStack() as stack:
         judged = _Opened.of(stack.enter_context(Inputs(out, None, **options.of_inputs())), _SIXTEEN_BIT, observer)
-        size = _window(measuring.window, judged.plan.config)
+        size = window_of(measuring.window, judged.plan.config)
         windows = _windows(measuring, judged.folder, size)
         batches = in_batches(windows, max(size, DEFAULT_WINDOW))
         opened = [judged]
@@ -235,16 +233,6 @@ def _all(models: list[LayeredModel], start: int, end: int) -> Iterator[None]:
         yield
 
 
-def _window(asked: int | None, config: Mapping[str, Any]) -> int:
-    text = config.get("text_config")
-    parts = [config, text if isinstance(text, dict) else {}]
-    stated = [part[name] for part in parts for name in _POSITIONS if isinstance(part.get(name), int)]
-    most = min((one for one in stated if one > 1), default=None)
-    if asked is not None and most is not None and asked > most:
-        raise BadRecipe(f"`window` {asked}: the model takes at most {most} tokens")
-    return asked or min(DEFAULT_WINDOW, most or DEFAULT_WINDOW)
-
-
 def _windows(measuring: Measuring, folder: Path, size: int) -> list[list[int]]:
     windows = windows_of(measuring.text.documents(), Tokenizer(folder), size, measuring.max_tokens)
     if not windows:
@@ -261,15 +249,7 @@ def _as_made(out: Path, against: Sources) -> tuple[Recipe, Sources]:
         made = Recipe.from_json(receipt["recipe"]) if "recipe" in receipt else Recipe()
     except BadRecipe as exc:
         raise BadCheckpoint(f"{out}: the recipe in its receipt can't be understood: {exc}") from exc
-    recipe = Recipe(
-        quant_type="none",
-        dtype=made.dtype,
-        merge_precision=made.merge_precision,
-        merge_onto=made.merge_onto,
-        scale=made.scale,
-        combine=made.combine,
-    )
-    return recipe, complete
+    return made.merged(), complete
 
 
 def _inputs_of(sources: Sources, recipe: Recipe, options: RunOptions) -> Inputs:

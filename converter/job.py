@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.device import OpenDevice, open_device
+from converter.errors import BadRecipe
 from converter.gates import Gates
 from converter.recipe import Recipe
 from converter.resources import Resources
@@ -35,6 +36,17 @@ class Job:
     gates: Gates = Gates()
     store: str | None = None
     """The address of a store, hf://ORG/NAME or s3://BUCKET/PREFIX, in the place of `out`."""
+    text: Path | None = None
+    """The file by which the recipe calibrates."""
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.recipe.calibration is not None:
+            raise BadRecipe("the recipe calibrates by a text: give its file as `calibrate`")
+        if self.text is not None and self.store is not None:
+            raise BadRecipe(
+                "`calibrate` reads what it has written, and a store's shards are gone from this disk: convert to a "
+                "folder, and upload that"
+            )
 
     @property
     def label(self) -> str:

@@ -11,13 +11,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from converter.calibrate import Calibrator, Result
 from converter.effect import Comparison, may_be_without_effect, without_change
-from converter.errors import ConverterError, GateFailed, Interrupted, NoEffect
+from converter.errors import BadRecipe, ConverterError, GateFailed, Interrupted, NoEffect
 from converter.gates import in_words, report_of
 from converter.job import Job, RunOptions
 from converter.observer import Observer
@@ -127,9 +129,13 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         destination.refuse_if_too_full(room.of_base + room.of_out)
         if plan.beforehand:
             observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
-        if not arrives(inputs):
+        if job.text is not None and room.is_limited:
+            raise BadRecipe("`disk` is for a base that is read once, and `calibrate` reads it twice: leave one out")
+        is_whole = job.text is not None or not arrives(inputs)
+        if is_whole:
             inputs.bring(observer.tell, observer.stop)
         before = inputs.identities() | before  # what was fetched, and what the plan is of
+        calibrator = None if job.text is None else Calibrator(plan, inputs, job.text, encoding, observer)
 
         files, kept = [shard.file for shard in plan.shards], {BASE} if room.is_limited else ()
         staging = Staging(destination, job_of(plan, inputs), files, resume=options.resume, keep=kept)
@@ -137,16 +143,24 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         with Production(plan, inputs.adapter.folder if inputs.adapter else None, staging) as output, one_thread():
             with (
                 inputs.unchanged(before),
-                supplied(inputs, output, room, observer) as supply,
+                supplied(inputs, output, room, observer, whole=is_whole) as supply,
                 crew_of(plan, encoding) as crew,
             ):
-                for stretch in supply.stretches(output.targets()):
-                    for target, made in convert_tensors(stretch, supply.folder, encoding, crew, observer):
-                        if isinstance(made, ConverterError):
-                            raise made
-                        output.note(made)
-                        supply.made(target.tensor.name)
-                        observer.tell("converting", output.done, plan.base_bytes, target.tensor.name)
+
+                def convert(targets: Iterable[Sequence[Target]]) -> Iterator[Result]:
+                    return convert_tensors(targets, supply.folder, encoding, crew, observer)
+
+                stretches = supply.stretches(output.targets())
+                if calibrator is None:
+                    results = chain.from_iterable(map(convert, stretches))
+                else:
+                    results = calibrator.run(output, convert)
+                for target, made in results:
+                    if isinstance(made, ConverterError):
+                        raise made
+                    output.note(made)
+                    supply.made(target.tensor.name)
+                    observer.tell("converting", output.done, plan.base_bytes, target.tensor.name)
 
             observer.tell("sealing", plan.base_bytes, plan.base_bytes, plan.shards[-1].file)
             digests = {name: tensor.digest for name, tensor in output.made.items()}
@@ -233,9 +247,6 @@ def plan_job(job: Job, options: RunOptions = RunOptions(), *, with_out: bool = T
                 plan = replace(plan, notes=plan.notes + tuple(filter(None, notes)))
             return DryRun(plan, estimate(plan, inputs.base), disk=room.of_base + room.of_out)
         return DryRun(plan, estimate(plan, inputs.base), disk=plan.output_bytes)
-
-
-Result = tuple[Target, Made | ConverterError]
 
 
 def convert_tensors(

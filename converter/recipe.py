@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
+from converter.calibration import Calibration
 from converter.combination import Combination
 from converter.errors import BadRecipe
 
@@ -22,6 +23,8 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
 ROUNDED = ("nf4", "fp4", "int8")
 """Quant types whose codes may be chosen by more than the nearest value."""
+CALIBRATED = (*ROUNDED, "w4a16", "w8a16")
+"""Quant types whose codes a text may choose."""
 MOST_SCALE = 1000.0
 GROUP_SIZES = (32, 64, 128)
 """What servers' kernels for compressed-tensors' integers accept."""
@@ -94,6 +97,8 @@ class Recipe:
     """Who loads the output: transformers takes experts in 16 bits only, vllm in NF4 only, one tensor for each (nf4)."""
     combine: Combination | None = None
     """How several adapters become the one that is merged."""
+    calibration: Calibration | None = None
+    """By which text the codes are chosen, so that what the weights make of their real inputs is kept."""
 
     def __post_init__(self) -> None:
         for value, allowed, option in (
@@ -137,6 +142,10 @@ class Recipe:
             raise BadRecipe(f"`target` vllm has no meaning with {self.quant_type}: only nf4 depends on who loads it")
         if not (math.isfinite(self.scale) and abs(self.scale) <= MOST_SCALE and self.scale):
             raise BadRecipe(f"`scale` {self.scale:g}: expected a number that is not 0, at most {MOST_SCALE:g}")
+        if self.calibration is not None and self.quant_type not in ("auto", *CALIBRATED):
+            raise BadRecipe(
+                f"`calibrate` has no meaning with {self.quant_type}: only {', '.join(CALIBRATED)} are calibrated"
+            )
         if self.keep and self.quant_type == "none":
             raise BadRecipe("`keep` has no meaning with `quant_type` none: nothing is quantized")
 
@@ -149,6 +158,17 @@ class Recipe:
         it."""
         dtype = self.dtype if self.dtype != "auto" else "float16" if base_dtype == "F16" else "bfloat16"
         return replace(self, dtype=dtype, quant_type="nf4" if self.quant_type == "auto" else self.quant_type)
+
+    def merged(self) -> Recipe:
+        """The recipe of the merged model in 16 bits, of which this one's output is made."""
+        return Recipe(
+            quant_type="none",
+            dtype=self.dtype,
+            merge_precision=self.merge_precision,
+            merge_onto=self.merge_onto,
+            scale=self.scale,
+            combine=self.combine,
+        )
 
     @classmethod
     def from_json(cls, stated: object) -> Recipe:
@@ -173,17 +193,19 @@ class Recipe:
         if type(stated.get("scale", 1.0)) not in (int, float) or abs(stated.get("scale", 1.0)) >= 2**63:
             raise BadRecipe("scale is not a number")
         combine = None if stated.get("combine") is None else Combination.from_json(stated["combine"])
+        calibration = None if stated.get("calibration") is None else Calibration.from_json(stated["calibration"])
         try:
-            return cls(**stated | {"keep": tuple(keep), "combine": combine})
+            return cls(**stated | {"keep": tuple(keep), "combine": combine, "calibration": calibration})
         except RecursionError as exc:
             raise BadRecipe("nested too deeply") from exc
 
     def as_json(self) -> dict[str, Any]:
         """JSON values, without those choices that came later and are not made."""
         combined = None if self.combine is None else self.combine.as_json()
-        stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined}
+        calibrated = None if self.calibration is None else self.calibration.as_json()
+        stated = asdict(self) | {"keep": sorted(self.keep), "combine": combined, "calibration": calibrated}
         unsaid = {"group_size": None, "rounding": "auto", "scale": 1.0, "combine": None, "merge_onto": "base"}
-        unsaid |= {"target": "transformers", "scale_search": False}
+        unsaid |= {"target": "transformers", "scale_search": False, "calibration": None}
         return {key: value for key, value in stated.items() if key not in unsaid or value != unsaid[key]}
 
 

@@ -123,10 +123,10 @@ def arrives(inputs: Inputs) -> bool:
 
 
 @contextmanager
-def supplied(inputs: Inputs, output: Production, room: Room, observer: Observer) -> Iterator[Supply]:
-    """The base's files for a conversion. What came into the staging folder is removed at the end of it, but for an
+def supplied(inputs: Inputs, output: Production, room: Room, observer: Observer, *, whole: bool) -> Iterator[Supply]:
+    """The base's files for a conversion; `whole`: all are there. What came into the staging folder is removed at the end of it, but for an
     error, after which another run may need it."""
-    if not arrives(inputs):
+    if whole:
         yield Present(inputs.base.folder)
         return
     arriving = Arriving(inputs, output, room, observer)

@@ -70,7 +70,7 @@ class Crew:
         self._free: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
         for _ in range(slots):
             self._free.put(Buffers(pinned=pinned))
-        self._pool = pool(threads, "tile", _one_thread) if threads > 1 else None
+        self._pool = pool(threads, "tile", use_one_thread) if threads > 1 else None
 
     def buffers(self) -> Buffers:
         """Free buffers; waits until there are some."""
@@ -104,8 +104,8 @@ class Crew:
             self._pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
-    """Torch counts its threads by the thread that calls it."""
+def use_one_thread() -> None:
+    """Let torch compute on one thread for whoever calls this: it counts threads by the thread that calls it."""
     import torch
 
     torch.set_num_threads(1)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from converter.merge.change import Merge
     from converter.plan.plan import Plan, TensorPlan
     from converter.quantize.format import Encoder
+    from converter.quantize.rounding.gptq import Moments
     from converter.read.folder import Folder
     from converter.read.stored.stored import Opened
     from converter.seal.production import Target
@@ -64,6 +65,8 @@ class Encoding:
         self._quantized = self._of_dtype(None)
         dtypes = {tensor.dtype for tensor in plan.tensors() if tensor.action == "quantize"}
         self._by_dtype = {dtype: self._of_dtype(dtype) for dtype in dtypes}
+        self.moments: dict[str, Moments] = {}
+        """Tensor → what its module's inputs are like, while it is calibrated."""
         self.largest: dict[tuple[int, tuple[str, ...]], float] = {}
         """The largest absolute value of weights that share a scale, by their adapter and names."""
 
@@ -211,9 +214,12 @@ class Conversion:
         how = encoding.rounding(tensor)
         largest = encoding.largest[self._group] if tensor.fused else 0.0
         rows = Rows(tensor.name, start, values.brought, self._merge, how, tensor.dtype, tensor.transpose, largest)
+        rows = replace(rows, moments=encoding.moments.get(tensor.name))
         encoded = self.encoder.encode(rows, buffers)
         made = encoding.device.fetch([piece for _, _, piece in encoded.pieces], buffers)
-        if encoding.on_cpu is not None and tensor.tiles.index(start) in encoding.sampled.get(tensor.name, ()):
+        is_sampled = tensor.tiles.index(start) in encoding.sampled.get(tensor.name, ())
+        # With error feedback through a whole weight, the last bit of one product may change many codes.
+        if encoding.on_cpu is not None and is_sampled and rows.moments is None:
             on_cpu = replace(rows, stored=values.host, merge=self._merge_again)
             found = encoding.recheck(encoding.on_cpu.encoder(tensor), on_cpu, encoded, made)
             with self._counting:

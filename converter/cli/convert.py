@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from converter.cli.batch import run_batch
 from converter.cli.config import config_text, with_config, with_print_config
 from converter.cli.options import (
+    CALIBRATION,
     COMBINATION,
     GATES,
     LINKS,
@@ -121,7 +122,7 @@ class Commands(cloup.Group):
     *STORES,
 )
 @cloup.option_group("Several adapters into one", *COMBINATION)
-@cloup.option_group("Quality", *QUALITY, *GATES)
+@cloup.option_group("Quality", *QUALITY, *CALIBRATION, *GATES)
 @cloup.option_group("Resources", *RESOURCES)
 @cloup.option_group(
     "Behaviour",
@@ -162,6 +163,8 @@ def cli(context: click.Context, /, **options: Any) -> None:
         if report_file is not None:
             raise click.UsageError("--report goes with one output; `convert report OUT` writes it for each.")
         refuse_store(options["out"], of_store)
+        if options.pop("calibrate") is not None:
+            raise click.UsageError("--calibrate goes with one output: convert each adapter by itself.")
         jobs = jobs_from(adapters, options)
         run_batch(context.obj, jobs, run_options_from(options), of_batch, printing, dry_run=dry_run)
         return

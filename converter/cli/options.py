@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ import cloup
 from converter.cli.values import FORMATS, Format, Place, Size
 
 if TYPE_CHECKING:
+    from converter.calibration import Calibration
     from converter.cli.show.progress import Kind
     from converter.combination import Combination
     from converter.gates import Gates
@@ -223,6 +225,26 @@ COMBINATION: tuple[Decorator, ...] = (
     cloup.option("--seed", type=int, metavar="N", help="Of what dare drops by chance.  [default: 0]"),
 )
 
+CALIBRATION: tuple[Decorator, ...] = (
+    cloup.option(
+        "--calibrate",
+        type=Place("file"),
+        metavar="FILE",
+        help="Choose codes by a text, or JSON lines, so that what the weights make of it is kept (nf4, fp4, int8, "
+        "w4a16, w8a16). Takes longer.",
+    ),
+    cloup.option(
+        "--calibrate-field", metavar="NAME", help="With JSON lines: the text's name.  [default: text, in .jsonl]"
+    ),
+    cloup.option("--calibrate-tokens", type=int, metavar="N", help="Tokens to read of the text.  [default: 65536]"),
+    cloup.option(
+        "--calibrate-window",
+        type=int,
+        metavar="N",
+        help="Tokens that the model sees at a time.  [default: 2048, or what it takes]",
+    ),
+)
+
 GATES: tuple[Decorator, ...] = (
     cloup.option(
         "--min-survival",
@@ -265,8 +287,8 @@ def recipe_from(options: dict[str, Any]) -> Recipe:
     """What `QUALITY` and `MAX_SHARD_SIZE` add, taken out of the options."""
     from converter.recipe import Recipe, choices_of_format
 
-    stated = take(options, *({field.name for field in fields(Recipe)} - {"combine"}))
-    stated["combine"] = combination_from(options)
+    stated = take(options, *({field.name for field in fields(Recipe)} - {"combine", "calibration"}))
+    stated["combine"], stated["calibration"] = combination_from(options), calibration_from(options)
     return Recipe(**stated | choices_of_format(stated["quant_type"], stated["dtype"]))
 
 
@@ -283,6 +305,19 @@ def combination_from(options: dict[str, Any]) -> Combination | None:
         return None
     rank = {"rank": given.pop("svd_rank")} if "svd_rank" in given else {}
     return Combination(kind, weights, **given, **rank)
+
+
+def calibration_from(options: dict[str, Any]) -> Calibration | None:
+    """What `CALIBRATION` adds, if that is an option of the command; `calibrate` itself stays among the options."""
+    from converter.calibration import Calibration
+
+    stated = {name: options.pop(f"calibrate_{name}", None) for name in ("field", "tokens", "window")}
+    given = {name: value for name, value in stated.items() if value is not None}
+    if (text := options.get("calibrate")) is not None:
+        return Calibration.of(Path(text), **given)
+    if given:
+        raise click.UsageError(f"--calibrate-{min(given)} has no meaning without --calibrate.")
+    return None
 
 
 def gates_from(options: dict[str, Any]) -> Gates:

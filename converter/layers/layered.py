@@ -7,6 +7,8 @@ layer before the one whose turn it is gives the hidden states that were kept, an
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -77,10 +79,83 @@ class LayeredModel:
     def run(self, step: Step = lambda *_: None) -> None:
         """Run all layers over all batches; then `logits` can be asked for. `step` is called after each batch."""
         for number in range(len(self._layers)):
-            with self._filled(number):
+            with self.filled(number):
                 for batch in range(len(self._batches)):
-                    self._activations.put(batch, self._advanced(number, batch))
+                    self.keep(batch, self.hidden_after(number, batch))
                     step(number, batch + 1, len(self._batches))
+
+    @contextmanager
+    def filled(self, number: int) -> Iterator[None]:
+        """A layer's tensors are in memory."""
+        layer = self._layers[number]
+        self._fill(layer, self._of_layer[number])
+        try:
+            yield
+        finally:
+            self._skeleton.empty(layer)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors of a layer that is filled, by their names in the checkpoint."""
+        self._skeleton.fill(tensors)
+
+    def hidden_after(self, number: int, batch: int) -> Tensor:
+        """The hidden states that a layer, which is filled, gives of those that were kept: (windows, tokens, hidden
+        size). Several threads may ask at a time."""
+
+        def then(call: Call) -> Any:
+            before_it = shared_state(call)
+            given = self._stubs.run(number, call)
+            if number < self.layers - 1 and shared_state(call) != before_it:
+                raise self._skeleton.unsupported(f"layer {number} leaves something for later layers besides its output")
+            return given
+
+        given = self._up_to(number, batch, then)
+        if Form.of(given) != self._form:
+            raise self._skeleton.unsupported(f"layer {number} gives another kind of value than the first one")
+        return first_of(given)
+
+    def stopped_in(self, number: int, batch: int) -> Any:
+        """The value with which a hook in a layer stops it by `Stopped`; None if none does. As `hidden_after`."""
+
+        def then(call: Call) -> None:
+            self._stubs.run(number, call)
+
+        return self._up_to(number, batch, then)
+
+    def _up_to(self, number: int, batch: int, then: Callable[[Call], Any]) -> Any:
+        """What `then` makes of what a layer is called with, after the hidden states that were kept."""
+        before = self._kept(batch) if number else None
+
+        def answers(called: int, call: Call) -> Any:
+            if called < number:
+                return self._form.around(before if before is not None and called == number - 1 else call.hidden)
+            raise Stopped(then(call))
+
+        return self._forward(self._batches[batch], answers)
+
+    def keep(self, batch: int, hidden: Tensor) -> None:
+        """Keep what a layer gave for the next one."""
+        self._activations.put(batch, hidden)
+
+    def linear_weights(self, number: int) -> dict[str, str]:
+        """Of a layer: the tensors that are the whole weight of a linear layer or a Conv1D → its name in the model."""
+        from torch import nn
+
+        shared = Counter(self._skeleton.parameter_of[tensor] for tensor in self._of_layer[number])
+        found = {}
+        for tensor in self._of_layer[number]:
+            parameter = self._skeleton.parameter_of[tensor]
+            name, _, last = parameter.rpartition(".")
+            module = self._skeleton.model.get_submodule(name)
+            is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            is_whole = shared[parameter] == 1 and last == "weight"
+            if is_linear and is_whole and tuple(module.weight.shape) == self._weights.by_name[tensor].shape:
+                found[tensor] = name
+        return found
+
+    def module(self, name: str) -> nn.Module:
+        """A module of the model."""
+        return self._skeleton.model.get_submodule(name)
 
     @property
     def layers(self) -> int:
@@ -140,24 +215,6 @@ class LayeredModel:
     def _kept(self, batch: int) -> Tensor:
         return self._activations.get(batch).to(self._skeleton.device)
 
-    def _advanced(self, number: int, batch: int) -> Tensor:
-        """The hidden states that a layer gives, of those that the layer before it gave."""
-        before = self._kept(batch) if number else None
-
-        def answers(called: int, call: Call) -> Any:
-            if called < number:
-                return self._form.around(before if before is not None and called == number - 1 else call.hidden)
-            before_it = shared_state(call)
-            given = self._stubs.run(number, call)
-            if number < self.layers - 1 and shared_state(call) != before_it:
-                raise self._skeleton.unsupported(f"layer {number} leaves something for later layers besides its output")
-            raise Stopped(given)
-
-        given = self._forward(self._batches[batch], answers)
-        if Form.of(given) != self._form:
-            raise self._skeleton.unsupported(f"layer {number} gives another kind of value than the first one")
-        return first_of(given)
-
     def _forward(self, tokens: Tensor, answers: Callable[[int, Call], Any]) -> Any:
         """The model's forward, or what `Stopped` it."""
         import torch
@@ -170,15 +227,6 @@ class LayeredModel:
             return stopped.value
         finally:
             self._stubs.answers = None
-
-    @contextmanager
-    def _filled(self, number: int) -> Iterator[None]:
-        layer = self._layers[number]
-        self._fill(layer, self._of_layer[number])
-        try:
-            yield
-        finally:
-            self._skeleton.empty(layer)
 
     def _fill(self, module: nn.Module, tensors: Sequence[str], *, recurse: bool = True) -> None:
         self._skeleton.fill({name: self._weights.whole(name) for name in tensors})
@@ -211,15 +259,18 @@ class LayeredModel:
         values = self._weights.rows(tensor, _spans(occurring.tolist()))
         device, embedding, dtype = self._skeleton.device, self._embedding, self._embedding.weight.dtype
         embedding.padding_idx = None  # of no account but for gradients, and it may be no row now
+        in_use = threading.Lock()
 
         def look_up(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             tokens = args[0] if args else kwargs["input"]
             here, places = tokens.unique(return_inverse=True)
+            in_use.acquire()
             rows = values[torch.searchsorted(occurring, here.cpu())].to(device, dtype)
             embedding.weight = nn.Parameter(rows, requires_grad=False)
             return (places,), {}
 
         embedding.register_forward_pre_hook(look_up, with_kwargs=True)
+        embedding.register_forward_hook(lambda *_: in_use.release(), always_call=True)
 
     def _prepare(self) -> None:
         """Learn what layers give, and refuse a model whose layers can't be run one after the other."""
@@ -228,7 +279,7 @@ class LayeredModel:
         tokens = self._batches[0][:1, :16]
         stop_at_head = self._head.register_forward_pre_hook(_stop)
         try:
-            with self._filled(0):
+            with self.filled(0):
                 given = self._forward(tokens, lambda number, call: _raise(self._stubs.run(number, call)))
             self._form = Form.of(given)
             why = what_prevents(lambda: self._ungated(tokens), self._stubs, len(self._layers), given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,15 +75,26 @@ class Stubs:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._own = [layer.forward for layer in layers]
-        self.answers: Callable[[int, Call], Any] | None = None
+        self._of_thread = threading.local()
         for number, layer in enumerate(layers):
             layer.forward = partial(self._called, number)
+
+    @property
+    def answers(self) -> Callable[[int, Call], Any] | None:
+        """What is asked: in each thread another one, for several may run the model at a time."""
+        found: Callable[[int, Call], Any] | None = getattr(self._of_thread, "answers", None)
+        return found
+
+    @answers.setter
+    def answers(self, answers: Callable[[int, Call], Any] | None) -> None:
+        self._of_thread.answers = answers
 
     def run(self, number: int, call: Call) -> Any:
         """What the layer itself gives."""
         return self._own[number](*call.args, **call.kwargs)
 
     def _called(self, number: int, *args: Any, **kwargs: Any) -> Any:
-        if self.answers is None:
+        answers = self.answers
+        if answers is None:
             raise Unsupported(f"layer {number} is called when no layer should be")
-        return self.answers(number, Call(args, kwargs))
+        return answers(number, Call(args, kwargs))

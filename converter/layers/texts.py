@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from converter.errors import ConversionRefused
+from converter.errors import BadRecipe, ConversionRefused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,10 @@ _LEAST = 2
 """Tokens of a window: one to go by, and one to predict."""
 _FULL = 0.75
 """How long the windows of a batch are at least, compared with its longest: the others are padded."""
+
+DEFAULT_WINDOW = 2048
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""What configs call the most tokens of a window."""
 
 Document = str | Sequence[dict[str, Any]]
 """A text, or the messages of a conversation."""
@@ -76,6 +80,17 @@ class Text:
         if not isinstance(document, str) and not (are_messages and document):
             raise ConversionRefused(f"{where}: {field!r} is neither a text nor a list of messages")
         return document
+
+
+def window_of(asked: int | None, config: Mapping[str, Any]) -> int:
+    """Tokens of a window. None: 2048, or as many as the model of this config takes. `BadRecipe` for more than that."""
+    text = config.get("text_config")
+    parts = [config, text if isinstance(text, dict) else {}]
+    stated = [part[name] for part in parts for name in _POSITIONS if isinstance(part.get(name), int)]
+    most = min((one for one in stated if one > 1), default=None)
+    if asked is not None and most is not None and asked > most:
+        raise BadRecipe(f"`window` {asked}: the model takes at most {most} tokens")
+    return asked or min(DEFAULT_WINDOW, most or DEFAULT_WINDOW)
 
 
 def windows_of(documents: Iterable[Document], tokenizer: Tokens, size: int, most: int | None = None) -> list[list[int]]:

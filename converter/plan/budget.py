@@ -33,6 +33,8 @@ PER_TENSOR_OF_BASE, PER_OUTPUT = 4_000, 1_300
 _BY_FEEDBACK = 28.0
 """Bytes that a weight of a strip takes where it is rounded with error feedback: base, delta and sum in float32, what is
 made of them on the way, its code."""
+_BY_GPTQ = BY_TORCH + 20.0
+"""Bytes that a weight takes whose codes a text chooses: also its target and its steps, in both orders of columns."""
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """The most rows of a strip, where rows are long."""
 
@@ -57,7 +59,7 @@ def cut_into_tiles(
     largest, name = 0.0, ""
     for tensor in tensors:
         each = _tile_bytes(tensor, recipe, resources)
-        if tensor.whole is None:
+        if tensor.whole is None and not _is_calibrated(tensor, recipe):
             block = format_of(recipe).block(tensor.columns) if tensor.action == "quantize" else 1
             if is_stored(tensor.source) and tensor.action != "copy":
                 block = math.lcm(block, tensor.source.block)
@@ -124,9 +126,16 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
     codes = tensor.source.tile_bytes if is_stored(tensor.source) else 0.0
     if tensor.is_copy:
         return DTYPE_BYTES[dtype] + codes + 1.0  # the mask of what is finite
+    if _is_calibrated(tensor, recipe):
+        return _BY_GPTQ + codes
     if tensor.action == "keep" or not _is_merged_by_strips(tensor, recipe, resources):
         return BY_TORCH + codes
     return format_of(recipe).tile_bytes(dtype, kernels=resources.kernels) + codes
+
+
+def _is_calibrated(tensor: TensorPlan, recipe: Recipe) -> bool:
+    """Whether its codes are chosen by a text: then all of its scales are known before the first code."""
+    return recipe.calibration is not None and tensor.action == "quantize"
 
 
 def _is_merged_by_strips(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from converter.quantize.rounding.gptq import Moments
     from converter.read.checkpoint import Checkpoint
     from converter.threads import Buffers
 
@@ -66,6 +67,8 @@ class Rows:
     """Whether the output has rows and columns exchanged; such a weight comes as a whole."""
     largest: float = 0.0
     """The largest absolute value of all weights that share a scale for their scales, where the format has one."""
+    moments: Moments | None = None
+    """What the inputs of the weight's module are like, where a text says so; such a weight comes as a whole."""
 
     @property
     def end(self) -> int:

@@ -49,7 +49,7 @@ def quantize(values: Tensor, scheme: Scheme, dtype: torch.dtype, global_scale: T
     if scheme.kind == "int":
         low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1
         codes = scaled.clamp(low, high).round()
-        return Quantized(_packed_integers(codes, scheme.bits), stored, codes.float() * spread.float())
+        return Quantized(packed_integers(codes, scheme.bits), stored, codes.float() * spread.float())
     if scheme.bits == 8:
         eighths = scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(_e4m3())
         return Quantized(eighths, stored, eighths.float() * spread.float())
@@ -139,7 +139,7 @@ def _to_e2m1(values: Tensor) -> Tensor:
     return torch.where(values == 0, 0.0, rounded)
 
 
-def _packed_integers(codes: Tensor, bits: int) -> Tensor:
+def packed_integers(codes: Tensor, bits: int) -> Tensor:
     """Integers as unsigned numbers in the bits of int32, low bits first: (rows, columns · bits / 32)."""
     import torch
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Self
 from converter.errors import ConverterError, WriteFailed
 from converter.quantize.agreement import Agreement
 from converter.quantize.measure import Fidelity
+from converter.read.folder import LocalFolder
 from converter.threads import pool
+from converter.write.durable import UNFINISHED
 from converter.write.journal import Entry
 from converter.write.shard import Writer
 
@@ -113,6 +115,21 @@ class Production:
             if shard.file in begun - self._given and shard.file not in self._left:
                 self._open(shard)
         return [tensor for name, (_, tensor) in self._planned.items() if name not in self.made]
+
+    def written(self, name: str) -> dict[str, bytes]:
+        """The bytes of a tensor that is made, by output name. Raises what reading raises."""
+        shard, tensor = self._planned[name]
+        writer = self._writers.get(shard.file)
+        states = writer.states(name) if writer is not None else self.staging.journal.entries[name].states
+        file = shard.file if (self.staging.folder / shard.file).exists() else shard.file + UNFINISHED
+        found = {output: raw.encode() for output, raw in states.items()}
+        with closing(LocalFolder(self.staging.folder)) as folder:
+            for output in tensor.outputs:
+                if not output.is_state:
+                    raw = bytearray(output.nbytes)
+                    folder.read_into(file, shard.layout.offsets[output.name], memoryview(raw))
+                    found[output.name] = bytes(raw)
+        return found
 
     def note(self, made: Made) -> None:
         """Take note of a tensor that was written. Every few seconds the notes are made durable.

@@ -1,25 +1,26 @@
-"""Encoders that round with error feedback what has input directions to keep, and leave the rest to another encoder."""
+"""Encoders that round with error feedback what has inputs to keep, and leave the rest to another encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from converter.errors import NotFinite
 from converter.merge.change import Directed
 from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import Encoded, Rows, Shape
 from converter.quantize.measure import row_sums
-from converter.quantize.rounding.feedback import Directions, Grid, directions_of, round_by_torch, whole_numbers
-from converter.read.stored.codes import four_bit_map
+from converter.quantize.rounding.codings import Coding, coding_of
+from converter.quantize.rounding.feedback import Directions, directions_of, round_by_torch
+from converter.quantize.rounding.gptq import Factors, Moments, factors_of, rounded
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
+    from converter.merge.change import MergedTile
     from converter.quantize.format import Encoder
     from converter.recipe import Recipe
     from converter.threads import Buffers
@@ -30,21 +31,19 @@ _RESTORED = 1 << 15
 
 def with_rounding(nearest: Encoder, recipe: Recipe, device: torch.device, *, kernels: bool) -> Encoder:
     """The encoder that a recipe's rounding asks for, given the one that rounds to the nearest code."""
-    if recipe.rounding != "adapter":
-        return nearest
-    by_kernels = kernels and device.type == "cpu"
-    if recipe.four_bit:
-        return FourBitFeedback(nearest, recipe, by_kernels=by_kernels)
-    return EightBitFeedback(nearest, by_kernels=by_kernels)
+    if recipe.rounding == "adapter":
+        nearest = Feedback(nearest, coding_of(recipe), by_kernels=kernels and device.type == "cpu")
+    if recipe.calibration is not None:
+        return Calibrated(nearest, coding_of(recipe), recipe.calibration.damping)
+    return nearest
 
 
-class _Feedback:
-    """What both have: rows are rounded strip by strip, and each strip's delta is still in the cache then."""
+class Feedback:
+    """Keeps the product with the adapter's input directions. Rows are rounded strip by strip, and each strip's delta is
+    still in the cache then."""
 
-    block = 1
-
-    def __init__(self, nearest: Encoder, *, by_kernels: bool) -> None:
-        self._nearest = nearest
+    def __init__(self, nearest: Encoder, coding: Coding, *, by_kernels: bool) -> None:
+        self._nearest, self._coding = nearest, coding
         self._by_kernels = by_kernels
         self._known: list[tuple[Tensor, Directions]] = []
 
@@ -65,21 +64,22 @@ class _Feedback:
         merge: object = rows.merge
         if not isinstance(merge, Directed):
             return self._nearest.encode(rows, buffers)
-        directions = self._directions(merge.inputs)
+        coding, directions = self._coding, self._directions(merge.inputs)
         count, columns = rows.stored.shape
-        pieces, scales, sums = [], [], []
-        for first, last in pairwise(tile_bounds(count, columns, block=self.block, most=STRIP_ELEMENTS)):
+        block = coding.block(columns)
+        pieces: list[tuple[str, int, Tensor]] = []
+        scales: list[Tensor] = []
+        sums: list[np.ndarray[Any, Any]] = []
+        for first, last in pairwise(tile_bounds(count, columns, block=block, most=STRIP_ELEMENTS)):
             strip = replace(rows, stored=rows.stored[first:last], start=rows.start + first)
             merged = strip.merged()
             target = merged.exact.contiguous()
-            scale = self._scales(rows.name, target)
-            codes = self._codes(target, scale, directions)
+            scale = coding.scales(rows.name, target)
+            steps = coding.steps(scale)
+            codes = self._rounded(target, steps, block, directions)
             scales.append(scale)
-            pieces.append((rows.name, *self._piece(strip, codes)))
-            sums += [
-                row_sums(merged.rows(part), self._restored(codes, scale, part))
-                for part in _few_rows(last - first, columns)
-            ]
+            pieces += coding.pieces(strip, codes, scale)
+            sums += _sums(merged, codes, steps, coding, block)
         return Encoded(tuple(pieces), torch.cat(scales), numpy.concatenate(sums))
 
     def _directions(self, a: Tensor) -> Directions:
@@ -91,110 +91,71 @@ class _Feedback:
         self._known = [*self._known[-3:], (a, made)]
         return made
 
-    def _rounded(self, target: Tensor, scales: Tensor, block: int, grid: Grid, directions: Directions) -> Tensor:
-        """Codes of a strip; `scales`: one for `block` consecutive weights, across rows."""
+    def _rounded(self, target: Tensor, steps: Tensor, block: int, directions: Directions) -> Tensor:
+        """Codes of a strip; `steps`: one for `block` consecutive weights, across rows."""
         import torch
 
         if self._by_kernels:
             from converter.quantize.rounding.feedback_kernels import round_rows
 
-            return torch.from_numpy(round_rows(target.numpy(), scales.numpy(), block, grid, directions))
-        spread = scales.repeat_interleave(block)[: target.numel()].view(target.shape)
-        return round_by_torch(target, spread, grid, directions)
-
-    def _scales(self, name: str, target: Tensor) -> Tensor:
-        """What `finish` needs of a strip. Raises `NotFinite`."""
-        raise NotImplementedError
-
-    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
-        """Of a strip: int8, indices of grid values or whole numbers."""
-        raise NotImplementedError
-
-    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
-        """What some rows of a strip stand for, in float32."""
-        raise NotImplementedError
-
-    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
-        """The byte of the output at which a strip begins, and its bytes."""
-        raise NotImplementedError
+            return torch.from_numpy(round_rows(target.numpy(), steps.numpy(), block, self._coding.grid, directions))
+        return round_by_torch(target, _spread(steps, block, target.shape), self._coding.grid, directions)
 
 
-class FourBitFeedback(_Feedback):
-    """NF4 and FP4. The scale of a block is its largest absolute value after the merge, as without error feedback."""
+class Calibrated:
+    """Keeps the product with the inputs that a text gives, by GPTQ. A weight comes as a whole, for its scales are those
+    that a loader restores."""
 
-    def __init__(self, nearest: Encoder, recipe: Recipe, *, by_kernels: bool) -> None:
-        super().__init__(nearest, by_kernels=by_kernels)
-        self.block = recipe.block_size
-        self._quant_type = recipe.quant_type
+    def __init__(self, nearest: Encoder, coding: Coding, damping: float) -> None:
+        self._nearest, self._coding, self._damping = nearest, coding, damping
+        self._known: list[tuple[Moments, Factors]] = []
 
-    @cached_property
-    def _table(self) -> tuple[Grid, Any]:
-        """The grid, and the code of each of its values."""
+    def load(self, dtypes: Collection[str]) -> None:
+        self._nearest.load(dtypes)
+
+    def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        return self._nearest.finish(name, shape, scales)
+
+    def encode(self, rows: Rows, buffers: Buffers) -> Encoded:
         import numpy
 
-        code = four_bit_map(self._quant_type).numpy()
-        # The first of FP4's two zeros comes first, as in bitsandbytes.
-        order = numpy.argsort(code, kind="stable")
-        values = code[order]
-        return Grid(values, (values[:-1] + values[1:]) / numpy.float32(2)), order.astype(numpy.uint8)
+        if rows.moments is None:
+            return self._nearest.encode(rows, buffers)
+        coding, merged = self._coding, rows.merged()
+        target = merged.values.float().contiguous()
+        shape, block = tuple(target.shape), coding.block(target.shape[1])
+        scales = coding.scales(rows.name, target)
+        steps = coding.steps(coding.seen(rows.name, shape, scales, self._nearest))
+        factors = self._factors(rows.moments)
+        codes = rounded(target, _spread(steps, block, target.shape), coding.grid, factors)
+        sums = numpy.concatenate([*_sums(merged, codes, steps, coding, block)])
+        return Encoded(coding.pieces(rows, codes, scales), scales, sums)
 
-    def _scales(self, name: str, target: Tensor) -> Tensor:
-        import torch
-
-        flat = target.flatten()
-        whole = flat.numel() // self.block * self.block
-        scales = flat[:whole].view(-1, self.block).abs().amax(1)
-        if whole < flat.numel():
-            scales = torch.cat([scales, flat[whole:].abs().max()[None]])
-        if not bool(scales.isfinite().all()):
-            raise NotFinite(f"{name}: holds a NaN or an infinity")
-        return scales
-
-    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
-        return self._rounded(target, scales, self.block, self._table[0], directions)
-
-    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
-        import torch
-
-        columns = codes.shape[1]
-        values = torch.from_numpy(self._table[0].values).to(codes.device)[codes[part].int()]
-        first, last = part.start * columns, part.stop * columns
-        blocks = torch.arange(first, last, device=codes.device).div_(self.block, rounding_mode="floor")
-        return values.mul_(scales[blocks].view(values.shape))
-
-    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
-        import torch
-
-        order = self._table[1]
-        flat = torch.from_numpy(order).to(codes.device)[codes.flatten().int()]
-        if flat.numel() % 2:
-            zero = int((four_bit_map(self._quant_type) == 0).nonzero()[0])
-            flat = torch.cat([flat, flat.new_full((1,), zero)])
-        return strip.first // 2, flat[::2] << 4 | flat[1::2]
+    def _factors(self, moments: Moments) -> Factors:
+        """Those of second moments, which several weights share; made twice if two threads begin."""
+        for known, factors in self._known:
+            if known is moments:
+                return factors
+        made = factors_of(moments, self._damping)
+        self._known = [(moments, made)]
+        return made
 
 
-class EightBitFeedback(_Feedback):
-    """LLM.int8. The scale of a row is its largest absolute value after the merge, in float16."""
-
-    def _scales(self, name: str, target: Tensor) -> Tensor:
-        import torch
-
-        absmax = target.abs().amax(1).to(torch.float16).float()
-        if not bool(absmax.isfinite().all()):
-            raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for float16 (int8)")
-        return absmax
-
-    def _codes(self, target: Tensor, scales: Tensor, directions: Directions) -> Tensor:
-        return self._rounded(target, scales / 127, target.shape[1], whole_numbers(127), directions)
-
-    def _restored(self, codes: Tensor, scales: Tensor, part: slice) -> Tensor:
-        return codes[part].float().mul_(scales[part, None] / 127)
-
-    def _piece(self, strip: Rows, codes: Tensor) -> tuple[int, Tensor]:
-        return strip.first, codes
+def _spread(steps: Tensor, block: int, shape: torch.Size) -> Tensor:
+    """The step of each weight."""
+    return steps.repeat_interleave(block)[: shape[0] * shape[1]].view(shape)
 
 
-def _few_rows(count: int, columns: int) -> Iterator[slice]:
-    """Rows of a strip that are restored at a time: what is made of them on the way takes many bytes a weight."""
+def _sums(
+    merged: MergedTile, codes: Tensor, steps: Tensor, coding: Coding, block: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The sums of a strip, a few rows at a time: what is made of them on the way takes many bytes a weight."""
+    import torch
+
+    count, columns = codes.shape
     step = max(1, _RESTORED // max(1, columns))
-    yield from (slice(first, min(first + step, count)) for first in range(0, count, step))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        blocks = torch.arange(first * columns, last * columns, device=codes.device)
+        sizes = steps[blocks.div_(block, rounding_mode="floor")].view(-1, columns)
+        yield row_sums(merged.rows(slice(first, last)), coding.grid.of(codes[first:last]).mul_(sizes))

@@ -65,13 +65,29 @@ class Grid(NamedTuple):
     """float32 [15], between neighbouring values; one on a bound goes to the lower side."""
     most: int = 0
     """0: the values count, not whole numbers."""
+    least: int = 0
+    """The lowest whole number."""
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """The codes nearest to values in units of their scales: indices of `values`, or whole numbers."""
+        import torch
+
+        if self.most:
+            return scaled.round().clamp(self.least, self.most)
+        return torch.bucketize(scaled, torch.from_numpy(self.bounds).to(scaled.device))
+
+    def of(self, codes: Tensor) -> Tensor:
+        """What codes stand for, in units of their scales: float32."""
+        import torch
+
+        return codes.float() if self.most else torch.from_numpy(self.values).to(codes.device)[codes.int()]
 
 
-def whole_numbers(most: int) -> Grid:
-    """The grid of all whole numbers up to `most`, of both signs."""
+def whole_numbers(most: int, least: int | None = None) -> Grid:
+    """The grid of all whole numbers from `least` to `most`; None: as many of both signs."""
     import numpy
 
-    return Grid(numpy.zeros(16, numpy.float32), numpy.zeros(15, numpy.float32), most)
+    return Grid(numpy.zeros(16, numpy.float32), numpy.zeros(15, numpy.float32), most, -most if least is None else least)
 
 
 def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Directions) -> Tensor:
@@ -82,25 +98,18 @@ def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Direc
     """
     import torch
 
-    device = target.device
-    values, bounds = torch.from_numpy(grid.values).to(device), torch.from_numpy(grid.bounds).to(device)
-    codes = torch.empty(target.shape, dtype=torch.int8, device=device)
+    codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     rank = directions.inputs.shape[1]
-    carried = torch.zeros(rank, target.shape[0], device=device)
+    carried = torch.zeros(rank, target.shape[0], device=target.device)
     for number, column in enumerate(directions.order.tolist()):
         wanted, scale = target[:, column], scales[:, column]
         aimed = wanted.clone()
         for k in range(rank):  # in this order, as the kernel adds them
             aimed += carried[k] * float(directions.gains[number, k])
         scaled = torch.where(scale > 0, aimed * (1 / scale.clamp(min=1e-38)), 0.0)
-        if grid.most:
-            code = scaled.round().clamp(-grid.most, grid.most)
-            found = code
-        else:
-            code = torch.bucketize(scaled, bounds)
-            found = values[code]
+        code = grid.nearest(scaled)
         codes[:, column] = code.to(torch.int8)
-        missed = wanted - found * scale
+        missed = wanted - grid.of(code) * scale
         for k in range(rank):
             carried[k] += missed * float(directions.inputs[number, k])
     return codes

@@ -1,0 +1,68 @@
+"""How an output is calibrated: which text says what a weight's inputs are like, and what is made of that."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from converter.errors import BadRecipe
+
+DEFAULT_TOKENS = 65_536
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The choices that shape a calibrated output's bytes. `BadRecipe` for a value out of range."""
+
+    text: str
+    """sha256 of the text's file."""
+    field: str | None = None
+    """The name of a document in a JSON line; None: `text` in files named .jsonl and .ndjson."""
+    tokens: int = DEFAULT_TOKENS
+    """No window begins once there are so many tokens."""
+    window: int | None = None
+    """Tokens that the model sees at a time. None: 2048, or as many as the model takes."""
+    damping: float = 0.01
+    """What is added to the diagonal of the inputs' second moments, in means of it."""
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(str(self.text)):
+            raise BadRecipe("`calibrate`: expected the sha256 of a text")
+        if self.field is not None and not isinstance(self.field, str):
+            raise BadRecipe("`calibrate_field`: expected a name")
+        if type(self.tokens) is not int or not 128 <= self.tokens < 2**40:
+            raise BadRecipe(f"`calibrate_tokens` {self.tokens!s:.40}: expected at least 128")
+        if self.window is not None and (type(self.window) is not int or not 2 <= self.window < 2**30):
+            raise BadRecipe(f"`calibrate_window` {self.window!s:.40}: expected at least 2 tokens")
+        if type(self.damping) not in (int, float) or not (math.isfinite(self.damping) and 0 < self.damping <= 1):
+            raise BadRecipe(f"`damping` {self.damping!s:.40}: expected a number above 0, at most 1")
+
+    @classmethod
+    def of(cls, text: Path, **choices: Any) -> Calibration:
+        """The calibration by a text's file. `BadRecipe` if it can't be read."""
+        return cls(sha256_of_text(text), **choices)
+
+    @classmethod
+    def from_json(cls, stated: object) -> Calibration:
+        """A calibration from JSON values, such as `as_json` gives. `BadRecipe` for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(stated, dict) or not stated.keys() <= names or "text" not in stated:
+            raise BadRecipe("calibration is not a table of its names and values")
+        return cls(**stated)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def sha256_of_text(text: Path) -> str:
+    """`BadRecipe` for a file that can't be read."""
+    try:
+        with text.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise BadRecipe(f"`calibrate` {text}: {exc.strerror}; give a file of text, or of JSON lines") from exc
