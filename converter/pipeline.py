@@ -150,12 +150,8 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
                 def convert(targets: Iterable[Sequence[Target]]) -> Iterator[Result]:
                     return convert_tensors(targets, supply.folder, encoding, crew, observer)
 
-                stretches = supply.stretches(output.targets())
-                if calibrator is None:
-                    results = chain.from_iterable(map(convert, stretches))
-                else:
-                    results = calibrator.run(output, convert)
-                for target, made in results:
+                one_by_one = chain.from_iterable(map(convert, supply.stretches(output.targets())))
+                for target, made in one_by_one if calibrator is None else calibrator.run(output, convert):
                     if isinstance(made, ConverterError):
                         raise made
                     output.note(made)

@@ -124,8 +124,8 @@ def arrives(inputs: Inputs) -> bool:
 
 @contextmanager
 def supplied(inputs: Inputs, output: Production, room: Room, observer: Observer, *, whole: bool) -> Iterator[Supply]:
-    """The base's files for a conversion; `whole`: all are there. What came into the staging folder is removed at the end of it, but for an
-    error, after which another run may need it."""
+    """The base's files for a conversion; `whole`: all are there. What came into the staging folder is removed at the
+    end of it, but for an error, after which another run may need it."""
     if whole:
         yield Present(inputs.base.folder)
         return
