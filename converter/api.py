@@ -133,6 +133,7 @@ def verify(
     base_revision: str | None = None,
     adapter_revision: str | None = None,
     compare: bool = False,
+    calibrate: Reference | None = None,
     require_receipt: bool = False,
     gates: Gates = Gates(),
     sample: float = 1.0,
@@ -149,10 +150,11 @@ def verify(
 
     `out` is a folder, or hf://ORG/NAME[@REVISION], which is downloaded for it and removed again.
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
-    `sample` is the share of each shard's tensors that are made again, chosen by their names. `require_receipt`: having
-    no receipt is a problem. The figures of the tensors that aren't made again are those of the receipt; all must reach
-    the `gates`. `signature` and `public_key` are files, as `convert sign` takes and writes them, `provenance` one as
-    `convert provenance` writes it: what they say otherwise is a problem.
+    `calibrate`: the text by which it was calibrated. `sample` is the share of each shard's tensors that are made
+    again, chosen by their names. `require_receipt`: having no receipt is a problem. The figures of the tensors that
+    aren't made again are those of the receipt; all must reach the `gates`. `signature` and `public_key` are files, as
+    `convert sign` takes and writes them, `provenance` one as `convert provenance` writes it: what they say otherwise is
+    a problem.
 
     Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
     """
@@ -160,7 +162,8 @@ def verify(
         raise BadRecipe("`signature` and `public_key` go together: give both")
     sources = None
     if base is not None or adapter is not None or compare:
-        sources = Sources(base, adapter, base_revision, adapter_revision)
+        text = None if calibrate is None else Path(calibrate)
+        sources = Sources(base, adapter, base_revision, adapter_revision, text=text)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
     observer, checks = Observer(progress), Checks(sources, sample, gates, require_receipt)
     with as_folder(os.fspath(out), offline=offline, tell=partial(observer.tell, "fetching")) as folder:

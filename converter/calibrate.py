@@ -15,20 +15,20 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from converter.calibration import sha256_of_text
+from converter.calibration import DEFAULT_WINDOW, sha256_of_text
 from converter.errors import ConversionRefused, ConverterError, InputChanged, Interrupted
 from converter.layers.activations import Activations
 from converter.layers.inputs import groups_of, in_order, moments_of
 from converter.layers.layered import LayeredModel
 from converter.layers.restored import restored
-from converter.layers.texts import DEFAULT_WINDOW, Batch, Text, in_batches, window_of, windows_of
+from converter.layers.texts import Batch, Text, in_batches, window_of, windows_of
 from converter.layers.weights import Weights
 from converter.model.tokenizer import Tokenizer
 from converter.observer import Observer
+from converter.plan.budget import ACTIVATIONS
 from converter.plan.decide import make_plan
 from converter.plan.inputs import Inputs
-from converter.plan.plan import Plan
-from converter.resources import DEFAULT_MEMORY
+from converter.plan.plan import Plan, TensorPlan
 from converter.seal.production import Made, Target
 from converter.threads import pool, use_one_thread
 from converter.tile import Encoding
@@ -50,7 +50,7 @@ class Making(Protocol):
     def target(self, name: str) -> Target | None:
         """Where a tensor goes; None if it is made already."""
 
-    def written(self, name: str) -> Mapping[str, bytes]:
+    def written(self, tensor: TensorPlan) -> Mapping[str, bytes]:
         """The bytes of a tensor that is made, by output name."""
 
 
@@ -66,7 +66,7 @@ class Calibrator:
         self._text, self._recipe = text, plan.recipe.calibration
         self._planned = {tensor.name: tensor for tensor in plan.tensors()}
         self._batches = self._in_batches()
-        self._activations = Activations((plan.resources.memory or DEFAULT_MEMORY) // 2)
+        self._activations = Activations(ACTIVATIONS)
         tokens = [batch.tokens for batch in self._batches]
         self._model = LayeredModel.of(self._weights(), tokens, self._activations, device=encoding.device.place)
 
@@ -108,8 +108,8 @@ class Calibrator:
             model.put({name: self._restored(name, output) for name in names})
 
     def _restored(self, name: str, output: Making) -> Tensor:
-        written = output.written(name)
-        return restored(self._planned[name], written, self._plan.config, self._inputs.base.folder)
+        tensor = self._planned[name]
+        return restored(tensor, output.written(tensor), self._plan.config, self._inputs.base.folder)
 
     def _advance(self, number: int, workers: Executor | None) -> None:
         """Run a layer over all batches, for the next one."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from converter.calibrate import Result
+from converter.calibrate import Calibrator, Result
 from converter.errors import ConversionFailed, ConverterError, Interrupted, Undecided
 from converter.job import Adapters, Reference, RunOptions
 from converter.observer import Observer
@@ -38,6 +39,8 @@ class Sources:
     adapter_revision: str | None = None
     origin: Mapping[str, Any] | None = None
     """What the output's receipt says of them, if it has one."""
+    text: Path | None = None
+    """The text by which the output was calibrated."""
 
     def completed(self) -> Sources:
         """With what isn't given taken from the receipt. `Undecided` if that has no name for it."""
@@ -71,6 +74,11 @@ def compare_with(
     Raises `Undecided` if base or adapter can't be had or can't be converted.
     """
     sources = given.completed()
+    if recipe.calibration is not None and given.text is None:
+        raise Undecided(
+            f"calibrated by a text, of which the sha256 begins with {recipe.calibration.text[:12]}: give its file as "
+            "`calibrate`"
+        )
     try:
         with Inputs(
             sources.base,
@@ -117,8 +125,15 @@ def _made_again(
         total = sum(tensor.source.nbytes for tensor in tensors)
         done = 0
         adapter = inputs.adapter.folder if inputs.adapter is not None else None
-        targets = ([Target(tensor, adapter, comparer)] for tensor in tensors)
-        results = convert_tensors(targets, inputs.base.folder, encoding, crew, observer)
+        making = _MadeAgain(written, [Target(tensor, adapter, comparer) for tensor in tensors])
+
+        def convert(targets: Iterable[Sequence[Target]]) -> Iterator[Result]:
+            return convert_tensors(targets, inputs.base.folder, encoding, crew, observer)
+
+        if plan.recipe.calibration is None or given.text is None:
+            results = convert(making.targets())
+        else:
+            results = Calibrator(plan, inputs, given.text, encoding, observer).run(making, convert)
         for target, made in all_of(results, len(tensors)):
             if isinstance(made, ConverterError):
                 raise made
@@ -149,6 +164,30 @@ def all_of(results: Iterable[Result], count: int) -> Iterator[Result]:
         yield result
     if made < count:
         raise ConversionFailed(f"only {made} of {count} tensors were made again: too little memory")
+
+
+class _MadeAgain:
+    """The tensors that are made again. Where one is asked for that isn't, or is already, what is written is taken."""
+
+    def __init__(self, written: Checkpoint, targets: Iterable[Target]) -> None:
+        self._written = written
+        self._left = {target.tensor.name: target for target in targets}
+
+    def targets(self) -> Iterator[list[Target]]:
+        for name in list(self._left):
+            yield [self._left.pop(name)]
+
+    def target(self, name: str) -> Target | None:
+        return self._left.pop(name, None)
+
+    def written(self, tensor: TensorPlan) -> dict[str, bytes]:
+        found = {}
+        for output in tensor.outputs:
+            there = self._written.tensors[output.name]
+            raw = bytearray(there.nbytes)
+            self._written.folder.read_into(there.file, there.offset, memoryview(raw))
+            found[output.name] = bytes(raw)
+        return found
 
 
 class _Comparer:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from converter.calibration import DEFAULT_WINDOW
 from converter.compare import Sources
 from converter.errors import AdapterMismatch, BadCheckpoint, BadRecipe, ConversionRefused, Interrupted
 from converter.gates import QualityGates
@@ -20,7 +21,7 @@ from converter.job import Reference, RunOptions
 from converter.layers.activations import Activations
 from converter.layers.figures import BatchSums, Comparison, Estimate, WindowSums, compared, perplexity_of
 from converter.layers.layered import LayeredModel
-from converter.layers.texts import DEFAULT_WINDOW, Batch, Text, in_batches, window_of, windows_of
+from converter.layers.texts import Batch, Text, in_batches, window_of, windows_of
 from converter.layers.weights import Weights
 from converter.model.tokenizer import Tokenizer
 from converter.observer import Observer

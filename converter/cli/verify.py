@@ -51,6 +51,7 @@ Exit code:
         help="The adapter that is merged in; all that are combined, in their order.",
     ),
     *REVISIONS.values(),
+    cloup.option("--calibrate", type=Place("file"), metavar="FILE", help="The text by which OUT was calibrated."),
     with_offline,
     with_pickle,
 )

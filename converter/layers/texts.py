@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converter.calibration import DEFAULT_WINDOW
 from converter.errors import BadRecipe, ConversionRefused
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ _LEAST = 2
 _FULL = 0.75
 """How long the windows of a batch are at least, compared with its longest: the others are padded."""
 
-DEFAULT_WINDOW = 2048
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """What configs call the most tokens of a window."""
 

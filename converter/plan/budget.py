@@ -7,10 +7,13 @@ absmax of a whole tensor, the adapter's factors, headers.
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from converter.calibration import DEFAULT_WINDOW
 from converter.errors import BadRecipe
 from converter.plan.plan import CutAs, Plan, TensorPlan
 from converter.quantize.cut import MIN_MERGE_ROWS, STRIP_ELEMENTS, longest_strip, tile_bounds
@@ -35,6 +38,12 @@ _BY_FEEDBACK = 28.0
 made of them on the way, its code."""
 _BY_GPTQ = BY_TORCH + 20.0
 """Bytes that a weight takes whose codes a text chooses: also its target and its steps, in both orders of columns."""
+ACTIVATIONS = 256_000_000
+"""Bytes of activations that are in memory while an output is calibrated; those beyond are in a file."""
+_OF_MOMENTS, _OF_BATCH = 20, 40
+"""Bytes of memory for each second moment of a module's inputs, and for each input of a batch."""
+_NUMBER = re.compile(r"\.\d+\.")
+"""What the names of a layer's tensors begin with, up to its number."""
 _STRIP_ROWS = 3 * MIN_MERGE_ROWS
 """The most rows of a strip, where rows are long."""
 
@@ -52,7 +61,7 @@ def cut_into_tiles(
     objects = 0
     if reserved is None:
         objects = _objects(tensors)
-        reserved = FIXED + objects + in_flight(tensors, recipe, resources)
+        reserved = FIXED + objects + in_flight(tensors, recipe, resources) + _calibrating(tensors, recipe)
     room = ((resources.memory or DEFAULT_MEMORY + objects) - reserved) / resources.slots
     fewest, largest_tile = resources.tile_weights
     cut: list[TensorPlan] = []
@@ -136,6 +145,21 @@ def _tile_bytes(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> flo
 def _is_calibrated(tensor: TensorPlan, recipe: Recipe) -> bool:
     """Whether its codes are chosen by a text: then all of its scales are known before the first code."""
     return recipe.calibration is not None and tensor.action == "quantize"
+
+
+def _calibrating(tensors: Sequence[TensorPlan], recipe: Recipe) -> int:
+    """Bytes that a layer takes in float32, what it makes of a batch, the second moments of its inputs with their
+    factors, and the activations that are in memory."""
+    if recipe.calibration is None:
+        return 0
+    layers: Counter[str] = Counter()
+    for tensor in tensors:
+        if (number := _NUMBER.search(tensor.name)) is not None:
+            layers[tensor.name[: number.end()]] += 4 * math.prod(tensor.shape)
+    widest = max((tensor.columns for tensor in tensors if tensor.action == "quantize"), default=0)
+    batch = max(recipe.calibration.window or 0, DEFAULT_WINDOW) * widest
+    activations = min(ACTIVATIONS, 4 * recipe.calibration.tokens * widest)
+    return max(layers.values(), default=0) + _OF_MOMENTS * widest**2 + _OF_BATCH * batch + activations
 
 
 def _is_merged_by_strips(tensor: TensorPlan, recipe: Recipe, resources: Resources) -> bool:

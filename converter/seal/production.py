@@ -116,11 +116,11 @@ class Production:
                 self._open(shard)
         return [tensor for name, (_, tensor) in self._planned.items() if name not in self.made]
 
-    def written(self, name: str) -> dict[str, bytes]:
+    def written(self, tensor: TensorPlan) -> dict[str, bytes]:
         """The bytes of a tensor that is made, by output name. Raises what reading raises."""
-        shard, tensor = self._planned[name]
-        writer = self._writers.get(shard.file)
-        states = writer.states(name) if writer is not None else self.staging.journal.entries[name].states
+        shard, _ = self._planned[tensor.name]
+        writer, entries = self._writers.get(shard.file), self.staging.journal.entries
+        states = writer.states(tensor.name) if writer is not None else entries[tensor.name].states
         file = shard.file if (self.staging.folder / shard.file).exists() else shard.file + UNFINISHED
         found = {output: raw.encode() for output, raw in states.items()}
         with closing(LocalFolder(self.staging.folder)) as folder:
