@@ -65,6 +65,7 @@ class Calibrator:
         self._plan, self._inputs, self._encoding, self._observer = plan, inputs, encoding, observer
         self._text, self._recipe = text, plan.recipe.calibration
         self._planned = {tensor.name: tensor for tensor in plan.tensors()}
+        self._done = 0
         self._batches = self._in_batches()
         self._activations = Activations(ACTIVATIONS)
         tokens = [batch.tokens for batch in self._batches]
@@ -97,7 +98,8 @@ class Calibrator:
             names = [weights[module] for module in group]
             targets = [target for target in map(output.target, names) if target is not None]
             if targets:
-                self._observer.tell("converting", 0, 0, f"layer {number + 1} of {model.layers}: {group[0]}")
+                what = f"layer {number + 1} of {model.layers}: the inputs of {group[0].rpartition('.')[2]}"
+                self._observer.tell("converting", self._done, self._plan.base_bytes, what)
                 lengths = [batch.lengths for batch in self._batches]
                 moments = moments_of(model, number, group[0], lengths, workers)
                 if moments is not None:
@@ -106,6 +108,7 @@ class Calibrator:
                 for name in names:
                     self._encoding.moments.pop(name, None)
             model.put({name: self._restored(name, output) for name in names})
+            self._done += sum(self._planned[name].source.nbytes for name in names)
 
     def _restored(self, name: str, output: Making) -> Tensor:
         tensor = self._planned[name]

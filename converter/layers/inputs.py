@@ -61,7 +61,7 @@ def moments_of(
 ) -> Moments | None:
     """The second moments of a module's inputs over all batches; None if no token gets to it.
 
-    `lengths`: of the windows of each batch, in tokens; what is beyond them doesn't count. `workers`: threads that
+    `lengths`: of the windows of each batch, in tokens, the longest of which isn't padded; padding doesn't count. `workers`: threads that
     compute on one thread each; None: compute here.
     """
     import torch
@@ -97,9 +97,12 @@ def _tokens(given: Tensor, lengths: Sequence[int]) -> Tensor:
     """The inputs of a module as (tokens, in_features) in float32, without padding."""
     import torch
 
-    if given.dim() == 3 and given.shape[0] == len(lengths):
-        given = torch.cat([window[:length] for window, length in zip(given, lengths, strict=True)])
-    return given.reshape(-1, given.shape[-1]).float()
+    given = given.reshape(-1, given.shape[-1])
+    longest = max(lengths)
+    if given.shape[0] == len(lengths) * longest:  # else some of the tokens, as an expert gets them
+        windows = given.view(len(lengths), longest, -1)
+        given = torch.cat([window[:length] for window, length in zip(windows, lengths, strict=True)])
+    return given.float()
 
 
 def _add(total: Tensor, given: Tensor, workers: Executor | None) -> None:

@@ -1,0 +1,238 @@
+"""Codes that a text chooses: better than the nearest ones, the same bytes every time, and every refusal says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from converter import Evaluation, Recipe, Resources, convert, evaluate, plan_conversion, verify
+from converter.calibration import Calibration
+from converter.cli.commands import cli
+from converter.errors import BadRecipe, ConversionRefused, InputChanged, Interrupted, Undecided, Unsupported
+from converter.observer import Progress
+from tests.architectures import save_tiny
+from tests.conftest import REPOSITORY
+from tests.folders import contents
+from tests.layers.models import whole_model
+
+BASE, ADAPTER = REPOSITORY / "fixtures" / "tiny-base", REPOSITORY / "fixtures" / "tiny-adapter"
+TEXT = REPOSITORY / "converter" / "recipe.py"
+OTHER_TEXT = REPOSITORY / "converter" / "gates.py"
+WINDOW, TOKENS = 128, 1500
+ONE = Resources(threads=1, journal_seconds=0.0)
+
+
+def recipe(**choices: object) -> Recipe:
+    return Recipe(calibration=Calibration.of(TEXT, window=WINDOW, tokens=TOKENS), **choices)  # type: ignore[arg-type]
+
+
+def divergence(out: Path) -> float:
+    """From the merged model, on a text that calibrated nothing."""
+    found: Evaluation = evaluate(out, OTHER_TEXT, BASE, ADAPTER, window=WINDOW, max_tokens=1500)
+    assert found.comparison is not None
+    return float(found.comparison.divergence.value)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NF4, made on two threads."""
+    place = tmp_path_factory.mktemp("made") / "out"
+    return convert(BASE, ADAPTER, place, recipe(), Resources(threads=2), calibrate=TEXT).out
+
+
+FORMATS: dict[str, dict[str, object]] = {
+    "fp4": {"quant_type": "fp4"},
+    "int8": {"quant_type": "int8"},
+    "w4a16": {"quant_type": "w4a16", "group_size": 32},
+    "w8a16": {"quant_type": "w8a16", "group_size": 32},
+    "nf4, without double quant": {"double_quant": False, "block_size": 32},
+}
+
+
+def test_a_calibrated_output_is_closer_to_the_merged_model(out: Path, tmp_path: Path) -> None:
+    plain = convert(BASE, ADAPTER, tmp_path / "plain").out
+
+    assert divergence(out) < 0.8 * divergence(plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_so_it_is_in_each_format(name: str, tmp_path: Path) -> None:
+    choices = FORMATS[name]
+    plain = convert(BASE, ADAPTER, tmp_path / "plain", Recipe(**choices)).out  # type: ignore[arg-type]
+    calibrated = convert(BASE, ADAPTER, tmp_path / "out", recipe(**choices), calibrate=TEXT).out
+
+    assert divergence(calibrated) < 0.9 * divergence(plain)
+    assert {name: value.dtype for name, value in tensors(calibrated).items()} == {
+        name: value.dtype for name, value in tensors(plain).items()
+    }
+
+
+def test_only_codes_differ_from_an_output_that_is_not_calibrated(out: Path, tmp_path: Path) -> None:
+    plain = tensors(convert(BASE, ADAPTER, tmp_path / "plain").out)
+
+    different = {name for name, value in tensors(out).items() if not torch.equal(value, plain[name])}
+
+    assert different
+    assert all(name.endswith("_proj.weight") for name in different)
+    assert plain.keys() == tensors(out).keys()
+
+
+def test_any_number_of_threads_and_a_resumed_run_give_the_same_bytes(out: Path, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def stop() -> int | None:
+        return signal.SIGTERM if len(made) > 12 else None
+
+    def hear(progress: Progress) -> None:
+        made.append(progress.name)
+
+    place = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        convert(BASE, ADAPTER, place, recipe(), ONE, calibrate=TEXT, progress=hear, stop=stop)
+    assert not place.exists()
+    begun: list[int] = []
+
+    convert(
+        BASE, ADAPTER, place, recipe(), ONE, calibrate=TEXT, progress=lambda progress: begun.append(progress.done)
+    )
+
+    assert begun
+    assert contents(place) == contents(out)
+
+
+def test_it_loads_and_the_model_is_the_one_that_was_measured(out: Path) -> None:
+    loaded = whole_model(out, torch.bfloat16)
+
+    with torch.no_grad():
+        logits = loaded(input_ids=torch.arange(3, 60)[None]).logits
+
+    assert bool(logits.isfinite().all())
+
+
+def test_the_receipt_says_by_which_text_and_another_text_is_another_output(out: Path) -> None:
+    stated = json.loads((out / "conversion.json").read_text())["recipe"]["calibration"]
+
+    assert stated == {
+        "text": Calibration.of(TEXT).text,
+        "field": None,
+        "tokens": TOKENS,
+        "window": WINDOW,
+        "damping": 0.01,
+    }
+    again = convert(BASE, ADAPTER, out, recipe(), calibrate=TEXT)
+    assert again.nothing_to_do
+    other = replace(recipe(), calibration=Calibration.of(OTHER_TEXT, window=WINDOW, tokens=TOKENS))
+    with pytest.raises(ConversionRefused, match="overwrite"):
+        convert(BASE, ADAPTER, out, other, calibrate=OTHER_TEXT)
+
+
+def test_verify_makes_it_again_by_the_same_text(out: Path, tmp_path: Path) -> None:
+    assert verify(out, BASE, ADAPTER, calibrate=TEXT).is_good
+    assert verify(out, BASE, ADAPTER, calibrate=TEXT, sample=0.1).is_good
+    assert verify(out).is_good
+    with pytest.raises(Undecided, match=r"give its file as `calibrate`"):
+        verify(out, BASE, ADAPTER)
+    with pytest.raises(Undecided, match="not the text of the recipe"):
+        verify(out, BASE, ADAPTER, calibrate=OTHER_TEXT)
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    (shard,) = damaged.glob("*.safetensors")
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 0x11
+    shard.write_bytes(raw)
+    found = verify(damaged, BASE, ADAPTER, calibrate=TEXT)
+    assert any("differs" in problem for problem in found.problems)
+
+
+def test_a_quantized_base_is_calibrated_where_the_adapter_changes_it(tmp_path: Path) -> None:
+    quantized = convert(BASE, None, tmp_path / "base").out
+    plain = convert(quantized, ADAPTER, tmp_path / "plain").out
+    calibrated = convert(quantized, ADAPTER, tmp_path / "out", recipe(), calibrate=TEXT).out
+
+    assert divergence(calibrated) < divergence(plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_moe", "gemma2"])
+def test_other_architectures_are_calibrated(name: str, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", name, vocab_size=1536)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / file, base)
+    calibrated = convert(base, None, tmp_path / "out", recipe(), calibrate=TEXT).out
+    plain = convert(base, None, tmp_path / "plain").out
+
+    figures = [evaluate(one, OTHER_TEXT, base, window=WINDOW, max_tokens=1500).comparison for one in (calibrated, plain)]
+
+    assert all(one is not None for one in figures)
+    ours, nearest = (one.divergence.value for one in figures if one is not None)
+    assert ours < nearest
+    assert verify(calibrated, base, calibrate=TEXT).is_good
+
+
+def invoke(arguments: list[str]) -> Result:
+    return CliRunner().invoke(cli, arguments, obj=lambda: None)
+
+
+def refused(tmp_path: Path, act: Callable[[Path], object], error: type[Exception], message: str) -> None:
+    place = tmp_path / "refused"
+    with pytest.raises(error, match=message):
+        act(place)
+    assert not place.exists()
+    assert not (tmp_path / "refused.partial").exists()
+
+
+def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    encoder = save_tiny(tmp_path / "t5", "t5", vocab_size=1536)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / file, encoder)
+    cases: list[tuple[Callable[[Path], object], type[Exception], str]] = [
+        (lambda out: convert(BASE, ADAPTER, out, Recipe(quant_type="fp8"), calibrate=TEXT), BadRecipe, "only nf4"),
+        (lambda out: convert(BASE, ADAPTER, out, recipe(), calibrate=OTHER_TEXT), InputChanged, "the same file again"),
+        (lambda out: convert(BASE, ADAPTER, out, recipe()), BadRecipe, "give its file as `calibrate`"),
+        (lambda out: convert(BASE, ADAPTER, out, calibrate=tmp_path / "no"), BadRecipe, "give a file of text"),
+        (lambda out: convert(BASE, ADAPTER, out, calibrate=empty), ConversionRefused, "no two tokens"),
+        (lambda out: convert(encoder, None, out, calibrate=TEXT), Unsupported, "a layer at a time"),
+        (lambda _: convert(BASE, ADAPTER, "s3://bucket/x", calibrate=TEXT), BadRecipe, "convert to a folder"),
+        (lambda _: Calibration.of(TEXT, tokens=5), BadRecipe, "at least 128"),
+        (lambda _: Calibration.of(TEXT, damping=0.0), BadRecipe, "above 0"),
+    ]
+    for act, error, message in cases:
+        refused(tmp_path, act, error, message)
+
+
+def test_the_plan_counts_the_memory_of_a_layer() -> None:
+    plain = plan_conversion(BASE, ADAPTER).plan
+    calibrated = plan_conversion(BASE, ADAPTER, recipe=recipe(), calibrate=TEXT).plan
+
+    assert calibrated.memory > plain.memory
+    assert all(len(one.tiles) == 2 for one in calibrated.tensors() if one.action == "quantize")
+
+
+def test_the_command_line_calibrates_one_output(tmp_path: Path) -> None:
+    common = ["--base", str(BASE), "--out", str(tmp_path / "out"), "--calibrate", str(TEXT)]
+    settings = ["--calibrate-tokens", "1000", "--calibrate-window", "64", "--calibrate-field", "text"]
+
+    done = invoke([*common, "--adapter", str(ADAPTER), *settings[:4], "-q"])
+    several = invoke([*common, "--adapter", f"a={ADAPTER}", "--adapter", f"b={ADAPTER}"])
+    without = invoke(["--base", str(BASE), "--out", str(tmp_path / "other"), *settings])
+
+    assert done.exit_code == 0, done.output
+    stated = json.loads((tmp_path / "out" / "conversion.json").read_text())["recipe"]["calibration"]
+    assert (stated["tokens"], stated["window"]) == (1000, 64)
+    assert "--calibrate goes with one output" in several.output
+    assert "has no meaning without --calibrate" in without.output
