@@ -5,6 +5,7 @@ from converter.batch.batch import convert_batch
 from converter.batch.job_file import read_jobs
 from converter.batch.options import BatchOptions
 from converter.batch.outcomes import Outcome
+from converter.calibration import Calibration
 from converter.combination import Combination
 from converter.errors import ConversionFailed, ConversionRefused, ConverterError, GateFailed
 from converter.evaluation import Evaluation
@@ -26,6 +27,7 @@ from converter.verification import Verification
 __all__ = [
     "Adapter",
     "BatchOptions",
+    "Calibration",
     "Checkpoint",
     "Combination",
     "ConversionFailed",

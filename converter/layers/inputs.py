@@ -61,8 +61,8 @@ def moments_of(
 ) -> Moments | None:
     """The second moments of a module's inputs over all batches; None if no token gets to it.
 
-    `lengths`: of the windows of each batch, in tokens, the longest of which isn't padded; padding doesn't count. `workers`: threads that
-    compute on one thread each; None: compute here.
+    `lengths`: of the windows of each batch, in tokens, the longest of which isn't padded; padding doesn't count.
+    `workers`: threads that compute on one thread each; None: compute here.
     """
     import torch
 

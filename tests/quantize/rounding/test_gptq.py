@@ -183,5 +183,5 @@ def test_a_weight_with_a_nan_is_refused_by_name(name: str) -> None:
     values = weight()
     values[3, 5] = float("nan")
 
-    with pytest.raises(NotFinite, match="q.weight"):
+    with pytest.raises(NotFinite, match=r"q\.weight"):
         encoded(recipe_of(name), values, moments(inputs()))
