@@ -11,7 +11,7 @@ from typing import Any
 
 from converter.errors import BadRecipe
 
-DEFAULT_TOKENS, DEFAULT_WINDOW = 65_536, 2048
+DEFAULT_TOKENS, DEFAULT_WINDOW = 32_768, 2048
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from converter import Evaluation, Recipe, Resources, convert, evaluate, plan_conversion, verify
+from converter import Evaluation, Job, Recipe, Resources, convert, convert_batch, evaluate, plan_conversion, verify
 from converter.calibration import Calibration
 from converter.cli.commands import cli
 from converter.errors import BadRecipe, ConversionRefused, InputChanged, Interrupted, Undecided, Unsupported
@@ -209,6 +209,11 @@ def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path:
         (lambda out: convert(BASE, ADAPTER, out, calibrate=empty), ConversionRefused, "no two tokens"),
         (lambda out: convert(encoder, None, out, calibrate=TEXT), Unsupported, "a layer at a time"),
         (lambda _: convert(BASE, ADAPTER, "s3://bucket/x", calibrate=TEXT), BadRecipe, "convert to a folder"),
+        (
+            lambda out: convert_batch([Job(out, ADAPTER, BASE, recipe(), text=TEXT)]),
+            BadRecipe,
+            "convert each adapter by itself",
+        ),
         (lambda _: Calibration.of(TEXT, tokens=5), BadRecipe, "at least 128"),
         (lambda _: Calibration.of(TEXT, damping=0.0), BadRecipe, "above 0"),
     ]

@@ -52,6 +52,8 @@ def convert_jobs(
     access: Access = Access(),
 ) -> list[Outcome]:
     """`convert_batch`, from values."""
+    if any(job.recipe.calibration is not None for job in jobs):
+        raise BadRecipe("`calibrate` goes with one output: convert each adapter by itself")
     run = BatchRun(options, observer, Outcomes(jobs, observer.ended), access)
     groups = plan_groups(jobs, run)
     only_planned = dry_run or (options.strict and len(run.outcomes) > 0)

@@ -236,7 +236,7 @@ CALIBRATION: tuple[Decorator, ...] = (
     cloup.option(
         "--calibrate-field", metavar="NAME", help="With JSON lines: the text's name.  [default: text, in .jsonl]"
     ),
-    cloup.option("--calibrate-tokens", type=int, metavar="N", help="Tokens to read of the text.  [default: 65536]"),
+    cloup.option("--calibrate-tokens", type=int, metavar="N", help="Tokens to read of the text.  [default: 32768]"),
     cloup.option(
         "--calibrate-window",
         type=int,
