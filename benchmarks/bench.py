@@ -12,6 +12,7 @@ from __future__ import annotations
 
 # Nothing heavy is imported before the last measurement: a large parent takes memory from what it measures.
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -267,18 +268,24 @@ def measure_tuners(bench: Bench, name: str) -> None:
 
 
 def measure_evaluation(bench: Bench, name: str) -> None:
-    """An output measured on a short text, beside the 16-bit model: how much memory one layer at a time takes."""
-    bench.say(f"{name}: evaluation, one layer at a time")
+    """An output measured on a short text, beside the 16-bit model, and one calibrated by it: how much memory one layer
+    at a time takes."""
+    bench.say(f"{name}: evaluation and calibration, one layer at a time")
     folder, out = bench.model(name), bench.work / "out"
     inputs = ("--base", folder / "base", "--adapter", folder / "adapter")
     bench.convert(*inputs, "--out", out)
-    for part in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPO / "fixtures" / "tiny-base" / part, out)
+    for part, place in itertools.product(("tokenizer.json", "tokenizer_config.json"), (out, folder / "base")):
+        shutil.copy(REPO / "fixtures" / "tiny-base" / part, place)
     text = ("--text", Path(__file__), "--max-tokens", 2048)
     run = bench.convert("evaluate", out, *text, *inputs, "--memory", "200MB", "--scratch", bench.work)
     bench.result.setdefault("evaluation", {})[name] = figures(run) | {
         "base_bytes": size(folder / "base"),
         "output_bytes": size(out),
+    }
+    remove(out)
+    calibrate = ("--calibrate", Path(__file__), "--calibrate-tokens", 2048)
+    bench.result.setdefault("calibration", {})[name] = figures(bench.convert(*inputs, "--out", out, *calibrate)) | {
+        "base_bytes": size(folder / "base"),
     }
     remove(out)
     bench.save()

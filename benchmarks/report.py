@@ -41,13 +41,15 @@ def table(result: Result) -> str:
     if "tuners" in result:
         parts.append(_tuners(result["tuners"]))
     if "evaluation" in result:
-        parts.append(_evaluations(result["evaluation"]))
+        parts.append(_on_a_text(result["evaluation"], "`convert evaluate`"))
+    if "calibration" in result:
+        parts.append(_on_a_text(result["calibration"], "`--calibrate`"))
     return "\n\n".join([*parts, _commands(result)])
 
 
-def _evaluations(found: Result) -> str:
-    """An output and its 16-bit model on 2,048 tokens, a layer of one of them in memory at a time."""
-    lines = ["| `convert evaluate`, 2,048 tokens | base | peak of memory | time |", "| --- | ---: | ---: | ---: |"]
+def _on_a_text(found: Result, command: str) -> str:
+    """What a command takes that runs a model on 2,048 tokens, a layer in memory at a time."""
+    lines = [f"| {command}, 2,048 tokens | base | peak of memory | time |", "| --- | ---: | ---: | ---: |"]
     lines += [
         f"| {name} B | {run['base_bytes'] / 1e9:.1f} GB | {run['peak'] / 1e9:.2f} GB | {run['seconds']:.0f} s |"
         for name, run in found.items()
