@@ -56,7 +56,7 @@ class Served:
         if problems := self.problems.get(loader):
             more = f" ({len(problems)} problems in all)" if len(problems) > 1 else ""
             raise Unsupported(
-                f"{loader} does not take it: {problems[0]}{more}; `convert` it with --format w4a16 or bf16"
+                f"{loader} does not take it: {problems[0]}{more}; convert with `quant_type` w4a16 or none"
             )
 
 
@@ -81,7 +81,7 @@ class Serving:
         """`Unsupported` if the server can't split these weights."""
         if self.gpus > 1 and served.kind == "bitsandbytes":
             raise Unsupported(
-                f"{server} splits no bitsandbytes weights among GPUs: take `gpus` 1, or convert with --format w4a16"
+                f"{server} splits no bitsandbytes weights among GPUs: take `gpus` 1, or convert with `quant_type` w4a16"
             )
 
     @property

@@ -16,7 +16,7 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
             else ("documents no weights of compressed-tensors")
         )
         raise Unsupported(
-            f"TGI {why}, and only gets minor fixes now: convert with --format bf16, and let it quantize with "
+            f"TGI {why}, and only gets minor fixes now: convert with `quant_type` none, and let it quantize with "
             "--quantize bitsandbytes-nf4; or export for vllm"
         )
     words = ["text-generation-launcher", "--model-id", serving.model]

@@ -210,7 +210,7 @@ def test_what_a_server_does_not_take_is_refused_with_what_helps(
     with pytest.raises(Unsupported, match=REFUSED[server, kind]) as refused:
         export(outs[kind], server, tmp_path / "x")
 
-    assert "convert with --format bf16" in str(refused.value)
+    assert "convert with `quant_type` none" in str(refused.value)
     assert not (tmp_path / "x").exists()
 
 
@@ -227,7 +227,7 @@ def test_a_class_that_a_server_does_not_have_is_refused_by_its_rules(
     out = copy(outs["w4a16"], tmp_path / "other")
     change_json(out / "config.json", architectures=["LlamaForTokenClassification"])
 
-    with pytest.raises(Unsupported, match="does not take it: "):
+    with pytest.raises(Unsupported, match=r"does not take it: .*; convert with `quant_type` w4a16 or none"):
         export(out, server, tmp_path / "x")
 
 

@@ -114,7 +114,8 @@ class FourBitCoding:
 class EightBitCoding:
     """LLM.int8. The scale of a row is its largest absolute value after the merge, in float16."""
 
-    grid = whole_numbers(127)
+    def __init__(self) -> None:
+        self.grid = whole_numbers(127)
 
     def block(self, columns: int) -> int:
         return columns
