@@ -93,15 +93,15 @@ class Calibrator:
             if self._planned[tensor].action == "quantize"
         }
         groups = groups_of(model, number, weights)
-        unreached = weights.keys() - {*chain.from_iterable(groups)}
-        for group in [*groups, tuple(sorted(unreached))]:
+        uncalled = weights.keys() - {*chain.from_iterable(groups)}  # with the first batch
+        for group in [*groups, *zip(sorted(uncalled))]:
             names = [weights[module] for module in group]
             targets = [target for target in map(output.target, names) if target is not None]
             if targets:
                 what = f"layer {number + 1} of {model.layers}: the inputs of {group[0].rpartition('.')[2]}"
                 self._observer.tell("converting", self._done, self._plan.base_bytes, what)
                 lengths = [batch.lengths for batch in self._batches]
-                moments = moments_of(model, number, group[0], lengths, workers)
+                moments = moments_of(model, number, group[0], lengths, workers, self._stop_if_asked)
                 if moments is not None:
                     self._encoding.moments |= dict.fromkeys(names, moments)
                 yield from convert([target] for target in targets)
@@ -123,8 +123,11 @@ class Calibrator:
 
         for batch, hidden in enumerate(in_order(workers, after, range(len(self._batches)))):
             model.keep(batch, hidden)
-            if (signum := self._observer.stop()) is not None:
-                raise Interrupted(signum, f"{signal.Signals(signum).name} while layer {number + 1} was run")
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if (signum := self._observer.stop()) is not None:
+            raise Interrupted(signum, f"{signal.Signals(signum).name} while the text was run")
 
     def _weights(self) -> Weights:
         """The merged model in 16 bits."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converter.calibrate import Calibrator, Result
-from converter.errors import ConversionFailed, ConverterError, Interrupted, Undecided
+from converter.errors import BadCheckpoint, ConversionFailed, ConverterError, Interrupted, Undecided
 from converter.job import Adapters, Reference, RunOptions
 from converter.observer import Observer
 from converter.pipeline import convert_tensors, crew_of
@@ -183,7 +183,9 @@ class _MadeAgain:
     def written(self, tensor: TensorPlan) -> dict[str, bytes]:
         found = {}
         for output in tensor.outputs:
-            there = self._written.tensors[output.name]
+            there = self._written.tensors.get(output.name)
+            if there is None:
+                raise BadCheckpoint(f"{output.name}: missing, and what comes after it can't be made again without it")
             raw = bytearray(there.nbytes)
             self._written.folder.read_into(there.file, there.offset, memoryview(raw))
             found[output.name] = bytes(raw)

@@ -221,10 +221,13 @@ def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path:
         refused(tmp_path, act, error, message)
 
 
-def test_the_plan_counts_the_memory_of_a_layer() -> None:
+def test_the_plan_counts_the_memory_of_a_layer_and_the_time_of_the_text() -> None:
     plain = plan_conversion(BASE, ADAPTER).plan
-    calibrated = plan_conversion(BASE, ADAPTER, recipe=recipe(), calibrate=TEXT).plan
+    dry_run = plan_conversion(BASE, ADAPTER, recipe=recipe(), calibrate=TEXT)
+    calibrated = dry_run.plan
 
+    assert dry_run.estimate.calibrate > 0
+    assert dry_run.estimate.seconds > dry_run.estimate.calibrate
     assert calibrated.memory > plain.memory
     assert all(len(one.tiles) == 2 for one in calibrated.tensors() if one.action == "quantize")
 

@@ -57,12 +57,17 @@ def groups_of(model: LayeredModel, number: int, modules: Collection[str]) -> lis
 
 
 def moments_of(
-    model: LayeredModel, number: int, module: str, lengths: Sequence[Sequence[int]], workers: Executor | None
+    model: LayeredModel,
+    number: int,
+    module: str,
+    lengths: Sequence[Sequence[int]],
+    workers: Executor | None,
+    step: Callable[[], None] = lambda: None,
 ) -> Moments | None:
     """The second moments of a module's inputs over all batches; None if no token gets to it.
 
     `lengths`: of the windows of each batch, in tokens, the longest of which isn't padded; padding doesn't count.
-    `workers`: threads that compute on one thread each; None: compute here.
+    `workers`: threads that compute on one thread each; None: compute here. `step` is called after each batch.
     """
     import torch
 
@@ -78,6 +83,7 @@ def moments_of(
     hook = model.module(module).register_forward_pre_hook(stop)
     try:
         for given in in_order(workers, inputs, range(len(lengths))):
+            step()
             if given is None:
                 continue
             if total is None:

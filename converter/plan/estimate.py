@@ -40,12 +40,14 @@ class Estimate:
     """At `WRITE_RATE`."""
     check: float = 0.0
     """First of all: the sha256 of weights that are checked for the first time, at a sampled rate."""
+    calibrate: float = 0.0
+    """Running a text through the layers, and choosing codes by it, at a sampled rate of products."""
 
     @property
     def seconds(self) -> float:
-        """The whole: start, check, the longest stage, and a tenth of the others, which overlap in part."""
+        """The whole: start, check, calibration, the longest stage, and a tenth of the others, which overlap in part."""
         stages = (self.read, self.compute, self.write)
-        return _START_SECONDS + self.check + max(stages) + 0.1 * (sum(stages) - max(stages))
+        return _START_SECONDS + self.check + self.calibrate + max(stages) + 0.1 * (sum(stages) - max(stages))
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"seconds": self.seconds}
@@ -80,7 +82,39 @@ def estimate(plan: Plan, base: Checkpoint) -> Estimate:
         compute=values / _compute_rate(plan) if values else 0.0,
         write=plan.output_bytes / WRITE_RATE,
         check=unchecked / min(read_rate, READERS * _hash_rate()) if unchecked else 0.0,
+        calibrate=_products(plan) / _product_rate(plan) if plan.recipe.calibration is not None else 0.0,
     )
+
+
+def _products(plan: Plan) -> float:
+    """Products of two numbers that calibration sums up.
+
+    A layer runs about three times; its inputs' second moments, of which half are summed up, are those of about two
+    weights; GPTQ carries each column's error to half of the others, after three steps of in_features³ / 3.
+    """
+    tokens = plan.recipe.calibration.tokens if plan.recipe.calibration is not None else 0
+    total: float = 0.0
+    for tensor in plan.tensors():
+        if tensor.action == "quantize":
+            rows, columns = tensor.rows, tensor.columns
+            square = columns * columns
+            total += tokens * (3 * rows * columns + square / 4) + (rows + columns) * square / 2
+    return total
+
+
+def _product_rate(plan: Plan) -> float:
+    """Products a second, on as many threads."""
+    import torch
+
+    device = torch_device(plan.device)
+    sample = torch.randn(1024, 1024, device=device)
+    sums = sample @ sample
+    started = time.perf_counter()
+    sums = sample @ sample
+    float(sums[0, 0])  # waits for an accelerator
+    seconds = time.perf_counter() - started
+    threads = plan.resources.threads / torch.get_num_threads() if device.type == "cpu" else 1
+    return float(1024**3 / seconds * threads)
 
 
 def computed(tensors: Iterable[TensorPlan]) -> int:
