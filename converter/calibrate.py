@@ -7,7 +7,6 @@ a loader will restore, and the next one has its turn.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from converter.calibration import DEFAULT_WINDOW, sha256_of_text
-from converter.errors import ConversionRefused, ConverterError, InputChanged, Interrupted
+from converter.errors import ConversionRefused, ConverterError, InputChanged
 from converter.layers.activations import Activations
 from converter.layers.inputs import groups_of, in_order, moments_of
 from converter.layers.layered import LayeredModel
@@ -126,8 +125,7 @@ class Calibrator:
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if (signum := self._observer.stop()) is not None:
-            raise Interrupted(signum, f"{signal.Signals(signum).name} while the text was run")
+        self._observer.stop_if_asked("the text was run")
 
     def _weights(self) -> Weights:
         """The merged model in 16 bits."""

@@ -5,7 +5,6 @@ Both models are run one layer at a time, so none has to fit in memory; their log
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from converter.calibration import DEFAULT_WINDOW
 from converter.compare import Sources
-from converter.errors import AdapterMismatch, BadCheckpoint, BadRecipe, ConversionRefused, Interrupted
+from converter.errors import AdapterMismatch, BadCheckpoint, BadRecipe, ConversionRefused
 from converter.gates import QualityGates
 from converter.job import Reference, RunOptions
 from converter.layers.activations import Activations
@@ -190,7 +189,7 @@ class _Reader:
             BatchSums(batch.tokens.to(self._device), batch.lengths, compared=bool(others)) for batch in self._batches
         ]
         for start, end in pairwise(self._tiles(first)):
-            self._stop_if_asked()
+            self._observer.stop_if_asked("it was evaluated")
             part = int(self._total * start / first.vocabulary)
             self._observer.tell("comparing", part, self._total, f"tokens from {start:,} on of {first.vocabulary:,}")
             with first.head(start, end), _all(others, start, end):
@@ -207,7 +206,7 @@ class _Reader:
 
     def _run(self, model: LayeredModel, opened: _Opened, done: int) -> None:
         def step(layer: int, batch: int, batches: int) -> None:
-            self._stop_if_asked()
+            self._observer.stop_if_asked("it was evaluated")
             part = (layer * batches + batch) / (model.layers * batches)
             name = f"{opened.label}: layer {layer + 1} of {model.layers}"
             self._observer.tell("evaluating", done + int(part * opened.plan.base_bytes), self._total, name)
@@ -220,10 +219,6 @@ class _Reader:
         row_bytes = _LOGIT_BYTES * tokens + 8 * model.width * len(self._models)
         step = max(_LEAST_TILE, self._memory // 2 // row_bytes)
         return [*range(0, model.vocabulary, step), model.vocabulary]
-
-    def _stop_if_asked(self) -> None:
-        if (signum := self._observer.stop()) is not None:
-            raise Interrupted(signum, f"{signal.Signals(signum).name} while it was evaluated")
 
 
 @contextmanager

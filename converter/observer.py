@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from converter.errors import Interrupted
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Observer:
     progress: Callable[[Progress], None] = lambda _: None
     stop: Callable[[], int | None] = lambda: None
     """Gives the number of a signal once the conversion is to end."""
+
+    def stop_if_asked(self, under_way: str) -> None:
+        """Raise `Interrupted` if the work is to end; `under_way` is what its message says after "while"."""
+        if (signum := self.stop()) is not None:
+            raise Interrupted(signum, f"{signal.Signals(signum).name} while {under_way}")
 
     def tell(self, stage: str, done: int, total: int, name: str) -> None:
         self.progress(Progress(stage, done, total, name))

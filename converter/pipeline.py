@@ -6,7 +6,6 @@ Start reading here.
 from __future__ import annotations
 
 import json
-import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -19,7 +18,7 @@ import xxhash
 
 from converter.calibrate import Calibrator, Result
 from converter.effect import Comparison, may_be_without_effect, without_change
-from converter.errors import BadRecipe, ConverterError, GateFailed, Interrupted, NoEffect
+from converter.errors import BadRecipe, ConverterError, GateFailed, NoEffect
 from converter.gates import in_words, report_of
 from converter.job import Job, RunOptions
 from converter.observer import Observer
@@ -271,12 +270,12 @@ def convert_tensors(
             _find_largest(conversion, base, crew, observer)
         if any(conversion.surveys for conversion in current.conversions):
             for start, end in tensor.spans():
-                _stop_if_asked(observer, tensor.name)
+                observer.stop_if_asked(f"{tensor.name} was made")
                 buffers = crew.buffers()
                 tile, _ = read_tile(tensor, opened, start, end, buffers)
                 crew.submit(buffers, survey_tile, current.conversions, tile).result()
         for start, end in tensor.spans():
-            _stop_if_asked(observer, tensor.name)
+            observer.stop_if_asked(f"{tensor.name} was made")
             buffers = crew.buffers()
             tile, raw = read_tile(tensor, opened, start, end, buffers)
             current.digest.update(raw)
@@ -296,18 +295,13 @@ def _find_largest(conversion: Conversion, base: Folder, crew: Crew, observer: Ob
         assert folder is not None  # noqa: S101  (what comes from an adapter has one)
         opened = open_tensor(part, folder)
         for start, end in spans_of_part(part, target.tensor):
-            _stop_if_asked(observer, target.tensor.name)
+            observer.stop_if_asked(f"{target.tensor.name} was made")
             buffers = crew.buffers()
             tile, _ = read_tile(part, opened, start, end, buffers)
             found.append(crew.submit(buffers, conversion.largest_of, part, merge, tile))
         wait(found)
     if found:
         conversion.note_largest(found)
-
-
-def _stop_if_asked(observer: Observer, name: str) -> None:
-    if (signum := observer.stop()) is not None:
-        raise Interrupted(signum, f"{signal.Signals(signum).name} while {name} was made")
 
 
 @dataclass

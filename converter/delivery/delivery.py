@@ -6,7 +6,6 @@ is noted when it has ended. A later run skips what is done, unless something has
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +109,7 @@ class _Run:
         found: list[tuple[Output, Place]] = []
         clashes = clashing([output.job for output in self._outputs])
         for index, output in enumerate(self._outputs):
-            self._stop_if_asked(output)
+            self._observer.stop_if_asked(f"{output.label} was under way")
             try:
                 if index in clashes:
                     raise clashes[index]
@@ -190,7 +189,7 @@ class _Run:
 
     def _step(self, output: Output, name: Name, action: Callable[[Figures], None], *, again: bool = False) -> bool:
         """Do a step, unless an earlier run did and `again` is false; whether it is done now."""
-        self._stop_if_asked(output)
+        self._observer.stop_if_asked(f"{output.label} was under way")
         if not again and self._state.is_done(output.noted_as, name, output.key(name, self._state)):
             self._tell(output, name, "skipped")
             return True
@@ -227,10 +226,6 @@ class _Run:
     def _tell(self, output: Output, name: Name, state: Ended, result: Figures | None = None, reason: str = "") -> None:
         output.did[name] = state
         self._observer.event(Event(output.label, name, state, result or {}, reason))
-
-    def _stop_if_asked(self, output: Output) -> None:
-        if (signum := self._observer.stop()) is not None:
-            raise Interrupted(signum, f"{signal.Signals(signum).name} while {output.label} was under way")
 
 
 def exit_code_of(outputs: Sequence[Output]) -> int:
