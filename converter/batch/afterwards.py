@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,10 +42,7 @@ class Afterwards:
     def of(cls, tables: Mapping[str, Mapping[str, Any]], folder: Path) -> Afterwards:
         """From the tables of a file in `folder`. `BadRecipe` names what can't be meant."""
         for name, table in tables.items():
-            if unknown := sorted(table.keys() - set(_KNOWN[name])):
-                alike = get_close_matches(unknown[0], _KNOWN[name], n=1)
-                meant = f"did you mean {alike[0]!r}?" if alike else f"known: {', '.join(_KNOWN[name])}"
-                raise BadRecipe(f"{name}: {unknown[0]!r} is not known; {meant}")
+            refuse_unknown(table, _KNOWN[name], f"{name}: ")
         verify, announce = tables.get(VERIFY, {}), tables.get(ANNOUNCE, {})
         compare, sample = verify.get("compare", False), verify.get("sample", 1.0)
         if not isinstance(compare, bool):
@@ -59,6 +56,14 @@ class Afterwards:
             raise BadRecipe(f'{ANNOUNCE}: has no command; give a list of texts, such as ["notify", "team"]')
         measuring = _measuring(tables[EVALUATE], folder) if EVALUATE in tables else None
         return cls(compare, float(sample), measuring, tuple(command), folder)
+
+
+def refuse_unknown(keys: Iterable[str], known: Sequence[str], where: str = "") -> None:
+    """`BadRecipe` for a key that is not known, with the one that was perhaps meant."""
+    if unknown := sorted(set(keys) - set(known)):
+        alike = get_close_matches(unknown[0], known, n=1)
+        meant = f"did you mean {alike[0]!r}?" if alike else f"known: {', '.join(known)}"
+        raise BadRecipe(f"{where}{unknown[0]!r} is not known; {meant}")
 
 
 def _measuring(table: Mapping[str, Any], folder: Path) -> Measuring:

@@ -9,12 +9,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from converter.batch.adapters import adapters_of, names_several
-from converter.batch.afterwards import TABLES, Afterwards
+from converter.batch.afterwards import TABLES, Afterwards, refuse_unknown
 from converter.batch.jobs import FOLDER_NAME, last_part
 from converter.combination import OPTIONS as _COMBINATION
 from converter.combination import Combination
@@ -193,15 +192,11 @@ class _Row:
             raise BadRecipe(f"{self._where}: not an object")
         try:
             row = _spelled(row)
-            recipe = _spelled(row.pop("recipe", {}))
+            self._own = row | _spelled(row.pop("recipe", {}))
+            self._stated = {**defaults, **self._own}
+            refuse_unknown(self._stated, _KNOWN)
         except BadRecipe as exc:
             raise self._wrong(exc) from exc
-        self._own = row | recipe
-        self._stated = {**defaults, **self._own}
-        if unknown := sorted(self._stated.keys() - set(_KNOWN)):
-            alike = get_close_matches(unknown[0], _KNOWN, n=1)
-            meant = f"did you mean {alike[0]!r}?" if alike else f"known: {', '.join(_KNOWN)}"
-            raise self._wrong(f"{unknown[0]!r} is not known; {meant}")
         for key in _TEXTS & self._stated.keys():
             if not _is_text(self._stated[key]):
                 raise self._wrong(f"{key} is not a text")

@@ -53,7 +53,7 @@ Examples:
 def export(output: Path, folder: str | None, *, server: str, **options: Any) -> None:
     """Write the command, the packages and the manifests that a server needs to serve OUT, or say why it can't."""
     from converter.cli.printing import print_text
-    from converter.cli.show.words import text_of
+    from converter.cli.show.words import from_here, text_of
     from converter.export.export import export as write
     from converter.export.served import Serving
 
@@ -61,6 +61,4 @@ def export(output: Path, folder: str | None, *, server: str, **options: Any) -> 
     target = whole.with_name(f"{whole.name}-{server}") if folder is None else Path(folder).expanduser()
     given = {name: value for name, value in options.items() if value is not None}
     names = write(output, server, target, Serving(**given))
-    here = Path.cwd()
-    shown = target.relative_to(here) if target.is_relative_to(here) else target
-    print_text(text_of([f"{shown}/{name}" for name in names]))
+    print_text(text_of([f"{from_here(target)}/{name}" for name in names]))

@@ -46,13 +46,11 @@ def report(out: str, file: str | None, **options: Any) -> None:
     file needs nothing else: no script, no font, no network.
     """
     from converter.cli.printing import print_text
-    from converter.cli.show.words import text_of
+    from converter.cli.show.words import from_here, text_of
 
     target = Path(file).expanduser() if file is not None else beside(out)
     write_report(out, target, gates_from(options))
-    here = Path.cwd()
-    shown = target.relative_to(here) if target.is_relative_to(here) else target
-    print_text(text_of([f"{shown}: open it in a browser"]))
+    print_text(text_of([f"{from_here(target)}: open it in a browser"]))
 
 
 def beside(out: str) -> Path:

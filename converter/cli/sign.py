@@ -46,12 +46,12 @@ Examples:
 def sign(output: Path, key: str, file: str | None) -> None:
     """Sign every file of OUT but its card. What is not as its receipt says is not signed."""
     from converter.cli.printing import print_text
-    from converter.cli.show.words import text_of
+    from converter.cli.show.words import from_here, text_of
     from converter.signing import sign as write
 
     target = _target(output, file, ".sig")
     write(output, Path(key).expanduser(), target)
-    print_text(text_of([f"{_shown(target)}: check it with convert verify OUT --signature FILE --public-key KEY"]))
+    print_text(text_of([f"{from_here(target)}: check it with convert verify OUT --signature FILE --public-key KEY"]))
 
 
 @cloup.command(short_help="Write what an output was made of, as an in-toto statement.")
@@ -75,21 +75,16 @@ def provenance(output: Path, builder: str | None, file: str | None) -> None:
     It has no times, so who makes OUT again gets the same statement.
     """
     from converter.cli.printing import print_text
-    from converter.cli.show.words import text_of
+    from converter.cli.show.words import from_here, text_of
     from converter.provenance import BUILDER, statement_of
     from converter.provenance import text_of as text_of_statement
     from converter.write.durable import LOCAL_DISK
 
     target = _target(output, file, ".provenance.json")
     LOCAL_DISK.put(target, text_of_statement(statement_of(output, builder or BUILDER)).encode())
-    print_text(text_of([f"{_shown(target)}: check it with convert verify OUT --provenance FILE"]))
+    print_text(text_of([f"{from_here(target)}: check it with convert verify OUT --provenance FILE"]))
 
 
 def _target(output: Path, file: str | None, suffix: str) -> Path:
     whole = output.expanduser().resolve()
     return whole.with_name(f"{whole.name}{suffix}") if file is None else Path(file).expanduser()
-
-
-def _shown(target: Path) -> Path:
-    here = Path.cwd()
-    return target.relative_to(here) if target.is_relative_to(here) else target

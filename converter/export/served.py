@@ -88,3 +88,8 @@ class Serving:
     def is_path(self) -> bool:
         """Whether nothing is to be downloaded."""
         return self.model.startswith("/")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of any server: it asks the Hub nothing where nothing is to be downloaded."""
+        return {"HF_HUB_OFFLINE": "1"} if self.is_path else {}

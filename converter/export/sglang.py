@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from converter.export.served import Served, Serving
-from converter.export.shell import script
+from converter.export.shell import lines, script
 from converter.model.loaders import SGLANG_
 
 VERSION = "0.5.23"
@@ -19,8 +19,6 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
     words += ["--tp-size", str(serving.gpus)] if serving.gpus > 1 else []
     packages = [f"sglang=={VERSION}", *(["bitsandbytes>=0.50"] if served.kind == "bitsandbytes" else [])]
     return {
-        "serve.sh": script(
-            f"Serve {served.name} with SGLang {VERSION}.", words, {"HF_HUB_OFFLINE": "1"} if serving.is_path else {}
-        ),
-        "requirements.txt": "".join(f"{one}\n" for one in packages),
+        "serve.sh": script(f"Serve {served.name} with SGLang {VERSION}.", words, serving.environment),
+        "requirements.txt": lines(packages),
     }

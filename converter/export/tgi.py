@@ -21,5 +21,5 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
         )
     words = ["text-generation-launcher", "--model-id", serving.model]
     words += ["--sharded", "true", "--num-shard", str(serving.gpus)] if serving.gpus > 1 else []
-    environment = {"HF_HUB_OFFLINE": "1", "USAGE_STATS": "off"} if serving.is_path else {"USAGE_STATS": "off"}
+    environment = serving.environment | {"USAGE_STATS": "off"}
     return {"serve.sh": script(f"Serve {served.name} with Text Generation Inference.", words, environment)}

@@ -6,7 +6,7 @@ import json
 
 from converter.export import vllm
 from converter.export.served import Served, Serving
-from converter.export.shell import script
+from converter.export.shell import lines, script
 from converter.model.loaders import VLLM_
 
 CONFIG = """\
@@ -29,8 +29,7 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
     engine = {"model": serving.model, "tensor_parallel_size": serving.gpus, "gpu_memory_utilization": 0.9}
     repository = "model_repository"
     words = ["tritonserver", f"--model-repository={repository}"]
-    # Triton's image has a vLLM of its own.
-    plugin = [one for one in vllm.requirements(served) if not one.startswith("vllm==")]
+    plugin = vllm.plugins(served)  # Triton's image has a vLLM of its own
     return {
         f"{repository}/{served.name}/config.pbtxt": CONFIG,
         f"{repository}/{served.name}/1/model.json": json.dumps(engine, indent=2) + "\n",
@@ -39,5 +38,5 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
             words,
             vllm.environment(serving),
         ),
-        **({"requirements.txt": "".join(f"{one}\n" for one in plugin)} if plugin else {}),
+        **({"requirements.txt": lines(plugin)} if plugin else {}),
     }

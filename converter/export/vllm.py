@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from converter.export.kubernetes import manifests
 from converter.export.served import Served, Serving
-from converter.export.shell import script
+from converter.export.shell import lines, script
 from converter.model.loaders import VLLM_
 
 VERSION, PLUGIN = "0.32.0", "0.0.3"
@@ -20,22 +20,21 @@ def arguments(served: Served, serving: Serving) -> list[str]:
     return ["--served-model-name", served.name, *split]
 
 
-def requirements(served: Served) -> list[str]:
-    """What pip installs."""
-    return [f"vllm=={VERSION}", *([f"vllm-bnb-plugin=={PLUGIN}"] if served.kind == "bitsandbytes" else [])]
+def plugins(served: Served) -> list[str]:
+    """What pip installs beside vLLM."""
+    return [f"vllm-bnb-plugin=={PLUGIN}"] if served.kind == "bitsandbytes" else []
 
 
 def environment(serving: Serving) -> dict[str, str]:
     """Nothing is downloaded where the model is a path, and nobody is told of its use."""
-    return {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | ({"HF_HUB_OFFLINE": "1"} if serving.is_path else {})
+    return {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"} | serving.environment
 
 
 def container_file(served: Served) -> str:
     """The server's image, with what it lacks."""
-    plugin = [one for one in requirements(served) if not one.startswith("vllm==")]
-    lines = [f"FROM vllm/vllm-openai:v{VERSION}"]
-    lines += [f"RUN pip install --no-cache-dir --no-deps {' '.join(plugin)}"] if plugin else []
-    return "\n".join([*lines, "ENV HOME=/tmp", "USER 1000:1000"]) + "\n"
+    plugin = plugins(served)
+    install = [f"RUN pip install --no-cache-dir --no-deps {' '.join(plugin)}"] if plugin else []
+    return lines([f"FROM vllm/vllm-openai:v{VERSION}", *install, "ENV HOME=/tmp", "USER 1000:1000"])
 
 
 def files(served: Served, serving: Serving) -> dict[str, str]:
@@ -45,7 +44,7 @@ def files(served: Served, serving: Serving) -> dict[str, str]:
     words = ["vllm", "serve", serving.model, *arguments(served, serving)]
     return {
         "serve.sh": script(f"Serve {served.name} with vLLM {VERSION}.", words, environment(serving)),
-        "requirements.txt": "".join(f"{one}\n" for one in requirements(served)),
+        "requirements.txt": lines([f"vllm=={VERSION}", *plugins(served)]),
         "Containerfile": container_file(served),
         **manifests(served, serving, words[2:], environment(serving), f"{served.name}-vllm:{VERSION}"),
     }

@@ -6,10 +6,17 @@ import json
 import math
 import resource
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from converter.cli.printing import as_options
 from converter.errors import printable
+
+
+def from_here(path: Path) -> Path:
+    """A path as people would write it here: without the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def amount(count: float) -> str:
