@@ -150,7 +150,8 @@ def verify(
 
     `out` is a folder, or hf://ORG/NAME[@REVISION], which is downloaded for it and removed again.
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
-    `calibrate`: the text by which it was calibrated. `sample` is the share of each shard's tensors that are made
+    `calibrate`: the text by which it was calibrated; it is
+    made again by that. `sample` is the share of each shard's tensors that are made
     again, chosen by their names. `require_receipt`: having no receipt is a problem. The figures of the tensors that
     aren't made again are those of the receipt; all must reach the `gates`. `signature` and `public_key` are files, as
     `convert sign` takes and writes them, `provenance` one as `convert provenance` writes it: what they say otherwise is
@@ -161,7 +162,7 @@ def verify(
     if (signature is None) != (public_key is None):
         raise BadRecipe("`signature` and `public_key` go together: give both")
     sources = None
-    if base is not None or adapter is not None or compare:
+    if base is not None or adapter is not None or compare or calibrate is not None:
         text = None if calibrate is None else Path(calibrate)
         sources = Sources(base, adapter, base_revision, adapter_revision, text=text)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)

@@ -141,7 +141,7 @@ class Calibrator:
     def _in_batches(self) -> list[Batch]:
         if sha256_of_text(self._text) != self._recipe.text:
             raise InputChanged(f"{self._text}: not the text of the recipe, by its sha256; give the same file again")
-        size = window_of(self._recipe.window, self._inputs.base.config)
+        size = window_of(self._recipe.window, self._inputs.base.config, "calibrate_window")
         documents = Text(self._text, self._recipe.field).documents()
         windows = windows_of(documents, Tokenizer(self._tokenizer()), size, self._recipe.tokens)
         if not windows:

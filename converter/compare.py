@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converter.calibrate import Calibrator, Result
-from converter.errors import BadCheckpoint, ConversionFailed, ConverterError, Interrupted, Undecided
+from converter.errors import BadCheckpoint, BadRecipe, ConversionFailed, ConverterError, Interrupted, Undecided
 from converter.job import Adapters, Reference, RunOptions
 from converter.observer import Observer
 from converter.pipeline import convert_tensors, crew_of
@@ -74,6 +74,8 @@ def compare_with(
     Raises `Undecided` if base or adapter can't be had or can't be converted.
     """
     sources = given.completed()
+    if recipe.calibration is None and given.text is not None:
+        raise BadRecipe("`calibrate`: no text calibrated this output, by its receipt; leave it out")
     if recipe.calibration is not None and given.text is None:
         raise Undecided(
             f"calibrated by a text, of which the sha256 begins with {recipe.calibration.text[:12]}: give its file as "
@@ -130,7 +132,7 @@ def _made_again(
         def convert(targets: Iterable[Sequence[Target]]) -> Iterator[Result]:
             return convert_tensors(targets, inputs.base.folder, encoding, crew, observer)
 
-        if plan.recipe.calibration is None or given.text is None:
+        if given.text is None:
             results = convert(making.targets())
         else:
             results = Calibrator(plan, inputs, given.text, encoding, observer).run(making, convert)

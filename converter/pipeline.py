@@ -182,6 +182,11 @@ def seal(output: Production, inputs: Inputs, digests: Mapping[str, str], job: Jo
             "shards are gone from this disk, so they can't be compared with the base's. Check lora_alpha and the "
             "adapter's values, or convert to a folder"
         )
+    if may_be_without_effect(plan, fidelity) and plan.recipe.calibration is not None:
+        raise NoEffect(
+            f"{job.label}: nothing shows that the adapter's change survives in any tensor. Check lora_alpha and the "
+            "adapter's values, or convert without `calibrate`, where output and base can be compared"
+        )
     if may_be_without_effect(plan, fidelity) and not _has_effect(output, inputs.base.folder, adapter):
         rounded = plan.recipe.dtype if plan.recipe.quant_type == "none" else plan.recipe.quant_type
         raise NoEffect(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from converter import Evaluation, Job, Recipe, Resources, convert, convert_batch, evaluate, plan_conversion, verify
 from converter.calibration import Calibration
 from converter.cli.commands import cli
-from converter.errors import BadRecipe, ConversionRefused, InputChanged, Interrupted, Undecided, Unsupported
+from converter.errors import BadRecipe, ConversionRefused, InputChanged, Interrupted, NoEffect, Undecided, Unsupported
 from converter.observer import Progress
 from tests.architectures import save_tiny
 from tests.conftest import REPOSITORY
@@ -146,6 +146,9 @@ def test_verify_makes_it_again_by_the_same_text(out: Path, tmp_path: Path) -> No
         verify(out, BASE, ADAPTER)
     with pytest.raises(Undecided, match="not the text of the recipe"):
         verify(out, BASE, ADAPTER, calibrate=OTHER_TEXT)
+    plain = convert(BASE, ADAPTER, tmp_path / "plain").out
+    with pytest.raises(BadRecipe, match="no text calibrated this output"):
+        verify(plain, BASE, ADAPTER, calibrate=TEXT)
 
     damaged = tmp_path / "damaged"
     shutil.copytree(out, damaged)
@@ -187,6 +190,20 @@ def invoke(arguments: list[str]) -> Result:
     return CliRunner().invoke(cli, arguments, obj=lambda: None)
 
 
+def long_windows() -> Recipe:
+    return Recipe(calibration=Calibration.of(TEXT, window=513))
+
+
+def tiny_change(folder: Path) -> Path:
+    """The adapter with a millionth of its change."""
+    place = folder / "tiny-change"
+    shutil.copytree(ADAPTER, place)
+    config = json.loads((place / "adapter_config.json").read_text())
+    config["lora_alpha"] = config["lora_alpha"] * 1e-7
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    return place
+
+
 def refused(tmp_path: Path, act: Callable[[Path], object], error: type[Exception], message: str) -> None:
     place = tmp_path / "refused"
     with pytest.raises(error, match=message):
@@ -204,6 +221,16 @@ def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path:
     cases: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         (lambda out: convert(BASE, ADAPTER, out, Recipe(quant_type="fp8"), calibrate=TEXT), BadRecipe, "only nf4"),
         (lambda out: convert(BASE, ADAPTER, out, recipe(), calibrate=OTHER_TEXT), InputChanged, "the same file again"),
+        (
+            lambda out: convert(BASE, ADAPTER, out, calibrate=TEXT, recipe=long_windows()),
+            BadRecipe,
+            "`calibrate_window` 513: the model takes at most 512",
+        ),
+        (
+            lambda out: convert(BASE, tiny_change(tmp_path), out, recipe(), calibrate=TEXT),
+            NoEffect,
+            "convert without `calibrate`",
+        ),
         (lambda out: convert(BASE, ADAPTER, out, recipe()), BadRecipe, "give its file as `calibrate`"),
         (lambda out: convert(BASE, ADAPTER, out, calibrate=tmp_path / "no"), BadRecipe, "give a file of text"),
         (lambda out: convert(BASE, ADAPTER, out, calibrate=empty), ConversionRefused, "no two tokens"),

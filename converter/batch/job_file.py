@@ -28,7 +28,7 @@ from converter.write.stores.addresses import NO_STORE, parts_of, path_of
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""
 _PARAMETER = re.compile(r"`(\w+)`")
-_RECIPE = {field.name for field in fields(Recipe)} - {"combine"}
+_RECIPE = {field.name for field in fields(Recipe)} - {"combine", "calibration"}
 _GATES = {field.name for field in fields(Gates)}
 _TEXTS = {"name", "base", "base_revision", "adapter", "adapter_revision", "out"}
 _KNOWN = sorted(_TEXTS | _RECIPE | _GATES | {"adapters", "format", *_COMBINATION, *TABLES})

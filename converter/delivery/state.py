@@ -46,10 +46,11 @@ class State:
             return
         try:
             stated = read_json(LocalFolder(folder), STATE)
-            assert stated["format"] == FORMAT  # noqa: S101  (caught below)
+            if stated["format"] != FORMAT:
+                raise KeyError(stated["format"])
             for out, steps in stated["outputs"].items():
                 self._outputs[out] = {name: Step(**step) for name, step in steps.items() if name in STEPS}
-        except (ConverterError, AssertionError, KeyError, TypeError, AttributeError) as exc:
+        except (ConverterError, KeyError, TypeError, AttributeError) as exc:
             raise BadOutput(f"{self.path}: not a state file of this version; delete it to begin anew") from exc
 
     def step(self, out: str, name: Name) -> Step | None:

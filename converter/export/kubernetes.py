@@ -46,8 +46,8 @@ def job_file(served: Served) -> dict[str, Any] | None:
         has_adapter = origin["adapter"] is not None
     except (KeyError, TypeError, BadRecipe):
         return None
-    if recipe.get("combine") is not None:
-        return None  # it names no adapter of several
+    if recipe.get("combine") is not None or recipe.get("calibration") is not None:
+        return None  # it names no adapter of several, and has no text
     usual = Recipe().as_json()
     job: dict[str, Any] = {"out": f"{_MODELS}/{served.name}"}
     for what, (name, commit) in inputs.items():

@@ -82,14 +82,15 @@ class Text:
         return document
 
 
-def window_of(asked: int | None, config: Mapping[str, Any]) -> int:
-    """Tokens of a window. None: 2048, or as many as the model of this config takes. `BadRecipe` for more than that."""
+def window_of(asked: int | None, config: Mapping[str, Any], parameter: str = "window") -> int:
+    """Tokens of a window. None: 2048, or as many as the model of this config takes. `BadRecipe` for more than that, by
+    the name of the parameter that asks for it."""
     text = config.get("text_config")
     parts = [config, text if isinstance(text, dict) else {}]
     stated = [part[name] for part in parts for name in _POSITIONS if isinstance(part.get(name), int)]
     most = min((one for one in stated if one > 1), default=None)
     if asked is not None and most is not None and asked > most:
-        raise BadRecipe(f"`window` {asked}: the model takes at most {most} tokens")
+        raise BadRecipe(f"`{parameter}` {asked}: the model takes at most {most} tokens")
     return asked or min(DEFAULT_WINDOW, most or DEFAULT_WINDOW)
 
 

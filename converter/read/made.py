@@ -31,7 +31,7 @@ class MadeFile:
                 self.descriptor = os.dup(file.fileno())
         except OSError as exc:
             raise ConversionRefused(
-                f"{tempfile.gettempdir()}: a temporary file of the adapter can't be written ({exc.strerror}): set "
+                f"{tempfile.gettempdir()}: a temporary file can't be written ({exc.strerror}): set "
                 "TMPDIR to a folder with more room"
             ) from exc
         weakref.finalize(self, os.close, self.descriptor)
