@@ -131,6 +131,8 @@ def test_the_receipt_says_by_which_text_and_another_text_is_another_output(out: 
         "window": WINDOW,
         "damping": 0.01,
     }
+    card = (out / "README.md").read_text()
+    assert f"{TOKENS} tokens of a text whose sha256 begins with {Calibration.of(TEXT).text[:12]}" in card
     again = convert(BASE, ADAPTER, out, recipe(), calibrate=TEXT)
     assert again.nothing_to_do
     other = replace(recipe(), calibration=Calibration.of(OTHER_TEXT, window=WINDOW, tokens=TOKENS))

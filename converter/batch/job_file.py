@@ -49,7 +49,7 @@ class Asked(NamedTuple):
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """The jobs in a file, all of which make folders. Raises `BadRecipe`, naming the job.
+    """The jobs in a file. Each `out` must be a folder. Raises `BadRecipe`, naming the job.
 
     `.toml`, `.yaml`, `.yml` and `.json` hold `jobs`, a list, and beside it values for all jobs that state no other; or
     a single job. `.json` may also hold a list of jobs; any other file, one JSON object per line.

@@ -1,7 +1,7 @@
 """Deliver the outputs of a file of jobs: fetch, convert, verify, hold the gates, publish, announce. Start reading here.
 
-Each output is made in a folder of its own, which only `publish` makes OUT: what fails before is never seen. Each step
-is noted when it has ended. A later run skips what is done, unless something has changed that it depends on.
+Each output is made in a folder of its own. Only `publish` puts it at OUT, so nobody sees an output that failed
+before. Each step is noted when it has ended. A later run skips a step that is done, unless its inputs have changed.
 """
 
 from __future__ import annotations

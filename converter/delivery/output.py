@@ -117,7 +117,7 @@ class Output:
             return False
         convert = state.step(self.noted_as, "convert")
         assert convert is not None  # noqa: S101  (it is done)
-        # Nobody but the Hub knows what became of a pull request.
+        # Only the Hub knows whether a pull request was merged, so an opened one counts as published.
         return self._options.create_pr or place.holds(str(convert.figures["fingerprint"]))
 
     def is_as_verified(self, state: State) -> bool:
@@ -183,7 +183,7 @@ class Output:
             raise GateFailed(f"{self.label}: {'; '.join(found.missed)}")
 
     def publish(self, place: Place, figures: Figures) -> None:
-        """Make OUT of what passed, unless it is there already."""
+        """Put the output, which has passed, at OUT, unless it is there already."""
         receipt = self._receipt()
         if not place.holds(receipt["fingerprint"]):
             place.refuse_if_taken()

@@ -1,4 +1,4 @@
-"""Manifests for Kubernetes: a job that converts, and a deployment of vLLM that is updated without a gap."""
+"""Manifests for Kubernetes: a job that converts, and a deployment of vLLM that answers while it is updated."""
 
 from __future__ import annotations
 

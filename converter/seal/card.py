@@ -134,10 +134,8 @@ def _recipe(plan: Plan) -> list[str]:
         settings["kept in 16 bits"] = ", ".join(recipe.keep)
     if recipe.scale != 1.0:
         settings["scale of the adapter"] = f"{recipe.scale:g}"
-    if recipe.calibration is not None:
-        settings["calibrated by"] = (
-            f"a text of sha256 {recipe.calibration.text[:12]}…, {recipe.calibration.tokens} tokens"
-        )
+    if (by := recipe.calibration) is not None:
+        settings["calibrated by"] = f"{by.tokens} tokens of a text whose sha256 begins with {by.text[:12]}"
     if recipe.combine is not None:
         weights = ", ".join(f"{weight:g}" for weight in recipe.combine.weights)
         settings["adapters combined"] = f"{recipe.combine.kind}, weights {weights}"

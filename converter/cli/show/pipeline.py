@@ -20,7 +20,7 @@ _SAID = {"done": "done", "skipped": "before", "failed": "failed", "began": "begu
 
 
 class EventLines:
-    """Writes events to a file, to stdout (`-`), or to nobody (None)."""
+    """Writes events to a file, to stdout (`-`), or nowhere (None)."""
 
     def __init__(self, place: str | None) -> None:
         self._place, self._stack = place, ExitStack()
