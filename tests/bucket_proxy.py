@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Self
 from urllib.parse import urlsplit
+
+import pytest
+
+from tests.bucket_server import BucketServer, use
 
 
 class Proxy:
@@ -78,3 +84,16 @@ class _Answer(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+@contextmanager
+def proxied(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy through which this process finds a server."""
+    with Proxy(server.url) as found:
+        use(monkeypatch, server.environment(found.url))
+        yield found
+
+
+def place_of_its_own(test: str) -> str:
+    """A name in the bucket, for a test by its name."""
+    return hashlib.sha256(test.encode()).hexdigest()[:12]

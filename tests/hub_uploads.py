@@ -9,10 +9,13 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 from tests.hub_server import Answer, StandInHub
 
@@ -176,3 +179,15 @@ class _Uploading(Answer):
 
 def _is_large(name: str) -> bool:
     return name.endswith(".safetensors")
+
+
+@contextmanager
+def upload_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, repositories: Mapping[str, Path] | None = None
+) -> Iterator[UploadHub]:
+    """The Hub of this process, for a user who may write to it; what it keeps lies in `folder`."""
+    (folder / "commits").mkdir()
+    with UploadHub(repositories or {}, folder / "commits") as server:
+        server.use(monkeypatch, folder / "hub")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

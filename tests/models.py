@@ -124,6 +124,12 @@ def save_originals(folder: Path) -> Path:
     return folder
 
 
+def save_large_pair(folder: Path) -> tuple[Path, Path]:
+    """A base in several files, which a conversion can make several of, too, and an adapter."""
+    base = save_base(folder / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=9000)
+    return base, save_adapter(folder / "adapter", base, "llama")
+
+
 def save_four(folder: Path) -> Path:
     """A base, and adapters a0 to a3 beside it."""
     base = save_base(folder / "base", "llama", sharded=True)

@@ -25,8 +25,8 @@ from converter.observer import Progress
 from converter.plan.estimate import DryRun
 from converter.read.hub.folder import HubFolder
 from tests.folders import contents
-from tests.hub_uploads import TOKEN, UploadHub
-from tests.models import save_adapter, save_base
+from tests.hub_uploads import TOKEN, UploadHub, upload_hub
+from tests.models import save_large_pair
 from tests.test_effect import smaller
 
 RECIPE = Recipe(max_shard_size=1_000_000)
@@ -41,9 +41,7 @@ LONG = 60.0
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base of several files, and an adapter."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=9000)
-    return base, save_adapter(folder / "adapter", base, "llama")
+    return save_large_pair(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +52,7 @@ def local(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def hub(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    (tmp_path / "commits").mkdir()
-    with UploadHub({BASE: inputs[0], LORA: inputs[1]}, tmp_path / "commits") as server:
-        server.use(monkeypatch, tmp_path / "hub")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with upload_hub(tmp_path, monkeypatch, {BASE: inputs[0], LORA: inputs[1]}) as server:
         yield server
 
 

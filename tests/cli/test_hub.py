@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import Run, is_one_line
 from tests.folders import change_json, contents, copy
 from tests.hub_server import StandInHub
-from tests.hub_uploads import TOKEN, UploadHub
+from tests.hub_uploads import UploadHub, upload_hub
 from tests.reference import differences
 
 
@@ -205,10 +205,7 @@ def test_text_for_the_card_that_cannot_be_read_is_refused(run: Run, base: Path, 
 
 @pytest.fixture
 def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    (tmp_path / "commits").mkdir()
-    with UploadHub({}, tmp_path / "commits") as server:
-        server.use(monkeypatch, tmp_path / "hub")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with upload_hub(tmp_path, monkeypatch) as server:
         yield server
 
 

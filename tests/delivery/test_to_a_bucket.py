@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import pytest
 
 from converter import convert
 from converter.delivery.state import STATE, STEPS
-from tests.bucket_proxy import Proxy
-from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
+from tests.bucket_proxy import Proxy, place_of_its_own, proxied
+from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server
 from tests.conftest import REPOSITORY
 from tests.delivery.scenes import ADAPTER, BASE, ONE_THREAD, delivered, job_file
 from tests.folders import change_json, contents, copy
@@ -40,15 +39,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with Proxy(server.url) as found:
-        use(monkeypatch, server.environment(found.url))
+    with proxied(server, monkeypatch) as found:
         yield found
 
 
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
     """A place of the test's own."""
-    return f"delivered/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
+    return f"delivered/{place_of_its_own(request.node.name)}"
 
 
 def test_what_passed_is_in_the_bucket_and_a_second_run_writes_nothing(

@@ -11,17 +11,14 @@ import pytest
 from converter import convert
 from tests.delivery.scenes import ADAPTER, BASE, ONE_THREAD, delivered, job_file
 from tests.folders import contents
-from tests.hub_uploads import TOKEN, UploadHub
+from tests.hub_uploads import UploadHub, upload_hub
 
 NOTHING = [("announce", "skipped")]
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    (tmp_path / "commits").mkdir()
-    with UploadHub({}, tmp_path / "commits") as server:
-        server.use(monkeypatch, tmp_path / "hub")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with upload_hub(tmp_path, monkeypatch) as server:
         yield server
 
 

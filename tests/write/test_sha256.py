@@ -52,6 +52,13 @@ class Held(Disk):
         assert set(range(start, start + count)) <= self.durable
 
 
+def write_both(writer: ShardWriter) -> None:
+    """Write both tensors, and make each durable before the next step."""
+    for output in (ONE, TWO):
+        write(writer, output)
+        writer.sync()
+
+
 def write(writer: ShardWriter, output: Output, *, cut: int = 1_000) -> None:
     for start in range(0, output.nbytes, cut):
         writer.write(output.name, start, RAW[output.name][start : start + cut])
@@ -80,10 +87,7 @@ def test_bytes_may_come_in_any_order_and_be_hashed_at_any_time(data: st.DataObje
 def test_a_shard_without_quant_states_is_hashed_while_it_is_written(tmp_path: Path) -> None:
     disk = Held()
     with ShardWriter(tmp_path, PLAN, disk=disk, flush_bytes=10_000) as writer:
-        write(writer, ONE)
-        writer.sync()
-        write(writer, TWO)
-        writer.sync()
+        write_both(writer)
         writer.finish()
         begun = writer.hashed
 
@@ -96,10 +100,7 @@ def test_a_shard_without_quant_states_is_hashed_while_it_is_written(tmp_path: Pa
 def test_the_file_cache_forgets_what_is_hashed_and_durable(tmp_path: Path) -> None:
     disk = Held()
     with ShardWriter(tmp_path, PLAN, disk=disk, flush_bytes=10_000) as writer:
-        write(writer, ONE)
-        writer.sync()
-        write(writer, TWO)
-        writer.sync()
+        write_both(writer)
         end = writer.finish()
 
     header = PLAN.layout.header_bytes + 8

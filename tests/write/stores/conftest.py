@@ -8,16 +8,14 @@ import pytest
 
 from converter import convert
 from tests.folders import contents
-from tests.models import save_adapter, save_base
+from tests.models import save_large_pair
 from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
 
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base whose conversion makes four shards, and an adapter."""
-    folder = tmp_path_factory.mktemp("inputs")
-    base = save_base(folder / "base", "llama", sharded=True, num_hidden_layers=1, vocab_size=9000)
-    return base, save_adapter(folder / "adapter", base, "llama")
+    return save_large_pair(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")

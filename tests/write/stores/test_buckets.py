@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from converter.seal.receipt import RECEIPT
 from converter.write.journal import Upload
 from converter.write.stores.bucket import Bucket
 from converter.write.stores.reading import small_file
-from tests.bucket_proxy import Proxy
+from tests.bucket_proxy import Proxy, place_of_its_own, proxied
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
 from tests.folders import contents
 from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
@@ -33,15 +32,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
 @pytest.fixture
 def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """Stands before the server, sees each request, and can get in its way."""
-    with Proxy(server.url) as found:
-        use(monkeypatch, server.environment(found.url))
+    with proxied(server, monkeypatch) as found:
         yield found
 
 
 @pytest.fixture
 def address(request: pytest.FixtureRequest) -> str:
     """A place of the test's own."""
-    return f"s3://{BUCKET}/team/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
+    return f"s3://{BUCKET}/team/{place_of_its_own(request.node.name)}"
 
 
 def prefix(address: str) -> str:

@@ -24,7 +24,7 @@ from converter.errors import (
 )
 from converter.read.cache import cache_folder
 from converter.write.stores.reading import as_folder
-from tests.hub_uploads import TOKEN, UploadHub
+from tests.hub_uploads import TOKEN, UploadHub, upload_hub
 from tests.test_effect import smaller
 from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
 
@@ -33,10 +33,7 @@ OUT = "hf://org/merged"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
-    (tmp_path / "commits").mkdir()
-    with UploadHub({}, tmp_path / "commits") as server:
-        server.use(monkeypatch, tmp_path / "hub")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with upload_hub(tmp_path, monkeypatch) as server:
         yield server
 
 
