@@ -54,7 +54,7 @@ def signature_problems(out: Path, signature: Path, public_key: Path) -> list[str
             raise Undecided(f"{path}: no such file")
     try:
         verifying = library.verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except Exception as exc:
+    except Exception as exc:  # the library raises what its own libraries raise
         raise Undecided(f"{public_key}: no public key of an elliptic curve in PEM: {exc}") from exc
     try:
         # Not as the signature says: it could leave files out.
@@ -81,5 +81,5 @@ def _library() -> Any:
 def _refused(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as exc:
+    except Exception as exc:  # the library raises what its own libraries raise
         raise BadRecipe(f"{what}: {' '.join(str(exc).split())[:200]}") from exc
