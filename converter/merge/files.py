@@ -25,11 +25,14 @@ OF_MLX = "adapters.safetensors"
 FUSE_WITH_MLX = (
     "run `mlx_lm.fuse --model BASE --adapter-path THIS --save-path FUSED`, and give FUSED as `base`, without `adapter`"
 )
+_OWN_OF_TORCHTUNE = ("adapter_model.pt", "adapter_[0-9]*.pt", "adapter.pt")
 
 _WITHOUT_EFFECT = (
     WEIGHTS,
     PICKLED,
     "adapter_model.pt",  # torchtune's, of which it writes PEFT's files, too
+    "adapter_[0-9]*.pt",
+    "recipe_state.pt",
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*", "trainer_state*"),
 )
 """Files beside an adapter with the endings of weights, which hold none that was trained: a Trainer's checkpoint."""
@@ -37,6 +40,7 @@ _HAVE_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _WHOLE_MODELS = (
     *("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
     *("consolidated.safetensors", "consolidated.*.pth", "tf_model.*", "flax_model.*", "open_clip_*"),
+    *("hf_model_*.pt", "meta_model_*.pt", "torchtune_model_*.pt"),  # that torchtune merged
 )
 _TOKENIZER = ("*.bpe.model", "*token*.bin")
 
@@ -64,8 +68,9 @@ _OTHER_FORMATS = (
         "a LoRA of diffusers, for a model of images, which this tool does not convert",
     ),
     (
-        ("adapter_model.pt", "adapter_[0-9]*.pt", "adapter.pt"),
-        "an adapter in torchtune's own format; let its FullModelHFCheckpointer save it, which writes PEFT's",
+        _OWN_OF_TORCHTUNE,
+        f"an adapter in torchtune's own format; give `allow_pickle` to read it, where {CONFIG} (r, lora_alpha: "
+        "lora_rank and lora_alpha of the recipe) and config.json of the base lie beside it",
     ),
     (("*.gguf", "ggml-adapter-model.bin"), "an adapter for llama.cpp; give the one of PEFT that it was made from"),
     (
@@ -97,6 +102,14 @@ def inner_folders(path: Path | None) -> list[str]:
 def is_of_mlx(names: Iterable[str]) -> bool:
     """Whether these are the files of an MLX adapter, and not of a PEFT adapter."""
     return WEIGHTS not in names and {CONFIG, OF_MLX} <= set(names)
+
+
+def of_torchtune(names: Iterable[str]) -> list[str]:
+    """Files of adapters in torchtune's own form; none where PEFT's weights are there, which it saves, too."""
+    files = set(names)
+    if files & {WEIGHTS, PICKLED}:
+        return []
+    return sorted(name for name in files if _is_one_of(name, _OWN_OF_TORCHTUNE))
 
 
 def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str, taken: Iterable[str] = ()) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from converter.combination import Combination
 from converter.errors import BadAdapter, BadCheckpoint, BadRecipe, ConversionRefused, HubFailed, HubRefused
 from converter.job import Adapters, Reference
+from converter.merge import mlx, torchtune
 from converter.merge.adapter import Adapter
 from converter.merge.combine import combined
 from converter.merge.files import (
@@ -21,10 +22,10 @@ from converter.merge.files import (
     WEIGHTS,
     inner_folders,
     is_of_mlx,
+    of_torchtune,
     refuse_other_formats,
     refuse_weights_beside,
 )
-from converter.merge.mlx import NOTE, in_pefts_form
 from converter.merge.pickled import unpickled
 from converter.read.checksums import Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
@@ -56,21 +57,23 @@ def open_adapter(
     """
     opened = open_folder(reference, revision, offline=offline)
     names = opened.names()
-    of_mlx = is_of_mlx(names)
+    of_mlx, own = is_of_mlx(names), of_torchtune(names) if allow_pickle else []
     pickled = [PICKLED, TRAINED_BESIDE] if allow_pickle else []
-    refuse_other_formats(names, inner_folders(opened.path), opened.label, taken=[*pickled[:1], *[OF_MLX] * of_mlx])
+    whole = [OF_MLX] * of_mlx + own
+    refuse_other_formats(names, inner_folders(opened.path), opened.label, taken=[*pickled[:1], *whole])
     saved_by_mlx = [name for name in names if of_mlx and name.endswith(OF_MLX)]
-    refuse_weights_beside(names, opened.label, taken=[*pickled[1:], *saved_by_mlx])
-    if of_mlx:
-        weights = [OF_MLX]
-    else:
+    refuse_weights_beside(names, opened.label, taken=[*pickled[1:], *saved_by_mlx, *own])
+    if not (weights := whole):
         weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
         weights += [name for name in pickled[1:] if name in names]
-    folder = opened.fetch([*(name for name in [CONFIG] if name in names), *weights, *wanted_from_adapter(opened)])
+    configs = [name for name in (CONFIG, torchtune.OF_BASE) if name in names]
+    folder = opened.fetch([*configs, *weights, *wanted_from_adapter(opened)])
     try:
         known = _checked(folder, {name: opened.digest(name) for name in weights})
-        adapter = Adapter(in_pefts_form(unpickled(folder) if allow_pickle else folder))
-        adapter.notes += [NOTE] * of_mlx
+        read = torchtune.in_pefts_form(unpickled(folder)) if allow_pickle else folder
+        torchtune.refuse_wrongly_turned(read)
+        adapter = Adapter(mlx.in_pefts_form(read))
+        adapter.notes += [mlx.NOTE] * of_mlx + [torchtune.NOTE] * bool(own)
     except BaseException:
         folder.close()
         raise

@@ -35,7 +35,7 @@ FORMATS = {
     "DeepSpeed": (["zero_to_fp32.py", "latest"], "a checkpoint of DeepSpeed; run its zero_to_fp32.py, load what that"),
     "around DeepSpeed": (["global_step100/", CONFIG], "a checkpoint of DeepSpeed; run its zero_to_fp32.py, load what"),
     "diffusers": (["pytorch_lora_weights.safetensors"], "a LoRA of diffusers, for a model of images, which this tool"),
-    "torchtune": ([CONFIG, "adapter_model.pt"], "an adapter in torchtune's own format; let its FullModelHFCheckpoint"),
+    "torchtune": ([CONFIG, "adapter_model.pt"], "an adapter in torchtune's own format; give `allow_pickle` to read"),
     "llama.cpp": (["lora-f16.gguf"], "an adapter for llama.cpp; give the one of PEFT that it was made from"),
     "several files": ([CONFIG, f"{WEIGHTS}.index.json"], "an adapter in several files, which PEFT never writes; join"),
     "a whole model": (["config.json", "model.safetensors"], "a whole model, no adapter; give it as `base`"),
