@@ -158,14 +158,14 @@ def as_stored(architecture: Architecture, sources: Sources) -> Architecture:
 def as_trained_on(architecture: Architecture, sources: Sources, recipe: Recipe) -> tuple[Sources, Architecture]:
     """The base as QLoRA trains on it: its linear layers are read as their NF4 codes; none is quantized in the output.
 
-    Raises `Unsupported` for a base that is quantized, and for layers of GPT-2's kind, whose codes lie turned.
+    Raises `Unsupported` for a base that is quantized.
     """
     if sources.stored:
         raise Unsupported("`merge_onto` dequantized: the base is quantized already, and is merged onto as it is")
-    names = [name for name, role in architecture.roles.items() if role.quantize]
-    conv = next((name for name in names if architecture.roles[name].kind == "conv1d"), None)
-    if conv is not None:
-        raise Unsupported(f"{conv}: a Conv1D; `merge_onto` dequantized serves linear layers only")
-    read = {name: Dequantized.of(sources.by_name[name], recipe) for name in names}  # type: ignore[arg-type]
+    quantized = {name: role for name, role in architecture.roles.items() if role.quantize}
+    read = {
+        name: Dequantized.of(sources.by_name[name], recipe, turned=role.kind == "conv1d")  # type: ignore[arg-type]
+        for name, role in quantized.items()
+    }
     roles = {name: replace(role, quantize=False) for name, role in architecture.roles.items()}
     return replace(sources, by_name={**sources.by_name, **read}), replace(architecture, roles=roles, skip_modules=None)

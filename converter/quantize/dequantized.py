@@ -48,14 +48,17 @@ class Dequantized(Parts):
 
     codes: Recipe
     """Quant type, block size, double quant and dtype of the codes."""
+    turned: bool = False
+    """Whether it lies on disk as (in_features, out_features): a Conv1D, which bitsandbytes quantizes the other way
+    round. It is read as a whole."""
 
     @classmethod
-    def of(cls, header: TensorHeader, recipe: Recipe) -> Dequantized:
+    def of(cls, header: TensorHeader, recipe: Recipe, *, turned: bool = False) -> Dequantized:
         """As QLoRA has it: NF4, in a recipe's block size and double quant."""
         codes = replace(
             recipe, quant_type="nf4", rounding="nearest", merge_precision="float32", merge_onto="base", combine=None
         )
-        return cls(header.name, header.shape, (header,), codes)
+        return cls(header.name, header.shape[::-1] if turned else header.shape, (header,), codes, turned)
 
     @property
     def scheme(self) -> str:
@@ -76,13 +79,19 @@ class Dequantized(Parts):
     @property
     def opened_bytes(self) -> int:
         # absmax in float32, once more while it is quantized, and what is read at a time.
-        most = max(_AT_A_TIME, self.columns)
+        most = max(self.largest_tile, self.columns)
         return 10 * self.blocks + int(most * self.tile_bytes)
 
     @property
     def tile_bytes(self) -> float:
         stored = self.parts[0].dtype
-        return DTYPE_BYTES[stored] + FourBit(self.codes).tile_bytes(stored, kernels=True)
+        copied = DTYPE_BYTES[self.dtype] if self.turned else 0
+        return DTYPE_BYTES[stored] + copied + FourBit(self.codes).tile_bytes(stored, kernels=True)
+
+    @property
+    def largest_tile(self) -> int:
+        """The most weights that are quantized at a time to find the absmax of all."""
+        return self.rows * self.columns if self.turned else _AT_A_TIME
 
     def open(self, folder: Folder) -> OpenedDequantized:
         """Reads the whole weight, for double quant needs the absmax of all its blocks."""
@@ -105,7 +114,8 @@ class OpenedDequantized:
         import torch
 
         weight, buffers, scales = self._weight, Buffers(pinned=False), []
-        for start, end in pairwise(tile_bounds(weight.rows, weight.columns, block=weight.block, most=_AT_A_TIME)):
+        bounds = tile_bounds(weight.rows, weight.columns, block=weight.block, most=weight.largest_tile)
+        for start, end in pairwise(bounds):
             _, found = self._encoded(start, end, self.read(start, end, buffers), buffers)
             scales.append(found)
         codes, offset = weight.codes, None
@@ -132,8 +142,11 @@ class OpenedDequantized:
     def _encoded(self, start: int, end: int, raw: memoryview, buffers: Buffers) -> tuple[Tensor, Tensor]:
         """Codes and absmax of some rows, which are rounded to the codes' dtype first, as a loader does it."""
         weight = self._weight
-        stored = as_uint8(raw).view(torch_dtype(weight.parts[0].dtype)).view(end - start, weight.columns)
-        stored = stored.to(torch_dtype(weight.dtype))
+        stored = as_uint8(raw).view(torch_dtype(weight.parts[0].dtype))
+        if weight.turned:
+            assert (start, end) == (0, weight.rows)  # noqa: S101  (its rows are not together on disk)
+            stored = stored.view(weight.columns, -1).T
+        stored = stored.reshape(end - start, weight.columns).to(torch_dtype(weight.dtype))
         rows = Rows(weight.name, start, stored, None, Rounding.of(weight.codes), weight.dtype)
         encoded = self._encoder.encode(rows, buffers)
         [(_, _, packed)] = encoded.pieces
