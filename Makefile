@@ -46,9 +46,10 @@ pages: .venv/ready  ## write docs/options.md, and the tables of docs/adapters.md
 docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-real: .venv/ready  ## a real language model, the usual flow beside it, and what calibrating gives; downloads 93 MB
+real: .venv/ready  ## a real language model: beside the usual flow, calibrated, from quantized bases; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py
 	$(BIN)/python fixtures/real/calibrated.py
+	$(BIN)/python fixtures/real/quantized_bases.py
 
 LOADED = transformers==4.57.6 transformers==5.24.0
 loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environments of their own; downloads 500 MB
