@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from converter.errors import BadCheckpoint
@@ -65,18 +65,32 @@ def _head(receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
     return {"verdict": verdict, "reached": not misses, "rows": rows}
 
 
-def batch_page(receipts: Mapping[str, Mapping[str, Any]], name: str, gates: Gates = Gates()) -> str:
-    """A report of several outputs, by their names. `BadCheckpoint` for a receipt that can't be understood."""
+class Made(NamedTuple):
+    """One of several outputs."""
+
+    name: str
+    receipt: Mapping[str, Any]
+    gates: Gates = Gates()
+
+
+def batch_page(
+    made: Sequence[Made], name: str, not_made: Mapping[str, str] = {}, samples: Sequence[Sample] = ()
+) -> str:
+    """A report of several outputs. `not_made`: of outputs that were asked for, too, what was in the way. `samples` are
+    those of the run that has just ended. `BadCheckpoint` for a receipt that can't be understood."""
     try:
-        outputs = [_output(called, receipt, gates) for called, receipt in sorted(receipts.items())]
+        outputs = [_output(*one) for one in made]
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise BadCheckpoint(f"{RECEIPT}: can't be understood: {type(exc).__name__}: {exc}") from exc
-    most = max(one["own"] + one["shared"] for one in outputs) or 1
+    most = max((one["own"] + one["shared"] for one in outputs), default=0) or 1
     for one in outputs:
         one |= {f"{key}_width": round(200 * one[key] / most) for key in ("own", "shared")}
     missed = sum(one["missed"] for one in outputs)
-    verdict = f"{len(outputs)} outputs are complete" + (f"; {missed} of them miss a gate" if missed else "")
-    return str(_template("batch.html").render(name=name, verdict=verdict, reached=not missed, outputs=outputs))
+    verdict = "1 output is complete" if len(outputs) == 1 else f"{len(outputs)} outputs are complete"
+    verdict += f"; {missed} of them miss a gate" if missed else ""
+    verdict += f"; {len(not_made)} are not made" if not_made else ""
+    shown = {"verdict": verdict, "reached": not (missed or not_made), "outputs": outputs, "not_made": not_made}
+    return str(_template("batch.html").render(name=name, run=_run(samples), **shown))
 
 
 def _output(name: str, receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:

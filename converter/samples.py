@@ -86,7 +86,17 @@ def thinned(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def stages(samples: Sequence[Sample]) -> list[Stage]:
-    """What each stage took. A stage lasts until the next one begins."""
+    """What each stage took, all its turns together: a batch has some stages more than once. A turn lasts until the
+    next one begins."""
+    stages: dict[str, Stage] = {}
+    for turn in _turns(samples):
+        sum_ = stages.get(turn.name, Stage(turn.name, 0.0, 0, 0))
+        seconds, done = sum_.seconds + turn.seconds, sum_.done + turn.done
+        stages[turn.name] = Stage(turn.name, seconds, done, max(sum_.memory, turn.memory))
+    return list(stages.values())
+
+
+def _turns(samples: Sequence[Sample]) -> list[Stage]:
     found: list[list[Sample]] = []
     for sample in samples:
         if not found or found[-1][0].stage != sample.stage:

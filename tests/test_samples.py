@@ -64,5 +64,12 @@ def test_a_stage_lasts_until_the_next_begins_and_counts_its_own_bytes() -> None:
     assert stages([]) == rates([]) == []
 
 
+def test_a_stage_that_has_several_turns_is_told_once() -> None:
+    drawn = [("a", 0, 5), ("b", 40, 9), ("a", 0, 6), ("a", 30, 8), ("b", 0, 7)]
+    samples = [Sample(float(number), stage, done, memory) for number, (stage, done, memory) in enumerate(drawn)]
+
+    assert stages(samples) == [("a", 3.0, 30, 9), ("b", 1.0, 0, 9)]
+
+
 def test_what_the_process_holds_is_told() -> None:
     assert 10_000_000 < resident_memory() < 1 << 40

@@ -42,6 +42,11 @@ class Outcome:
         return f"Outcome({self.job.label!r}: {self.status}{self.message and f': {self.message}'})"
 
     @property
+    def why(self) -> str:
+        """The message, without the output in front of it: for a line that names the output already."""
+        return self.message.removeprefix(f"{self.job.label}: ")
+
+    @property
     def is_good(self) -> bool:
         return self.status in ("made", "nothing to do", "planned")
 

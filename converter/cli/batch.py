@@ -14,11 +14,13 @@ from converter.cli.options import (
     GATES,
     LINKS,
     PRINTING,
+    REPORT,
     RESOURCES,
     Printing,
     flag,
     gates_from,
     printing_from,
+    refuse_report,
     run_options_from,
     take,
     with_foreign_files,
@@ -29,12 +31,14 @@ from converter.cli.options import (
     with_resume,
     with_strict,
 )
+from converter.cli.report import write_batch_report
 from converter.cli.values import Part
 
 if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
     from converter.batch.outcomes import Outcome
     from converter.job import Job, RunOptions
+    from converter.observer import Progress
 
 
 EXAMPLES = """\b
@@ -59,7 +63,7 @@ A line of a job file:
     with_foreign_files,
     with_pickle,
 )
-@cloup.option_group("Output", with_overwrite, *LINKS)
+@cloup.option_group("Output", with_overwrite, REPORT, *LINKS)
 @cloup.option_group("Quality, of jobs that state none", *GATES)
 @cloup.option_group(
     "Resources",
@@ -115,19 +119,29 @@ def run_batch(
     from converter.cli.show.progress import display
     from converter.cli.show.words import json_text
     from converter.errors import printable
+    from converter.samples import Samples
 
+    if dry_run:
+        refuse_report(printing)
     if of_batch["against"] is not None:
         of_batch["against"] = Path(of_batch["against"])
     terms = BatchOptions(**vars(how), **of_batch)
     keep_small()
+    # What a cluster's nodes hold and read, this process doesn't know.
+    samples = Samples() if printing.report is not None and ray is None else None
     with display(printing.progress, outputs=len(jobs)) as shown:
 
+        def hear(progress: Progress) -> None:
+            shown.progress(progress)
+            if samples is not None:
+                samples.hear(progress)
+
         def tell(outcome: Outcome) -> None:
-            shown.ended(printable(outcome.job.label), None if outcome.is_good else outcome.message)
+            shown.ended(printable(outcome.job.label), None if outcome.is_good else outcome.why)
 
         forecasts: list[Forecast] = []
         foretell = forecasts.append if dry_run else None
-        observer = BatchObserver(shown.progress, stop, ended=tell, foretold=foretell)
+        observer = BatchObserver(hear, stop, ended=tell, foretold=foretell)
         if ray is None:
             from converter.batch.batch import convert_jobs
 
@@ -136,6 +150,9 @@ def run_batch(
             from converter.batch.cluster.cluster import convert_on_cluster
 
             outcomes = convert_on_cluster(jobs, terms, ray, observer, dry_run=dry_run)
+    if printing.report is not None:
+        taken = samples.ended() if samples is not None and any(one.status == "made" for one in outcomes) else ()
+        write_batch_report(outcomes, printing.report, taken)
     if printing.as_json:
         print_text(json_text(batch_json(outcomes, shown.seconds(), forecasts)))
     elif not printing.quiet:

@@ -22,6 +22,7 @@ from converter.cli.options import (
     PRINTING,
     QUALITY,
     REFERENCE,
+    REPORT,
     RESOURCES,
     REVISIONS,
     STORES,
@@ -30,6 +31,7 @@ from converter.cli.options import (
     gates_from,
     printing_from,
     recipe_from,
+    refuse_report,
     run_options_from,
     take,
     with_foreign_files,
@@ -117,7 +119,7 @@ class Commands(cloup.Group):
         metavar="FILE",
         help="Your own text for the model card: Markdown, without metadata.",
     ),
-    cloup.option("--report", type=Place("file"), metavar="FILE", help="Write a report of the output: one HTML file."),
+    REPORT,
     *LINKS,
     *STORES,
 )
@@ -149,7 +151,6 @@ def cli(context: click.Context, /, **options: Any) -> None:
         return
     del options["config"], options["print_config"]
     adapters, dry_run = options.pop("adapters"), options.pop("dry_run")
-    report_file = options.pop("report")
     options["card"], options["gates"] = card_text(options["card"]), gates_from(options)
     if not options["base"] and not adapters:
         raise click.UsageError("Give --base, or an --adapter that names its base.")
@@ -157,11 +158,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
         raise click.UsageError("Give --out, or --dry-run.")
     of_store = take(options, "work", "disk", "create_pr")
     of_batch, printing = take(options, "strict", "link", "against"), printing_from(options)
-    if report_file is not None and dry_run:
-        raise click.UsageError("--report needs an output, and --dry-run makes none.")
     if (is_named(adapters) and options["combine"] is None) or of_batch["against"] is not None:
-        if report_file is not None:
-            raise click.UsageError("--report goes with one output; `convert report OUT` writes it for each.")
         refuse_store(options["out"], of_store)
         if options.pop("calibrate") is not None:
             raise click.UsageError("--calibrate goes with one output: convert each adapter by itself.")
@@ -173,6 +170,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     what |= vars(run_options_from(options)) | of_store
     del what["open_device"]
     if dry_run:
+        refuse_report(printing)
         print_plan(printing, what | options)
         return
 
@@ -186,7 +184,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
     from converter.samples import Samples
 
     keep_small()
-    samples = Samples() if report_file is not None else None
+    samples = Samples() if printing.report is not None else None
     with display(printing.progress) as shown:
 
         def hear(progress: Progress) -> None:
@@ -197,14 +195,13 @@ def cli(context: click.Context, /, **options: Any) -> None:
         try:
             report = convert(**what, **options, progress=hear, stop=context.obj)
         except GateFailed as failed:
-            if report_file is not None and samples is not None:
-                file = Path(report_file).expanduser()
-                write_report_of_failure(failed, options["out"], file, options["gates"], samples.ended())
+            if printing.report is not None and samples is not None:
+                write_report_of_failure(failed, options["out"], printing.report, options["gates"], samples.ended())
             raise
-    if report_file is not None and samples is not None:
+    if printing.report is not None and samples is not None:
         taken = () if report.nothing_to_do else samples.ended()
         receipt = None if report.store is None else report.store.receipt
-        write_report(report.label, Path(report_file).expanduser(), options["gates"], taken, receipt)
+        write_report(report.label, printing.report, options["gates"], taken, receipt)
     if printing.as_json:
         print_text(json_text(summary_json(report, shown.seconds())))
     elif not printing.quiet:

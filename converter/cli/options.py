@@ -105,6 +105,10 @@ STORES: tuple[Decorator, ...] = (
     ),
     flag("--create-pr", text="With hf:// as OUT: open a pull request instead of committing."),
 )
+REPORT = cloup.option(
+    *("--report", "report"), type=Place("file"), metavar="FILE", help="Write a report of what is made: one HTML file."
+)
+
 LINKS: tuple[Decorator, ...] = (
     cloup.option(
         "--link",
@@ -263,12 +267,13 @@ GATES: tuple[Decorator, ...] = (
 
 @dataclass(frozen=True)
 class Printing:
-    """What is printed of a result."""
+    """What is printed of a result, and the file of its report, if one is asked for."""
 
     quiet: bool
     verbose: bool
     as_json: bool
     progress: Kind
+    report: Path | None = None
 
 
 def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -278,9 +283,17 @@ def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def printing_from(options: dict[str, Any]) -> Printing:
     """What `PRINTING` adds, taken out of the options."""
-    printing = Printing(**take(options, "quiet", "verbose", "as_json", "progress"))
+    report = options.pop("report", None)
+    report = None if report is None else Path(report).expanduser()
+    printing = Printing(**take(options, "quiet", "verbose", "as_json", "progress"), report=report)
     silent = printing.quiet or (printing.as_json and printing.progress == "auto")
     return replace(printing, progress="none") if silent else printing
+
+
+def refuse_report(printing: Printing) -> None:
+    """Of a dry run."""
+    if printing.report is not None:
+        raise click.UsageError("--report needs an output, and --dry-run makes none.")
 
 
 def recipe_from(options: dict[str, Any]) -> Recipe:

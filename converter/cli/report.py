@@ -13,6 +13,7 @@ from converter.cli.options import GATES, gates_from, with_help
 from converter.cli.values import Place
 
 if TYPE_CHECKING:
+    from converter.batch.outcomes import Outcome
     from converter.errors import GateFailed
     from converter.samples import Sample
 
@@ -71,7 +72,7 @@ def write_report(
     """Write the report of a finished output, or of the outputs that a folder holds. `samples` are those of the run that
     has just made it, `receipt` is its, if it is known. `ConversionRefused` without a receipt, `WriteFailed`."""
     from converter.errors import ConversionRefused
-    from converter.page import batch_page, page
+    from converter.page import Made, batch_page, page
     from converter.read.folder import LocalFolder
     from converter.seal.receipt import RECEIPT, parse_receipt, read_receipt
     from converter.write.stores.addresses import path_of
@@ -89,12 +90,31 @@ def write_report(
     if receipt is not None:
         text = page(receipt, name, gates, samples)
     else:
-        inner = {path.name: read_receipt(path) for path in folder.iterdir() if path.is_dir()}
-        several = {called: found for called, found in inner.items() if found is not None}
+        inner = {path.name: read_receipt(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+        several = [Made(called, found, gates) for called, found in inner.items() if found is not None]
         if not several:
             raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
-        text = batch_page(several, name, gates)
+        text = batch_page(several, name)
     _write(file, text)
+
+
+def write_batch_report(outcomes: Sequence[Outcome], file: Path, samples: Sequence[Sample]) -> None:
+    """Write the report of a batch that has just ended: of each output that is there, and of what is not made."""
+    from converter.page import Made, batch_page
+    from converter.seal.receipt import read_receipt
+
+    made: list[Made] = []
+    not_made: dict[str, str] = {}
+    for outcome in outcomes:
+        job = outcome.job
+        # Below its gate is also what was there already, and that lies there still.
+        is_there = outcome.is_good or (outcome.is_below_gate and job.out.is_dir())
+        receipt = read_receipt(job.out) if is_there else None
+        if receipt is None:
+            not_made[job.label] = outcome.why
+        else:
+            made.append(Made(job.label, receipt, job.gates))
+    _write(file, batch_page(made, file.stem, not_made, samples))
 
 
 def write_report_of_failure(failed: GateFailed, out: str, file: Path, gates: Any, samples: Sequence[Sample]) -> None:

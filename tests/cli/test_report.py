@@ -131,8 +131,47 @@ def test_a_place_that_can_not_be_written_is_named(run: Run, base: Path, out: Pat
     assert ran.err == f"error: {tmp_path}/gone/report.html: No such file or directory\n"
 
 
-def test_a_report_goes_with_one_output(run: Run, base: Path, adapter: Path, out: Path) -> None:
-    several = ["--base", base, "--adapter", f"a={adapter}", "--out", out, "--report", "r.html"]
+def test_a_batch_writes_a_report_of_all_that_it_made_and_of_what_it_did_not(
+    run: Run, base: Path, out: Path, tmp_path: Path
+) -> None:
+    adapters(tmp_path / "ads", base)
+    (tmp_path / "ads" / "a1" / "adapter_model.safetensors").write_bytes(b"nothing")
+    arguments = ["--base", base, "--adapter", tmp_path / "ads" / "*", "--out", out, "-q"]
 
-    assert "--report goes with one output" in run(*several).err
-    assert "--report needs an output" in run("--base", base, "--dry-run", "--report", "r.html").err
+    made = run(*arguments, "--report", tmp_path / "one.html")
+    again = run(*arguments, "--report", tmp_path / "two.html")
+
+    assert made.code == again.code == 1
+    one, two = (Page((tmp_path / name).read_text()) for name in ("one.html", "two.html"))
+    assert "✗ 2 outputs are complete; 1 are not made" in one.text
+    assert [row[0] for row in one.table("output")[1:]] == [f"{out}/a0", f"{out}/a2"]
+    (missing,) = one.table("not made")[1:]
+    assert missing[0] == f"{out}/a1"
+    assert "adapter_model.safetensors" in missing[1]
+    assert {"planning", "converting", "sealing"} <= {row[0] for row in one.table("stage")[1:]}
+    assert len(one.attributes("polyline")) == 2
+    assert two.table("output") == one.table("output")
+    assert "Not known: only --report while converting draws them." in two.text
+
+
+def test_a_job_below_its_own_gate_is_shown_as_not_made(run: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
+    job = {"base": str(base), "adapter": str(adapter)}
+    jobs = [job | {"out": "plain"}, job | {"out": "gated", "max_error": 0.001}]
+    (tmp_path / "jobs.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in jobs))
+
+    ran = run("batch", tmp_path / "jobs.jsonl", "--report", tmp_path / "r.html", "-q")
+    assert ran.err.startswith(f"error: {tmp_path}/gated: model.layers.1.mlp.gate_proj.weight has error 0.0"), ran.err
+
+    shown = Page((tmp_path / "r.html").read_text())
+    assert ran.code == 4
+    assert [row[0] for row in shown.table("output")[1:]] == [str(tmp_path / "plain")]
+    assert [row[0] for row in shown.table("not made")[1:]] == [str(tmp_path / "gated")]
+    assert "✗ 1 output is complete; 1 are not made" in shown.text
+
+
+def test_a_dry_run_has_no_report(run: Run, base: Path, adapter: Path, out: Path, tmp_path: Path) -> None:
+    several = ["--base", base, "--adapter", f"a={adapter}", "--out", out]
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"base": str(base), "adapter": str(adapter), "out": "o"}))
+
+    for arguments in (["--base", base], several, ["batch", tmp_path / "jobs.jsonl"]):
+        assert "--report needs an output" in run(*arguments, "--dry-run", "--report", "r.html").err

@@ -33,7 +33,7 @@ def batch_text(
                 amount(outcome.shared_bytes) if outcome.shared_bytes else "",
                 outcome.link,
                 "" if survival is None else f"{survival['mean']:.4f}, worst {survival['worst']:.4f}",
-                outcome.message,
+                outcome.why,
             )
         )
     lines = table(rows)
