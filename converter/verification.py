@@ -203,11 +203,12 @@ def _check_structure(written: Checkpoint, found: Verification, loader: str) -> F
     for one in (kind.find(written) for kind in all_formats()):
         quantized.weights |= one.weights
         quantized.parts |= one.parts
+        quantized.uneven |= one.uneven
         quantized.settings = quantized.settings or one.settings
         found.problems += one.problems
     shapes = {name: tensor.shape for name, tensor in written.tensors.items() if name not in quantized.parts}
     try:
-        found.loaders = check_loaders(written.config, shapes | quantized.weights, quantized.weights)
+        found.loaders = check_loaders(written.config, shapes | quantized.weights, quantized.weights, quantized.uneven)
         found.problems += found.loaders[loader]
     except ConversionRefused as exc:
         found.problems.append(str(exc))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.functional import QuantState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converter import Recipe, convert, convert_batch, plan_conversion, verify
 from converter.batch.job_file import read_jobs
@@ -44,9 +44,9 @@ def experts_of(base: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def packed_by_bitsandbytes(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+def packed_by_bitsandbytes(matrix: torch.Tensor, block: int = 64) -> dict[str, torch.Tensor]:
     codes, state = functional.quantize_4bit(
-        matrix.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+        matrix.contiguous(), blocksize=block, compress_statistics=True, quant_type="nf4"
     )
     return {"": codes, **{f".{key}": value for key, value in state.as_dict(packed=True).items()}}
 
@@ -244,6 +244,23 @@ def test_a_class_that_vllm_lacks_is_refused(tmp_path: Path) -> None:
 def test_blocks_that_go_from_one_expert_to_the_next_are_refused(qwen: Path) -> None:
     with pytest.raises(BadRecipe, match="not whole blocks of 4096, and vLLM joins the scales of experts"):
         plan_conversion(save_odd(qwen), None, recipe=Recipe(target="vllm", block_size=4096))
+
+
+@pytest.mark.parametrize("block", [64, 4096])
+def test_verify_finds_such_blocks_in_what_another_tool_made(block: int, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2_moe", moe_intermediate_size=96)
+    out = convert(base, None, tmp_path / "out", VLLM).out
+    tensors = tensors_of(out)
+    for name, matrix in experts_of(base).items():
+        tensors |= {f"{name}{part}": tensor for part, tensor in packed_by_bitsandbytes(matrix, block).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for name in ("conversion.json", "SHA256SUMS"):
+        (out / name).unlink()
+
+    found = verify(out).loaders["vLLM"]
+
+    joins = "its last block is not whole, it joins the scales of experts (24 layers of experts)"
+    assert found == ([] if block == 64 else [f"model.layers.0.mlp.experts.0.down_proj: {joins}"])
 
 
 def save_odd(base: Path) -> Path:

@@ -41,8 +41,9 @@ class Served:
             for one in (kind.find(written) for kind in all_formats()):
                 found.weights |= one.weights
                 found.parts |= one.parts
+                found.uneven |= one.uneven
             shapes = {name: tensor.shape for name, tensor in written.tensors.items() if name not in found.parts}
-            problems = check_loaders(written.config, shapes | found.weights, found.weights)
+            problems = check_loaders(written.config, shapes | found.weights, found.weights, found.uneven)
             stated = written.config.get("quantization_config")
         method = stated.get("quant_method") if isinstance(stated, dict) else None
         kinds: dict[object, Kind] = {None: "16 bits"}

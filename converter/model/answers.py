@@ -115,11 +115,12 @@ def check_output(config: Mapping[str, Any], tensors: Mapping[str, Shape], quanti
 
 
 def check_loaders(
-    config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
+    config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str], uneven: Iterable[str] = ()
 ) -> dict[str, list[str]]:
-    """Loader → what it would find wrong with a checkpoint, as `check_output` takes it; empty: nothing."""
+    """Loader → what it would find wrong with a checkpoint, as `check_output` takes it; empty: nothing. `uneven`: the
+    quantized weights of which the last block isn't whole."""
     found, model = set(quantized), _model_of(config, tensors)
-    others = objections(_written(model, config, tensors, found))
+    others = objections(_written(model, config, tensors, found, frozenset(uneven)))
     return {TRANSFORMERS: _problems_of_transformers(model, config, tensors, found), **others}
 
 
@@ -160,7 +161,11 @@ def _problems_of_transformers(
 
 
 def _written(
-    model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: set[str]
+    model: PreTrainedModel,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Shape],
+    quantized: set[str],
+    uneven: frozenset[str],
 ) -> Written:
     """The checkpoint as rules of loaders see it."""
     names = Names(model, tensors)
@@ -189,6 +194,7 @@ def _written(
         stacks=stacks,
         default_skips=default_skips_of_version_4(model, head),
         misread=list(misread(config)),
+        uneven=uneven,
     )
 
 
@@ -213,7 +219,7 @@ def answer(request: dict[str, Any]) -> Any:
     if question == "reads_alike":
         return reads_alike(request["config"], request["other"])
     tensors = {name: tuple(shape) for name, shape in request["tensors"].items()}
-    return check_loaders(request["config"], tensors, request["quantized"])
+    return check_loaders(request["config"], tensors, request["quantized"], request["uneven"])
 
 
 def serve(memory: int) -> None:

@@ -166,10 +166,14 @@ class Questions:
         return found
 
     def check_loaders(
-        self, config: Mapping[str, Any], tensors: Mapping[str, Shape], quantized: Iterable[str]
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Shape],
+        quantized: Iterable[str],
+        uneven: Iterable[str] = (),
     ) -> dict[str, list[str]]:
         """`answers.check_loaders`. Of a sealed folder that is what was planned, the plan's answer holds."""
-        request = {"config": config, "tensors": tensors, "quantized": sorted(quantized)}
+        request = {"config": config, "tensors": tensors, "quantized": sorted(quantized), "uneven": sorted(uneven)}
         found: dict[str, list[str]] = self._ask({"question": "check_loaders", **request})
         return found
 

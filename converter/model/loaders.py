@@ -52,6 +52,8 @@ class Written:
     """What transformers 4.57 keeps if the config has no list."""
     misread: Collection[str] = ()
     """What of the config it reads otherwise than transformers 5, or not at all."""
+    uneven: Collection[str] = ()
+    """Quantized weights of which the last block isn't whole."""
 
     @property
     def method(self) -> str | None:
@@ -140,6 +142,10 @@ def _experts_in_vllm(written: Written) -> Iterator[str]:
     elif (written.quantization or {}).get("bnb_4bit_quant_type") != "nf4":
         yield f"{written.experts[0]}: it reads experts as NF4, whatever they are in"
     kept = [module for module in written.experts if not written.layers[module].quantized]
+    uneven = [module for module in written.experts if f"{module}.weight" in written.uneven]
+    if uneven:
+        more = f"({len(uneven)} layers of experts)"
+        yield f"{uneven[0]}: its last block is not whole, it joins the scales of experts {more}"
     if kept and not written.is_8_bit:
         yield f"{kept[0]}: in 16 bits, it makes 4 bits of all experts ({len(kept)} layers of experts)"
 

@@ -17,7 +17,7 @@ from converter.model.ask import check_loaders, describe, dismiss, parameters
 from converter.model.loaders import OF_TARGET, TRANSFORMERS
 from converter.plan.budget import cut_into_tiles
 from converter.plan.config import config_of, output_config
-from converter.plan.experts import note_on_kept, taken_apart
+from converter.plan.experts import note_on_kept, taken_apart, uneven
 from converter.plan.inputs import is_called
 from converter.plan.layout import LIMITS, Limits
 from converter.plan.plan import Plan, TensorPlan, in_shards, packed
@@ -129,7 +129,7 @@ def make_plan(
         config["quantization_config"] = own_quantization(sources)
     side_files = choose(base.folder, adapter.folder if adapter else None, trust_remote_code=trust_remote_code)
     _check_tokenizer(side_files, adapter, architecture, tensors)
-    loads, loaders = architecture.known, _loaders_of(config, tensors) if architecture.known else {}
+    loads, loaders = architecture.known, _loaders_of(config, tensors, recipe) if architecture.known else {}
     loader = OF_TARGET[recipe.target]
     if problems := loaders.get(loader):
         problem = f"{problems[0]} ({len(problems)} in all)"
@@ -258,10 +258,11 @@ def _check_names(tensors: list[TensorPlan], limits: Limits) -> None:
             raise BadCheckpoint(f"{name}: in the base, but in the output it would be a part of a quantized weight")
 
 
-def _loaders_of(config: Mapping[str, Any], tensors: list[TensorPlan]) -> dict[str, list[str]]:
+def _loaders_of(config: Mapping[str, Any], tensors: list[TensorPlan], recipe: Recipe) -> dict[str, list[str]]:
     """Loader → what it would find wrong with the output."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    return check_loaders(config, shapes, [tensor.name for tensor in tensors if tensor.is_quantized])
+    quantized = [tensor.name for tensor in tensors if tensor.is_quantized]
+    return check_loaders(config, shapes, quantized, uneven(tensors, recipe))
 
 
 def _check_tokenizer(

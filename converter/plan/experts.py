@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from converter.errors import BadRecipe, Unsupported
@@ -12,7 +12,7 @@ from converter.plan.plan import TensorPlan
 from converter.quantize.formats import format_of
 from converter.read.header import TensorHeader
 from converter.read.stored.schemes import Sources
-from converter.read.stored.stored import Source
+from converter.read.stored.stored import Source, is_stored
 from converter.recipe import Recipe
 
 
@@ -71,6 +71,18 @@ def _parts(source: TensorHeader, stack: Stack) -> list[tuple[TensorHeader, int, 
 
 def _of_experts(stacks: Sequence[Stack]) -> set[str]:
     return {name for stack in stacks for name in stack.pieces}
+
+
+def uneven(tensors: Iterable[TensorPlan], recipe: Recipe) -> Iterator[str]:
+    """Names of the weights to quantize, or copied as codes, of which the last block isn't whole."""
+    for tensor in tensors:
+        if tensor.is_quantized:
+            source = tensor.source
+            block = format_of(recipe).block(tensor.columns)
+            if tensor.action == "copy" and is_stored(source):
+                block = source.block
+            if math.prod(tensor.shape) % block:
+                yield tensor.name
 
 
 def note_on_kept(tensors: Sequence[TensorPlan], architecture: Architecture, recipe: Recipe) -> str:

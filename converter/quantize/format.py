@@ -134,6 +134,8 @@ class Found:
     """Weight → its shape before it was encoded."""
     parts: set[str] = field(default_factory=set)
     """Names of the tensors that belong to these weights; the weights' own are among them if tensors have them."""
+    uneven: set[str] = field(default_factory=set)
+    """Weights of which the last block isn't whole."""
     problems: list[str] = field(default_factory=list)
     """One line each, naming the weight."""
     settings: dict[str, Any] | None = None

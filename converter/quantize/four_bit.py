@@ -114,6 +114,8 @@ class FourBit:
                 found.problems.append(f"{weight}: {problem}")
             there = written.tensors.get(weight)
             found.weights[weight] = tuple(state.get("shape", there.shape if there is not None else ()))
+            if state and math.prod(state["shape"]) % state["blocksize"]:
+                found.uneven.add(weight)
             if state and found.settings is None:
                 found.settings = {
                     "quant_type": state["quant_type"],

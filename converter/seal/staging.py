@@ -25,6 +25,7 @@ from converter.errors import (
 )
 from converter.model.ask import check_loaders
 from converter.model.loaders import OF_TARGET
+from converter.plan.experts import uneven
 from converter.quantize.formats import format_of
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS
@@ -250,7 +251,8 @@ def check_written(folder: Path, plan: Plan) -> None:
         shapes = {tensor.name: tensor.shape for tensor in plan.tensors()} | format_of(plan.recipe).find(written).weights
         if plan.verifiable:
             quantized = [tensor.name for tensor in plan.tensors() if tensor.is_quantized]
-            if problems := check_loaders(written.config, shapes, quantized)[OF_TARGET[plan.recipe.target]]:
+            loaders = check_loaders(written.config, shapes, quantized, uneven(plan.tensors(), plan.recipe))
+            if problems := loaders[OF_TARGET[plan.recipe.target]]:
                 raise VerificationFailed(f"the output would not load: {problems[0]} ({len(problems)} in all)")
 
 

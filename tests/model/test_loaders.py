@@ -142,6 +142,17 @@ def test_what_version_4_made_of_experts_is_for_version_4_and_vllm(tmp_path: Path
     assert any(problem.endswith("quantized here, not by transformers") for problem in found["transformers 5"])
 
 
+def test_experts_that_are_not_whole_blocks_are_not_for_vllm(tmp_path: Path) -> None:
+    config, shapes, quantized = four_bit_experts(tmp_path)
+    expert, linear = f"{LAYER}.block_sparse_moe.experts.0.w1", f"{LAYER}.self_attn.o_proj"
+
+    found = check_loaders(config, shapes, quantized, {f"{expert}.weight", f"{linear}.weight"})
+
+    joins = "its last block is not whole, it joins the scales of experts (1 layers of experts)"
+    assert found["transformers 4.57"] == []
+    assert found["vLLM"] == [f"{expert}: {joins}"]
+
+
 def test_experts_in_fp4_would_be_read_as_nf4(tmp_path: Path) -> None:
     found = check_loaders(*four_bit_experts(tmp_path, bnb_4bit_quant_type="fp4"))
 
