@@ -77,7 +77,8 @@ def describe(
     compressed = library == "compressed-tensors"
     apart = {name: stack.parameter for stack in architecture.stacks for name in stack.apart}
     if compressed:
-        could = quantizable(model, names, shapes)
+        loaded_apart = {n: stack.parameter for stack in architecture.stacks for n in stack.apart if stack.parts}
+        could = {**quantizable(model, names, shapes), **loaded_apart}
     elif library == "bitsandbytes in vLLM":
         could = {**quantizable(model, names, shapes), **apart}
     else:

@@ -90,9 +90,9 @@ def make_plan(
         architecture = as_stored(architecture, sources)
     if dequantized:
         sources, architecture = as_trained_on(architecture, sources, recipe)
-    recipe = fit(recipe, {name: shapes[name] for name, role in architecture.roles.items() if role.quantize})
-    if recipe.target == "vllm":
-        sources, architecture, plain_shapes = taken_apart(sources, architecture, plain_shapes, recipe)
+    sources, architecture, plain_shapes = taken_apart(sources, architecture, plain_shapes, recipe)
+    to_quantize = [name for name, role in architecture.roles.items() if role.quantize]
+    recipe = fit(recipe, {name: sources.by_name[name].shape for name in to_quantize})
 
     def ask(names: list[str]) -> Mapping[str, str]:
         return parameters(base_config, shapes, names, dtype=recipe.dtype) if architecture.known else {}

@@ -1,4 +1,4 @@
-"""Experts: a tensor for each linear layer of each expert, as vLLM takes them; or what it costs to keep them."""
+"""Experts: a tensor for each linear layer of each expert, as servers take them; or what it costs to keep them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def taken_apart(
             pieces[part.name] = (expert, first, False)
         stacks[stack.parameter] = replace(stack, pieces=pieces)
     for name in _of_experts(architecture.stacks) & plain.keys() | (plain.keys() - shapes.keys()):
-        if roles[name].quantize and math.prod(plain[name]) % recipe.block_size:
+        in_blocks = recipe.target == "vllm" and roles[name].quantize
+        if in_blocks and math.prod(plain[name]) % recipe.block_size:
             raise BadRecipe(
                 f"{name}: its {math.prod(plain[name]):,} weights are not whole blocks of {recipe.block_size}, and vLLM "
                 "joins the scales of experts: choose a smaller `block_size`"
@@ -89,14 +90,18 @@ def note_on_kept(tensors: Sequence[TensorPlan], architecture: Architecture, reci
     """What it costs to keep experts in 16 bits; empty if none is kept."""
     experts = _of_experts(architecture.stacks)
     kept = [tensor for tensor in tensors if tensor.name in experts and not tensor.is_quantized]
-    if not kept or recipe.quant_type == "none" or format_of(recipe).library != "bitsandbytes":
+    if not kept or recipe.quant_type == "none":
         return ""
+    compressed = format_of(recipe).library == "compressed-tensors"
+    reason = "all of a layer in one tensor" if compressed else "since transformers 5 loads no others"
     plain = sum(math.prod(tensor.shape) for tensor in tensors if not tensor.is_quantized)
     whole, nbytes = sum(math.prod(tensor.shape) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
     note = (
-        f"experts stay in 16 bits, since transformers 5 loads no others: {plain / whole:.0%} of the weights are not "
+        f"experts stay in 16 bits, {reason}: {plain / whole:.0%} of the weights are not "
         f"quantized, and the output takes {_size(nbytes)}"
     )
+    if compressed:
+        return f"{note}; vLLM and SGLang don't take it"
     could = {name for stack in architecture.stacks for name in stack.apart}
     could |= {name for stack in architecture.stacks for name, piece in stack.pieces.items() if piece[0] is not None}
     if recipe.quant_type != "nf4" or not {tensor.name for tensor in kept} <= could:
