@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real loaders bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real loaders serve-check bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -64,6 +64,11 @@ loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environmen
 	done
 	PYTHONPATH=. $(BIN)/python tools/loaders.py compare build/loaders
 	$(BIN)/python tools/ropes.py compare build/loaders
+
+serve-check: .venv/ready  ## real servers on the CPU load each format, and agree with transformers; downloads 2.5 GB
+	$(BIN)/python tools/environments.py vllm build/serve/vllm
+	$(BIN)/python tools/environments.py transformers build/serve/transformers
+	PYTHONPATH=. $(BIN)/python tools/serve_check.py build/serve
 
 bench: .venv/ready  ## measure time and memory beside the usual flow; twenty minutes, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py

