@@ -18,11 +18,13 @@ lint: .venv/ready
 types: .venv/ready
 	$(BIN)/mypy
 
+# All tests of a file run in one process: what a module prepares is prepared once, and a kernel is compiled once.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report= --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 $(BY_FILE) -m "not slow" --cov --cov-report= --cov-fail-under=95
 
 slow: .venv/ready  ## the tests that take too long for each commit: samples of faults, cold starts, a cluster that loses a node
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 $(BY_FILE) -m slow
 
 fix: .venv/ready  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -43,9 +43,11 @@ _PROGRAM = "import sys; sys.path[:] = {path!r}; from converter.model.answers imp
 class TransformersProcess:
     """A process that has transformers and answers questions. It starts with the first one, and again if it has died."""
 
-    def __init__(self, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+    def __init__(self, *, seconds: float = SECONDS, memory: int = MEMORY, program: str = _PROGRAM) -> None:
+        """`program` is what the process runs: Python, with fields for its `path` and its `memory`."""
         self._seconds = seconds
         self._memory = memory
+        self._program = program
         self._process: subprocess.Popen[str] | None = None
         self._took_too_long = False
 
@@ -95,7 +97,7 @@ class TransformersProcess:
     def _start(self) -> subprocess.Popen[str]:
         atexit.register(self.end)
         return subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM.format(path=sys.path, memory=self._memory)],
+            [sys.executable, "-c", self._program.format(path=sys.path, memory=self._memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -30,16 +29,8 @@ def base(tiny_base: Path) -> Checkpoint:
     return Checkpoint(LocalFolder(tiny_base))
 
 
-@pytest.fixture
-def process() -> Iterator[TransformersProcess]:
-    process = TransformersProcess()
-    yield process
-    process.end()
-
-
 @pytest.fixture(scope="module")
 def living() -> Iterator[TransformersProcess]:
-    """For all tests that leave it alive."""
     process = TransformersProcess()
     yield process
     process.end()
@@ -56,17 +47,21 @@ def short(base: Checkpoint) -> str:
     return json.dumps({"question": "reads_alike", "config": base.config, "other": base.config})
 
 
-def send_while_it_answers(process: TransformersProcess, number: signal.Signals) -> None:
-    """The process gets a signal while it is asked: until then it stands still."""
-    pid = process.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
+DYING = """
+import os, sys
+for question in sys.stdin:
+    if question.strip().isdigit():
+        os.kill(os.getpid(), int(question))
+    print('{{"answer": ' + str(os.getpid()) + '}}', flush=True)
+"""
+"""It dies of a question that is the number of a signal; any other is answered by the process's own id."""
 
-    def send() -> None:
-        os.kill(pid, number)
-        os.kill(pid, signal.SIGCONT)
 
-    threading.Timer(0.5, send).start()
+@pytest.fixture
+def dying() -> Iterator[TransformersProcess]:
+    process = TransformersProcess(program=DYING)
+    yield process
+    process.end()
 
 
 def test_a_process_of_its_own_gives_the_answers_that_this_one_would(
@@ -83,25 +78,17 @@ def test_a_refusal_comes_back_from_the_process_as_the_same_error(base: Checkpoin
         living.ask(question(base, config=base.config | {"architectures": ["NoSuchModel"]}))
 
 
-def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(
-    base: Checkpoint, process: TransformersProcess
-) -> None:
-    process.ask(short(base))
-    send_while_it_answers(process, signal.SIGABRT)
-
+def test_a_process_that_dies_of_a_question_is_a_refusal_and_no_hang(dying: TransformersProcess) -> None:
     with no_hang(), pytest.raises(errors.BadCheckpoint, match="transformers failed on it"):
-        process.ask(question(base))
+        dying.ask(str(signal.SIGABRT.value))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_process_that_somebody_ends_is_no_fault_of_the_base(
-    number: signal.Signals, base: Checkpoint, process: TransformersProcess
+    number: signal.Signals, dying: TransformersProcess
 ) -> None:
-    process.ask(short(base))
-    send_while_it_answers(process, number)
-
     with no_hang(), pytest.raises(errors.ConversionFailed, match=f"was ended by {number.name}"):
-        process.ask(question(base))
+        dying.ask(str(number.value))
 
 
 def test_a_question_that_takes_too_long_is_the_fault_of_the_base(base: Checkpoint) -> None:
@@ -113,34 +100,26 @@ def test_a_question_that_takes_too_long_is_the_fault_of_the_base(base: Checkpoin
     process.end()
 
 
-@pytest.mark.slow
-def test_a_process_that_died_of_one_question_is_not_asked_the_next(
-    base: Checkpoint, process: TransformersProcess
-) -> None:
-    first = process.ask(question(base))
-    dead = process.pid
-    send_while_it_answers(process, signal.SIGKILL)
+def test_a_process_that_died_of_one_question_is_not_asked_the_next(dying: TransformersProcess) -> None:
+    dead = dying.ask("who?")
     with pytest.raises(errors.ConverterError):
-        process.ask(question(base))
+        dying.ask(str(signal.SIGKILL.value))
 
-    assert process.ask(question(base)) == first
-    assert process.pid != dead
+    alive = dying.ask("who?")
+
+    assert dead != alive == dying.pid
 
 
-@pytest.mark.slow
-def test_what_is_ended_gives_its_process_back_and_can_be_asked_again(
-    base: Checkpoint, process: TransformersProcess
-) -> None:
-    first = process.ask(question(base))
-    pid = process.pid
-    assert pid is not None
+def test_what_is_ended_gives_its_process_back_and_can_be_asked_again(dying: TransformersProcess) -> None:
+    first = dying.ask("who?")
+    assert first == dying.pid
 
-    process.end()
+    dying.end()
 
-    assert process.pid is None
+    assert dying.pid is None
     with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    assert process.ask(question(base)) == first
+        os.kill(first, 0)
+    assert dying.ask("who?") == dying.pid != first
 
 
 def test_a_config_that_would_take_all_memory_is_refused(base: Checkpoint) -> None:
