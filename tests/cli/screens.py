@@ -5,17 +5,13 @@ After an intended change: `make golden`, and read the diff.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.cli.terminal import Terminal
-from tests.conftest import REPOSITORY
-from tests.limits import HANG
+from tests.cli.terminal import run_here, shown
 from tests.models import save_adapter, save_base
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,21 +54,13 @@ def screen(name: str, columns: int | None, folder: Path, environment: Mapping[st
     """What one command shows, run in this folder."""
     arguments = COMMANDS[name]
     if columns is None:
-        ran = subprocess.run(
-            [sys.executable, REPOSITORY / "cli.py", *arguments],
-            cwd=folder,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=HANG,
-            check=False,
-        )
-        text = f"exit code {ran.returncode}\n--- stdout\n{ran.stdout}--- stderr\n{ran.stderr}"
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            code = run_here(arguments, folder, environment, (out.fileno(), err.fileno()))
+            for file in (out, err):
+                file.seek(0)
+            text = f"exit code {code}\n--- stdout\n{out.read()}--- stderr\n{err.read()}"
     else:
-        terms = {"LC_ALL": "C.UTF-8", "TERM": "xterm-256color", **environment}
-        with Terminal([sys.executable, REPOSITORY / "cli.py", *arguments], columns, folder, terms) as terminal:
-            terminal.wait()
-            text = terminal.lines()
+        text = shown(arguments, columns, folder, environment)
     text = text.replace(str(folder), "HERE")
     if not name.startswith("help") and name != "alone":
         for pattern, instead in VARIES:
@@ -99,13 +87,7 @@ def main(names: Sequence[str]) -> None:
 def made_before(folder: Path, environment: Mapping[str, str]) -> None:
     """The output that is verified."""
     words = ["--base", "base", "--adapter", "adapter", "--out", "made", "--quiet"]
-    subprocess.run(
-        [sys.executable, REPOSITORY / "cli.py", *words],
-        cwd=folder,
-        env={**os.environ, **environment},
-        check=True,
-        timeout=HANG,
-    )
+    assert run_here(words, folder, environment, (1, 2)) == 0
 
 
 if __name__ == "__main__":

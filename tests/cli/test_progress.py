@@ -170,7 +170,7 @@ def test_errors_of_a_batch_are_printed_above_the_bar_and_the_bar_goes(
     (tmp_path / "empty").mkdir()
     several = [word for name in ("a", "empty", "b") for word in ("--adapter", name)]
 
-    screen = shown(["--base", "base", *several, "--out", "out"], columns, tmp_path)
+    screen = shown(["--base", "base", *several, "--out", "out"], columns, tmp_path, raw=True)
 
     lines = screen.splitlines()
     assert lines[0].startswith("error: out/empty: empty: ")
