@@ -48,6 +48,7 @@ class Adapter:
         except BadCheckpoint as exc:
             raise BadAdapter(str(exc)) from exc
         self.options = Options(self.config, f"{folder.label}: {CONFIG}", seconds)
+        self.notes += self.options.notes
         where = folder.label
         if not self.tensors:
             raise BadAdapter(f"{where}: {WEIGHTS} holds no tensors")

@@ -40,6 +40,7 @@ _HAVE_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt")
 _WHOLE_MODELS = (
     *("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
     *("consolidated.safetensors", "consolidated.*.pth", "tf_model.*", "flax_model.*", "open_clip_*"),
+    "pytorch_model_fsdp*.bin",  # that a Trainer saves of the same step
     *("hf_model_*.pt", "meta_model_*.pt", "torchtune_model_*.pt"),  # that torchtune merged
 )
 _TOKENIZER = ("*.bpe.model", "*token*.bin")

@@ -18,8 +18,11 @@ from converter.merge.variants import Variants
 # What a saved LoraConfig may say without changing the merge, and what is read below.
 _WITHOUT_EFFECT = """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_dropout
-    megatron_core runtime_config eva_config qalora_group_size
+    megatron_core runtime_config qalora_group_size merge_weights
+    eva_config loftq_config corda_config lora_ga_config
 """
+"""Among them the configs of initialisations, which PEFT reads only where init_lora_weights names theirs, and what PEFT
+before 0.4 said of merging while it trained."""
 _READ = """
     r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
     layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights kasa_config
@@ -28,6 +31,8 @@ UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split()) | _OF_VARIANTS
 """Options of a LoraConfig that may have any value that PEFT gives a meaning."""
 # Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_CHANGE_THE_BASE = ("loftq_config", "corda_config", "lora_ga_config")
+"""Configs of initialisations that change the base: where they are left over, the changed one may have been saved."""
 _OF_THE_BASE = ("pissa", "olora")
 """Initialisations that take a part out of the base, which can be found again."""
 TUNERS = {
@@ -82,6 +87,16 @@ class Options:
         """Whether PEFT's own classes merge it: other tuners, and LoRA that changes the base."""
         of_base = self._config.get("init_lora_weights") in _OF_THE_BASE or bool(self._config.get("kasa_config"))
         return self._config.get("peft_type") in TUNERS or of_base
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of options that change nothing here."""
+        return [
+            f"{self._where}: {key} is given, but init_lora_weights is another: if the adapter was trained on a base "
+            "that was changed before, and saved, give that base"
+            for key in _CHANGE_THE_BASE
+            if self._config.get(key)
+        ]
 
     @property
     def prefix(self) -> str | None:

@@ -35,6 +35,6 @@ def other_trainer(config: Mapping[str, Any]) -> str | None:
     """What a config is that has another trainer's words instead of PEFT's; None for one of PEFT."""
     if "peft_type" not in config and ("fine_tune_type" in config or "lora_parameters" in config):
         return f"of MLX, not of PEFT; {FUSE_WITH_MLX}"
-    if "enable_lora" in config or "merge_weights" in config:
+    if config.get("enable_lora"):
         return "of a PEFT before 0.4, whose layers were others; load it with that version and save it again"
     return None

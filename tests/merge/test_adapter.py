@@ -20,9 +20,7 @@ from tests.merge.adapters import MODULE, A, B, factors, misplaced, opened, place
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("loftq_config", {"loftq_bits": 4}),
-        ("corda_config", {"corda_method": "kpm"}),
-        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("qalora_bits", 4),
         ("an_option_of_next_year", 0.5),
     ],
 )
@@ -314,6 +312,30 @@ def test_what_does_not_touch_the_merge_may_say_anything(tmp_path: Path) -> None:
     adapter = opened(save(tmp_path / "adapter", **harmless))
 
     assert (adapter.base_name, adapter.base_revision) == ("some/base", "main")
+    assert adapter.notes == []
+
+
+def test_an_adapter_of_the_first_pefts_is_accepted_as_todays_peft_accepts_it(tmp_path: Path) -> None:
+    first = {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False, "modules_to_save": None}
+
+    adapter = opened(save(tmp_path / "adapter", **first))
+
+    assert list(adapter.modules) == [MODULE]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("loftq_config", {"loftq_bits": 4}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+    ],
+)
+def test_what_an_initialisation_left_in_the_config_is_noted(option: str, value: object, tmp_path: Path) -> None:
+    adapter = opened(save(tmp_path / "adapter", **{option: value}))
+
+    [note] = adapter.notes
+    assert f"{option} is given, but init_lora_weights is another: if the adapter was trained on a base that was" in note
 
 
 @pytest.mark.parametrize("value", [None, "", 7, ["x"]])

@@ -107,7 +107,9 @@ def test_what_a_trainer_leaves_beside_an_adapter_does_no_harm(tmp_path: Path) ->
     assert opened(folder).notes == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "pytorch_model_fsdp.bin"]
+)
 def test_that_a_whole_model_beside_an_adapter_is_left_out_is_said(name: str, tmp_path: Path) -> None:
     folder = save(tmp_path / "adapter")
     (folder / name).write_bytes(b"x")
