@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from converter.errors import BadRecipe
 
@@ -29,6 +29,10 @@ class Calibration:
     """Tokens that the model sees at a time. None: 2048, or as many as the model takes."""
     damping: float = 0.01
     """What is added to the diagonal of the inputs' second moments, in means of it."""
+    scales: Literal["inputs", "format"] = "inputs"
+    """inputs: of each block, the scale that loses the least of what the weight makes of its inputs; format: its own."""
+    sweeps: int = 2
+    """How often each code is chosen once more, when all others are known."""
 
     def __post_init__(self) -> None:
         if not _SHA256.fullmatch(str(self.text)):
@@ -41,6 +45,10 @@ class Calibration:
             raise BadRecipe(f"`calibrate_window` {self.window!s:.40}: expected at least 2 tokens")
         if type(self.damping) not in (int, float) or not (math.isfinite(self.damping) and 0 < self.damping <= 1):
             raise BadRecipe(f"`damping` {self.damping!s:.40}: expected a number above 0, at most 1")
+        if self.scales not in ("inputs", "format"):
+            raise BadRecipe(f"`scales` {self.scales!s:.40}: expected inputs or format")
+        if type(self.sweeps) is not int or not 0 <= self.sweeps <= 100:
+            raise BadRecipe(f"`sweeps` {self.sweeps!s:.40}: expected a whole number from 0 to 100")
 
     @classmethod
     def of(cls, text: Path, **choices: Any) -> Calibration:

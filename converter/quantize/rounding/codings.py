@@ -36,6 +36,9 @@ class Coding(Protocol):
     def scales(self, name: str, target: Tensor) -> Tensor:
         """What `Encoder.finish` needs of some rows: float32, one for each block. Raises `NotFinite`."""
 
+    def stored(self, scales: Tensor) -> Tensor:
+        """Scales, rounded to the dtype that holds them, in float32."""
+
     def seen(self, name: str, shape: Shape, scales: Tensor, nearest: Encoder) -> Tensor:
         """The scales of a whole weight as a loader restores them."""
 
@@ -89,6 +92,9 @@ class FourBitCoding:
             raise NotFinite(f"{name}: holds a NaN or an infinity")
         return scales
 
+    def stored(self, scales: Tensor) -> Tensor:
+        return scales
+
     def seen(self, name: str, shape: Shape, scales: Tensor, nearest: Encoder) -> Tensor:
         if not self._recipe.double_quant:
             return scales
@@ -121,12 +127,15 @@ class EightBitCoding:
         return columns
 
     def scales(self, name: str, target: Tensor) -> Tensor:
-        import torch
-
-        absmax = target.abs().amax(1).to(torch.float16).float()
+        absmax = self.stored(target.abs().amax(1))
         if not bool(absmax.isfinite().all()):
             raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for float16 (int8)")
         return absmax
+
+    def stored(self, scales: Tensor) -> Tensor:
+        import torch
+
+        return scales.to(torch.float16).float()
 
     def seen(self, name: str, shape: Shape, scales: Tensor, nearest: Encoder) -> Tensor:
         return scales
@@ -157,6 +166,9 @@ class GroupCoding:
         if not float(target.abs().amax()) <= torch.finfo(dtype).max:
             raise NotFinite(f"{name}: holds a NaN or an infinity, or a value too large for {self._dtype}")
         return formulas.quantize(target, self._scheme, dtype).scales.float().flatten()
+
+    def stored(self, scales: Tensor) -> Tensor:
+        return scales.to(torch_dtype(self._dtype)).float()
 
     def seen(self, name: str, shape: Shape, scales: Tensor, nearest: Encoder) -> Tensor:
         return scales

@@ -12,14 +12,17 @@ from converter.quantize.cut import STRIP_ELEMENTS, tile_bounds
 from converter.quantize.format import Encoded, Rows, Shape
 from converter.quantize.measure import row_sums
 from converter.quantize.rounding.codings import Coding, coding_of
+from converter.quantize.rounding.descent import swept
 from converter.quantize.rounding.feedback import Directions, directions_of, round_by_torch
 from converter.quantize.rounding.gptq import Factors, Moments, factors_of, rounded
+from converter.quantize.rounding.weighted_scales import weighted_scales
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
+    from converter.calibration import Calibration
     from converter.merge.change import MergedTile
     from converter.quantize.format import Encoder
     from converter.recipe import Recipe
@@ -34,7 +37,7 @@ def with_rounding(nearest: Encoder, recipe: Recipe, device: torch.device, *, ker
     if recipe.rounding == "adapter":
         nearest = Feedback(nearest, coding_of(recipe), by_kernels=kernels and device.type == "cpu")
     if recipe.calibration is not None:
-        return Calibrated(nearest, coding_of(recipe), recipe.calibration.damping)
+        return Calibrated(nearest, coding_of(recipe), recipe.calibration)
     return nearest
 
 
@@ -106,8 +109,8 @@ class Calibrated:
     """Keeps the product with the inputs that a text gives, by GPTQ. A weight comes as a whole, for its scales are those
     that a loader restores."""
 
-    def __init__(self, nearest: Encoder, coding: Coding, damping: float) -> None:
-        self._nearest, self._coding, self._damping = nearest, coding, damping
+    def __init__(self, nearest: Encoder, coding: Coding, how: Calibration) -> None:
+        self._nearest, self._coding, self._how = nearest, coding, how
         self._known: list[tuple[Moments, Factors]] = []
 
     def load(self, dtypes: Collection[str]) -> None:
@@ -121,13 +124,17 @@ class Calibrated:
 
         if rows.moments is None:
             return self._nearest.encode(rows, buffers)
-        coding, merged = self._coding, rows.merged()
+        coding, merged, second = self._coding, rows.merged(), rows.moments.second
         target = merged.values.float().contiguous()
         shape, block = tuple(target.shape), coding.block(target.shape[1])
         scales = coding.scales(rows.name, target)
+        if self._how.scales == "inputs":
+            scales = weighted_scales(coding, target, scales, second.diagonal())
         steps = coding.steps(coding.seen(rows.name, shape, scales, self._nearest))
-        factors = self._factors(rows.moments)
-        codes = rounded(target, _spread(steps, block, target.shape), coding.grid, factors)
+        factors, spread = self._factors(rows.moments), _spread(steps, block, target.shape)
+        codes = rounded(target, spread, coding.grid, factors)
+        for _ in range(self._how.sweeps):
+            codes = swept(codes, target, spread, coding.grid, second, factors.damping)
         sums = numpy.concatenate([*_sums(merged, codes, steps, coding, block)])
         return Encoded(coding.pieces(rows, codes, scales), scales, sums)
 
@@ -136,7 +143,7 @@ class Calibrated:
         for known, factors in self._known:
             if known is moments:
                 return factors
-        made = factors_of(moments, self._damping)
+        made = factors_of(moments, self._how.damping)
         self._known = [(moments, made)]
         return made
 

@@ -40,6 +40,8 @@ class Factors:
     """The numbers of the columns, in the order in which they are rounded: int64 (in_features,)."""
     upper: Tensor
     """U in that order: float32 (in_features, in_features)."""
+    damping: float
+    """What was added to the diagonal of the second moments."""
 
 
 def factors_of(moments: Moments, damping: float) -> Factors:
@@ -61,7 +63,7 @@ def factors_of(moments: Moments, damping: float) -> Factors:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
-                return Factors(order, upper)
+                return Factors(order, upper, damping * mean)
         damping *= 10
     raise ConversionFailed("the second moments of a module's inputs can't be factored: give more tokens of text")
 

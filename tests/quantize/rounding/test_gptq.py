@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from converter import ConversionFailed, Recipe
-from converter.calibration import Calibration
 from converter.errors import NotFinite
 from converter.merge.change import Rounding
 from converter.quantize.format import Encoded, Rows
@@ -17,40 +16,7 @@ from converter.quantize.rounding.codings import coding_of
 from converter.quantize.rounding.encoders import with_rounding
 from converter.quantize.rounding.gptq import Moments, factors_of, rounded
 from converter.threads import Buffers
-
-CPU = torch.device("cpu")
-TEXT = Calibration("0" * 64)
-FORMATS: dict[str, dict[str, object]] = {
-    "nf4": {},
-    "nf4 in blocks of 32, without double quant": {"block_size": 32, "double_quant": False},
-    "fp4": {"quant_type": "fp4"},
-    "int8": {"quant_type": "int8"},
-    "w4a16": {"quant_type": "w4a16", "group_size": 32},
-    "w8a16": {"quant_type": "w8a16", "group_size": 64},
-}
-
-
-def recipe_of(name: str) -> Recipe:
-    return Recipe(**{"quant_type": "nf4", "dtype": "bfloat16", "calibration": TEXT, **FORMATS[name]})  # type: ignore[arg-type]
-
-
-def weight(rows: int = 48, columns: int = 192) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.bfloat16)
-
-
-def inputs(columns: int = 192, tokens: int = 1000) -> Tensor:
-    """Inputs that depend on each other, of very different sizes, as those of language models are."""
-    generator = torch.Generator().manual_seed(1)
-    mixed = torch.randn(tokens, columns // 4, generator=generator) @ torch.randn(
-        columns // 4, columns, generator=generator
-    )
-    sizes = torch.rand(columns, generator=generator) ** 4 * 20 + 0.1
-    return (mixed + 0.3 * torch.randn(tokens, columns, generator=generator)) * sizes
-
-
-def moments(x: Tensor) -> Moments:
-    return Moments(x.T @ x / len(x))
+from tests.quantize.rounding.weights import CPU, FORMATS, ONCE, inputs, moments, recipe_of, weight
 
 
 def encoded(recipe: Recipe, values: Tensor, seen: Moments | None) -> Encoded:
@@ -131,7 +97,7 @@ def test_inputs_that_dont_depend_on_each_other_leave_the_nearest_codes(name: str
 
 
 def test_without_double_quant_inputs_that_dont_depend_on_each_other_give_the_librarys_bytes() -> None:
-    recipe, values = recipe_of("nf4 in blocks of 32, without double quant"), weight()
+    recipe, values = recipe_of("nf4 in blocks of 32, without double quant", ONCE), weight()
 
     calibrated, plain = (encoded(recipe, values, seen) for seen in (Moments(torch.eye(192)), None))
 
@@ -144,7 +110,7 @@ def test_without_double_quant_inputs_that_dont_depend_on_each_other_give_the_lib
 
 
 def test_the_error_that_is_reported_is_that_of_what_a_loader_restores() -> None:
-    recipe, values, seen = recipe_of("nf4"), weight(), moments(inputs())
+    recipe, values, seen = recipe_of("nf4", ONCE), weight(), moments(inputs())
 
     sums = encoded(recipe, values, seen).sums
     restored = codes_and_values(recipe, values, seen)
