@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from converter.errors import BadCheckpoint
 from converter.gates import Gates, in_words
-from converter.quantize.measure import Fidelity, figures_of
+from converter.quantize.measure import Fidelity, calibrated_in, figures_of
 from converter.samples import Sample, rates, stages
 from converter.seal.receipt import RECEIPT, fidelity_of
 
@@ -59,7 +59,8 @@ def _head(receipt: Mapping[str, Any], gates: Gates) -> dict[str, Any]:
         verdict = "complete" + (", and every gate is reached" if gates else "; no gate was asked for")
     rows = [("architecture", receipt["architecture"]), ("format", receipt["recipe"]["quant_type"])]
     rows.append(("tensors", ", ".join(f"{count} {what}" for what, count in made.counts.items() if count)))
-    for what, values, worst in (("relative error", made.errors, max), ("survival", made.survivals, min)):
+    figures_said = [("relative error", made.errors, max), ("survival", made.survivals, min)]
+    for what, values, worst in [*figures_said, ("error of outputs, on the text", calibrated_in(figures), max)]:
         if found := figures_of(values, worst):
             rows.append((what, f"mean {found['mean']:.4f}, worst {found['worst']:.4f} ({found['worst_tensor']})"))
     return {"verdict": verdict, "reached": not misses, "rows": rows}

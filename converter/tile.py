@@ -226,7 +226,7 @@ class Conversion:
                 self.agreement = found + (self.agreement or Agreement())
         for (name, first, _), piece in zip(encoded.pieces, made, strict=True):
             self.target.writer.write(name, first, as_bytes(piece))
-        return Encoded((), encoded.scales, encoded.sums)  # the values lie in buffers that are used again
+        return replace(encoded, pieces=())  # the values lie in buffers that are used again
 
     def _finish(self) -> Fidelity:
         """Write what needs the whole tensor: its quant state."""
@@ -235,6 +235,8 @@ class Conversion:
         for tile in encoded:
             if tile.sums is not None:
                 tally.add_rows(tile.sums)
+            if tile.outputs is not None:
+                tally.add_outputs(*tile.outputs)
         if not tensor.is_copy:
             scales = [tile.scales for tile in encoded if tile.scales is not None]
             for name, value in self.encoder.finish(tensor.name, tensor.shape, scales).items():

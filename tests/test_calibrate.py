@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -80,13 +81,16 @@ def test_so_it_is_in_each_format(name: str, tmp_path: Path) -> None:
     }
 
 
-def test_only_codes_differ_from_an_output_that_is_not_calibrated(out: Path, tmp_path: Path) -> None:
+def test_only_codes_and_scales_differ_from_an_output_that_is_not_calibrated(out: Path, tmp_path: Path) -> None:
     plain = tensors(convert(BASE, ADAPTER, tmp_path / "plain").out)
 
     different = {name for name, value in tensors(out).items() if not torch.equal(value, plain[name])}
 
     assert different
-    assert all(name.endswith("_proj.weight") for name in different)
+    assert all(re.search(r"_proj\.weight($|\.(absmax|nested_absmax|quant_state))", name) for name in different)
+    assert {name: value.shape for name, value in tensors(out).items() if "quant_state" not in name} == {
+        name: value.shape for name, value in plain.items() if "quant_state" not in name
+    }
     assert plain.keys() == tensors(out).keys()
 
 
@@ -130,6 +134,8 @@ def test_the_receipt_says_by_which_text_and_another_text_is_another_output(out: 
         "tokens": TOKENS,
         "window": WINDOW,
         "damping": 0.01,
+        "scales": "inputs",
+        "sweeps": 2,
     }
     card = (out / "README.md").read_text()
     assert f"{TOKENS} tokens of a text whose sha256 begins with {Calibration.of(TEXT).text[:12]}" in card
@@ -138,6 +144,38 @@ def test_the_receipt_says_by_which_text_and_another_text_is_another_output(out: 
     other = replace(recipe(), calibration=Calibration.of(OTHER_TEXT, window=WINDOW, tokens=TOKENS))
     with pytest.raises(ConversionRefused, match="overwrite"):
         convert(BASE, ADAPTER, out, other, calibrate=OTHER_TEXT)
+
+
+def test_the_receipt_says_what_is_left_of_each_weights_outputs(out: Path) -> None:
+    receipt = json.loads((out / "conversion.json").read_text())
+
+    quantized = {name: of for name, of in receipt["tensors"].items() if of["action"] == "quantize"}
+    assert all(0 < of["output_error"] < of["error"] for of in quantized.values()), "that is what codes are chosen for"
+    assert not any("output_error" in of for of in receipt["tensors"].values() if of["action"] != "quantize")
+    errors = [of["output_error"] for of in quantized.values()]
+    assert receipt["summary"]["output_error"]["worst"] == max(errors)
+    assert receipt["summary"]["output_error"]["mean"] == pytest.approx(sum(errors) / len(errors))
+
+
+def test_weights_that_no_layer_calls_are_counted_and_have_no_output_error(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "qwen2_moe", vocab_size=1536)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / file, base)
+    place, settings = tmp_path / "out", ["--calibrate-tokens", "128", "--calibrate-window", "64"]
+
+    form = ["--format", "w4a16", "--group-size", "32"]
+
+    ran = invoke(["--base", str(base), "--out", str(place), *form, "--calibrate", str(TEXT), *settings])
+
+    tensors = json.loads((place / "conversion.json").read_text())["tensors"]
+    quantized = {name for name, of in tensors.items() if of["action"] == "quantize"}
+    left = {name for name in quantized if "output_error" not in tensors[name]}
+    assert ran.exit_code == 0, ran.output
+    assert left == {name for name in quantized if ".experts." in name}, "which are one tensor to the model"
+    assert (
+        f"{len(left)} of the quantized weights have the nearest codes: no layer calls them with the text" in ran.output
+    )
+    assert "error of outputs, on the text: mean 0.0" in ran.output
 
 
 def test_verify_makes_it_again_by_the_same_text(out: Path, tmp_path: Path) -> None:
@@ -197,11 +235,11 @@ def long_windows() -> Recipe:
 
 
 def tiny_change(folder: Path) -> Path:
-    """The adapter with a millionth of its change."""
+    """The adapter with next to nothing of its change."""
     place = folder / "tiny-change"
     shutil.copytree(ADAPTER, place)
     config = json.loads((place / "adapter_config.json").read_text())
-    config["lora_alpha"] = config["lora_alpha"] * 1e-7
+    config["lora_alpha"] = config["lora_alpha"] * 1e-8
     (place / "adapter_config.json").write_text(json.dumps(config))
     return place
 

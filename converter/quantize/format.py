@@ -96,6 +96,8 @@ class Encoded:
     """What `Encoder.finish` needs of each tile: float32, one a block, one a row, or one in all."""
     sums: np.ndarray[Any, Any] | None = None
     """The sums of the rows, as `measure.row_sums` gives them."""
+    outputs: tuple[float, float] | None = None
+    """Of rows whose codes a text chose: what `measure.Tally.add_outputs` takes."""
 
 
 class Encoder(Protocol):

@@ -5,6 +5,7 @@ With S the float32 sum of base W and delta Δ, and Q(S) what the output holds (b
 - relative error: ‖Q(S) − S‖ / ‖S‖
 - survival: ⟨Q(S) − W, Δ⟩ / ⟨Δ, Δ⟩: 1 where the output moved as far along the delta as it should, 0 where rounding
   put every weight back to where the base alone would have been.
+- output error: ‖X(Q(S) − S)ᵀ‖ / ‖XSᵀ‖, with X the inputs that a text gave a weight whose codes it chose.
 
 Sums are taken in float64, first along each row, then over the rows, so that they don't depend on tiles or threads. The
 CPU kernels take those of a block in float32, which may move the last digit that is reported.
@@ -38,6 +39,13 @@ class Fidelity:
     """‖Q(S) − S‖ / ‖S‖; 0 for a tensor of zeros that stayed one."""
     survival: float | None
     """⟨Q(S) − W, Δ⟩ / ⟨Δ, Δ⟩; None where there is no delta, or a delta of zeros."""
+    output_error: float | None = None
+    """‖X(Q(S) − S)ᵀ‖ / ‖XSᵀ‖; None where no text chose the codes."""
+
+
+def calibrated_in(figures: Mapping[str, Fidelity]) -> dict[str, float]:
+    """The output errors of the tensors whose codes a text chose."""
+    return {name: of.output_error for name, of in figures.items() if of.output_error is not None}
 
 
 def figures_of(values: Mapping[str, float], worst: Callable[..., str]) -> dict[str, Any] | None:
@@ -53,6 +61,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._rows: list[np.ndarray[Any, Any]] = []
+        self._outputs: list[tuple[float, float]] = []
 
     def add(self, tile: MergedTile, restored: Tensor) -> None:
         """Count a tile; `restored` is Q(S) in float32, of the tile's shape (rows, columns)."""
@@ -62,6 +71,10 @@ class Tally:
         """Count a tile by its `row_sums`."""
         self._rows.append(sums)
 
+    def add_outputs(self, missed: float, whole: float) -> None:
+        """Count ‖X(Q(S) − S)ᵀ‖² and ‖XSᵀ‖² of some rows."""
+        self._outputs.append((missed, whole))
+
     def fidelity(self) -> Fidelity:
         """The figures; error 0 if nothing was counted, as for bytes that are copied."""
         import numpy
@@ -69,10 +82,10 @@ class Tally:
         if not self._rows:
             return Fidelity(0.0, None)
         totals = [float(total) for total in numpy.concatenate(self._rows).sum(axis=0)]
-        missed, whole = totals[:2]
-        error = math.sqrt(missed / whole) if whole else (0.0 if missed == 0 else math.inf)
-        survival = totals[2] / totals[3] if len(totals) == 4 and totals[3] else None
-        return Fidelity(_rounded(error), None if survival is None else _rounded(survival))
+        error = _ratio(*totals[:2])
+        survival = _rounded(totals[2] / totals[3]) if len(totals) == 4 and totals[3] else None
+        of_outputs = _ratio(*map(sum, zip(*self._outputs, strict=True))) if self._outputs else None
+        return Fidelity(error, survival, of_outputs)
 
 
 def row_sums(tile: MergedTile, restored: Tensor) -> np.ndarray[Any, Any]:
@@ -100,6 +113,11 @@ def _double(part: Tensor) -> Tensor:
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum(dim=1)
+
+
+def _ratio(missed: float, whole: float) -> float:
+    """Of lengths, whose squares are given."""
+    return _rounded(math.sqrt(missed / whole) if whole else (0.0 if missed == 0 else math.inf))
 
 
 def _rounded(value: float) -> float:

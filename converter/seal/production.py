@@ -141,7 +141,7 @@ class Production:
             self._await_sync()
         writer, figures = self._writers[shard.file], made.fidelity
         pieces, states = writer.pieces(made.name), writer.states(made.name)
-        found = figures.error, figures.survival, made.digest, made.agreement
+        found = figures.error, figures.survival, made.digest, made.agreement, figures.output_error
         journal.add(Entry(made.name, shard.file, pieces, states, *found))
         self._count(made)
         self._left[shard.file].discard(made.name)
@@ -178,7 +178,7 @@ class Production:
         for tensor in shard.tensors:
             if tensor.name in resumed:
                 entry = self.staging.journal.entries[tensor.name]
-                fidelity = Fidelity(entry.error, entry.survival)
+                fidelity = Fidelity(entry.error, entry.survival, entry.output_error)
                 self._count(Made(tensor.name, fidelity, entry.digest, tensor.source.nbytes, entry.agreement))
         if not self._left[shard.file] and shard.file in self._writers:
             self._finish(shard.file)

@@ -131,6 +131,8 @@ def write_receipt(
             entry["error"] = fidelity[tensor.name].error
             if tensor.is_merged:
                 entry["survival"] = fidelity[tensor.name].survival
+            if fidelity[tensor.name].output_error is not None:
+                entry["output_error"] = fidelity[tensor.name].output_error
         tensors[tensor.name] = entry
     receipt = {
         "format": FORMAT,
@@ -163,19 +165,24 @@ def write_receipt(
 def summary_of(plan: Plan, fidelity: Mapping[str, Fidelity]) -> dict[str, Any]:
     """An output in a few figures: how many tensors of each kind; mean and worst relative error of those that are
     quantized, and survival of those that the adapter changes."""
-    from converter.quantize.measure import figures_of
+    from converter.quantize.measure import calibrated_in, figures_of
 
     counts = plan.counts()
     quantized = {tensor.name for tensor in plan.tensors() if tensor.action == "quantize"}
     errors = {name: of.error for name, of in fidelity.items() if name in quantized}
     survivals = {name: of.survival for name, of in fidelity.items() if of.survival is not None}
+    of_outputs = calibrated_in(fidelity)
     kinds = {"merged": "merged", "quantized": "quantize", "kept": "keep", "replaced": "replaced"}
     kinds |= {"copied": "copy"} if "copy" in counts else {}
     return {
         "tensors": {said: counts.get(key, 0) for said, key in kinds.items()},
         "relative_error": figures_of(errors, max),
         "survival": figures_of(survivals, min),
-    }
+    } | ({"output_error": figures_of(of_outputs, max)} if of_outputs else {})
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _without_infinity(value: Any) -> Any:
@@ -191,7 +198,7 @@ def fidelity_of(receipt: Mapping[str, Any]) -> dict[str, Fidelity]:
 
     try:
         return {
-            name: Fidelity(float(tensor["error"]), None if (found := tensor.get("survival")) is None else float(found))
+            name: Fidelity(float(tensor["error"]), *(_float(tensor.get(key)) for key in ("survival", "output_error")))
             for name, tensor in sorted(receipt["tensors"].items())
             if "error" in tensor
         }

@@ -53,6 +53,7 @@ class Entry:
     """xxh3-128 of the bytes that were read."""
     agreement: Agreement | None = None
     """Of its tiles that an accelerator made and the CPU made again; None if none was."""
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,8 @@ def _entry(value: dict[str, Any]) -> Entry:
     tensor, shard, digest = (str(value[key]) for key in ("tensor", "shard", "digest"))
     found = value.get("agreement")
     agreement = None if found is None else Agreement(_size(found["tiles"]), *_floats(found["codes"], found["scales"]))
-    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest, agreement)
+    of_outputs = None if value.get("output_error") is None else float(value["output_error"])
+    return Entry(tensor, shard, pieces, states, float(value["error"]), survival, digest, agreement, of_outputs)
 
 
 def _floats(*values: Any) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from converter.cli.show.words import amount, peak_memory, refusing_lines, table,
 from converter.pipeline import Report
 from converter.plan.plan import Plan
 from converter.quantize.formats import format_of
+from converter.quantize.measure import calibrated_in
 from converter.read.stored.stored import is_stored
 from converter.seal.receipt import summary_of
 
@@ -38,9 +39,16 @@ def summary(report: Report, seconds: float, *, verbose: bool = False) -> str:
     lines.append(", ".join(f"{count} {what}" for what, count in figures["tensors"].items() if count))
     if figures["computed_by"] != "kernels":
         lines.append(f"computed by {figures['computed_by']}")
-    for key, text in (("error", "relative error"), ("survival", "survival of the delta")):
+    names = {
+        "error": "relative error",
+        "survival": "survival of the delta",
+        "output_error": "error of outputs, on the text",
+    }
+    for key, text in names.items():
         if figure := figures[key]:
             lines.append(f"{text}: mean {figure['mean']:.4f}, worst {figure['worst']:.4f} ({figure['worst_tensor']})")
+    if figures["output_error"] and (left := figures["tensors"]["quantized"] - len(calibrated_in(report.fidelity))):
+        lines.append(f"{left} of the quantized weights have the nearest codes: no layer calls them with the text")
     survival = figures["survival"]
     if survival and survival["mean"] < _LOW_SURVIVAL and any(is_stored(t.source) for t in report.plan.tensors()):
         lines.append(
@@ -87,6 +95,7 @@ def summary_json(report: Report, seconds: float) -> dict[str, Any]:
         "tensors": whole["tensors"],
         "error": whole["relative_error"],
         "survival": whole["survival"],
+        "output_error": whole.get("output_error"),
         "notes": list(report.plan.notes),
         "checked": report.checked,
         "made_again_on_the_cpu": None if report.agreement is None else asdict(report.agreement),

@@ -14,7 +14,7 @@ from converter.quantize.measure import row_sums
 from converter.quantize.rounding.codings import Coding, coding_of
 from converter.quantize.rounding.descent import swept
 from converter.quantize.rounding.feedback import Directions, directions_of, round_by_torch
-from converter.quantize.rounding.gptq import Factors, Moments, factors_of, rounded
+from converter.quantize.rounding.gptq import Factors, Moments, factors_of, rounded, squared
 from converter.quantize.rounding.weighted_scales import weighted_scales
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ class Calibrated:
         for _ in range(self._how.sweeps):
             codes = swept(codes, target, spread, coding.grid, second, factors.damping)
         sums = numpy.concatenate([*_sums(merged, codes, steps, coding, block)])
-        return Encoded(coding.pieces(rows, codes, scales), scales, sums)
+        missed = coding.grid.of(codes).mul_(spread).sub_(target)
+        outputs = squared(missed, rows.moments), squared(target, rows.moments)
+        return Encoded(coding.pieces(rows, codes, scales), scales, sums, outputs)
 
     def _factors(self, moments: Moments) -> Factors:
         """Those of second moments, which several weights share; made twice if two threads begin."""

@@ -68,6 +68,11 @@ def factors_of(moments: Moments, damping: float) -> Factors:
     raise ConversionFailed("the second moments of a module's inputs can't be factored: give more tokens of text")
 
 
+def squared(weight: Tensor, moments: Moments) -> float:
+    """The mean over the tokens of ‖W x‖²: tr(W H Wᵀ). `weight` is float32 (rows, in_features)."""
+    return float(((weight @ moments.second).double() * weight).sum())
+
+
 def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors) -> Tensor:
     """Codes of a weight, int8 (rows, columns): indices of grid values, or whole numbers.
 
