@@ -12,6 +12,16 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from converter import Job, Recipe
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+}
+"""Of a config whose class has these names for its sizes."""
+
 # Sizes that bitsandbytes' CPU forward accepts: in_features a multiple of 64, out_features of 32.
 SIZES = {
     "hidden_size": 64,

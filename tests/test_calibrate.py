@@ -208,7 +208,7 @@ def test_a_quantized_base_is_calibrated_where_the_adapter_changes_it(tmp_path: P
     assert divergence(calibrated) < divergence(plain)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2_moe", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen2_moe", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_other_architectures_are_calibrated(name: str, tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base", name, vocab_size=1536)
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -18,8 +18,16 @@ BF16 = torch.bfloat16
 REFERENCE = Recipe(merge_precision="reference", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+SOME = ("llama", "gpt2", "mixtral")
+"""Linear layers, Conv1D and experts: the dtype of the base matters to none more than to the others."""
+OTHER_DTYPES = [
+    pytest.param(dtype, name, marks=() if name in SOME else pytest.mark.slow)
+    for dtype in (torch.float32, torch.float16)
+    for name in ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [*((BF16, name) for name in ARCHITECTURES), *OTHER_DTYPES], ids=str)
 def test_the_output_equals_the_usual_flows_for_every_architecture_and_base_dtype(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

@@ -81,6 +81,12 @@ def _shared_folder(jobs: list[Job]) -> str:
     return names[0].removesuffix(".partial")
 
 
+def noted_of_the_shared(out: Path) -> set[str]:
+    """The tensors that the journal of the shared shards has: as many as the disk had time for."""
+    lines = next(out.glob(".shared-*/.journal")).read_text().splitlines()[1:]
+    return {json.loads(line.partition(" ")[2])["tensor"] for line in lines}
+
+
 # Interrupted
 
 
@@ -148,14 +154,13 @@ def test_shared_shards_are_resumed_though_nothing_was_kept_of_the_outputs(
 ) -> None:
     jobs = jobs_for(three, base, tmp_path / "out")
     interrupt(jobs, tiles=12)
-    journal = next((tmp_path / "out").glob(".shared-*/.journal")).read_text()
+    kept = noted_of_the_shared(tmp_path / "out")
     for folder in (tmp_path / "out").glob("a?.partial"):
         shutil.rmtree(folder)
     reads = Reads()
 
     assert statuses(convert_jobs(jobs, access=reads.access)) == ["made"] * 3
 
-    kept = {json.loads(line.partition(" ")[2])["tensor"] for line in journal.splitlines()[1:]}
     assert kept
     assert not kept & reads.rows.keys()
 
@@ -255,13 +260,13 @@ def test_killed_while_it_makes_seals_or_tidies_it_goes_on_to_the_same_bytes_and_
 ) -> None:
     out = tmp_path / "out"
     kill(where, base, three, out)
+    kept = noted_of_the_shared(out)
     reads = Reads()
 
     outcomes = convert_jobs(jobs_for(three, base, out), access=reads.access)
 
     assert [outcome.message for outcome in outcomes if not outcome.is_good] == []
-    tensors = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(reads.rows) < len(tensors) if where == "note:9" else not reads.rows
+    assert not kept & reads.rows.keys() if where == "note:9" else not reads.rows
     assert names_in(out) == ["a0", "a1", "a2"]
     for adapter in three:
         assert contents(out / adapter.name) == contents(undisturbed / adapter.name)

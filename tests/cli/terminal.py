@@ -93,13 +93,13 @@ def run_here(arguments: Sequence[object], cwd: Path, environment: Mapping[str, s
         try:
             for number, descriptor in zip((1, 2), streams, strict=True):
                 os.dup2(descriptor, number)
-            with (
-                open(1, "w", encoding="utf-8", closefd=False) as out,
-                open(2, "w", encoding="utf-8", closefd=False) as err,
-                contextlib.redirect_stdout(out),
-                contextlib.redirect_stderr(err),
-            ):
-                return run([str(word) for word in arguments])
+            out, err = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115  (below)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = run([str(word) for word in arguments])
+            for file in (out, err):
+                with contextlib.suppress(OSError):  # as `leave` does
+                    file.close()
+            return code
         finally:
             for number, descriptor in zip((1, 2), before, strict=True):
                 os.dup2(descriptor, number)

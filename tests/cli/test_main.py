@@ -58,13 +58,6 @@ def test_a_checkout_converts_by_cli_py_and_says_nothing_on_stderr(base: Path, ad
     assert (out / "config.json").exists()
 
 
-def test_the_package_converts_by_its_name(base: Path, out: Path) -> None:
-    ran = start(["-m", "converter", "--base", base, "--out", out, "--json"], cwd=REPOSITORY)
-
-    assert (ran.code, ran.err) == (0, "")
-    assert json.loads(ran.out)["tensors"]["quantized"] == 14
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--base", "./nope", "--out", "out"], ["--nonsense"]])
 def test_what_needs_no_library_imports_none(arguments: list[str]) -> None:
     program = f"""

@@ -16,6 +16,7 @@ import pytest
 from converter import plan_conversion, verify
 from converter.cli.signals import Signals
 from tests.cli.conftest import Ran, Run
+from tests.cli.terminal import run_here
 from tests.conftest import REPOSITORY
 from tests.limits import HANG
 
@@ -53,7 +54,7 @@ def _its_answers_are_remembered(answers: Path) -> None:
 # Standard streams
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_reason_to_convert_nothing_nor_to_complain(
     closed: str, run: Run, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -76,23 +77,28 @@ def test_a_refusal_that_nobody_can_be_told_of_has_its_exit_code(run: Run, tmp_pa
                 assert json.loads(ran.out)["exit_code"] == 2
 
 
-def test_what_standard_output_has_no_room_for_fails_in_one_line(run: Run, tiny_base: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    plan = ("--base", tiny_base, "--dry-run")
+def test_what_standard_output_has_no_room_for_fails_in_one_line(
+    run: Run, tiny_base: Path, out: Path, tmp_path: Path
+) -> None:
+    said = "error: standard output: No space left on device\n"
 
-    for command in (("--base", tiny_base, "--out", out), plan, (*plan, "--json"), ("verify", out)):
-        ran = run(*command, redirected=">/dev/full")
+    ran = run("--base", tiny_base, "--out", out, redirected=">/dev/full")
 
-        assert (ran.code, ran.err) == (1, "error: standard output: No space left on device\n")
+    assert (ran.code, ran.err) == (1, said)
     assert verify(out).is_good
+    plan = ("--base", tiny_base, "--dry-run")
+    for command in (plan, (*plan, "--json"), ("verify", out)):
+        with Path("/dev/full").open("w") as full, (tmp_path / "err").open("w+") as err:
+            code = run_here(command, tmp_path, {}, (full.fileno(), err.fileno()))
+            err.seek(0)
+            assert (code, err.read()) == (1, said)
 
 
-@pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_reader_that_has_seen_enough_ends_it_quietly(more: tuple[str, ...], tiny_base: Path) -> None:
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tiny_base: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
 
-    command = [sys.executable, str(REPOSITORY / "cli.py"), "--base", str(tiny_base), "--dry-run", *more]
+    command = [sys.executable, str(REPOSITORY / "cli.py"), "--base", str(tiny_base), "--dry-run"]
     ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=HANG, check=False)
 
     os.close(writing)

@@ -21,16 +21,8 @@ from converter.model.architecture import Architecture
 from converter.model.meta_model import class_of, meta_model
 from converter.plan.config import output_config
 from converter.recipe import Recipe
-from tests.models import ARCHITECTURES, make_model
+from tests.models import ARCHITECTURES, SMALL, make_model
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-}
 MORE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon": ("falcon", "FalconForCausalLM", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True}),
     "bloom": ("bloom", "BloomForCausalLM", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256}),

@@ -21,15 +21,8 @@ from converter.quantize.bnb import quantization_config
 from converter.read.checkpoint import Checkpoint
 from converter.recipe import Recipe
 from tests.folders import MemoryFolder, shard_bytes
+from tests.models import SMALL
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
