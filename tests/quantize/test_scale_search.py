@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from tests.folders import contents
 from tests.models import load, save_adapter, save_base
 from tests.quantize.test_scheme_kernels import Made, merged, octets
 from tests.reference import differences, tensors_of
+from tests.test_resume import DRIVER
 
 INTEGERS = [replace(SCHEMES[name], group=group) for name in ("w4a16", "w8a16") for group in GROUP_SIZES]
 SMALL_TILES = (1 << 14, 1 << 14)
@@ -168,6 +172,31 @@ def test_verify_makes_it_again_and_transformers_loads_it(inputs: tuple[Path, Pat
     assert torch.equal(scales, plainly_searched(base, scheme, torch.bfloat16))
     expected = (base.unflatten(1, (-1, 128)) / scales[:, :, None]).clamp(-8, 7).round().flatten(1)
     assert torch.equal(codes.float(), expected.float())
+
+
+@pytest.mark.parametrize("writes", [5, 20])
+def test_killed_in_the_middle_it_is_resumed_to_the_same_bytes(
+    writes: int, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recipe = Recipe(quant_type="w4a16", scale_search=True, max_shard_size=1_000_000)
+    whole = convert(*inputs, tmp_path / "whole", recipe)
+    base, adapter, out = *inputs, tmp_path / "out"
+    options = ["--base", base, "--adapter", adapter, "--out", out, "--format", "w4a16", "--scale-search"]
+    options += ["--max-shard-size", "1MB", "--journal-seconds", "0", "--threads", "1", "--quiet"]
+    command = [sys.executable, "-c", DRIVER, "0.02", *map(os.fspath, options)]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(writes):
+            assert process.stdout.readline() == "write\n"
+        process.kill()
+    assert not out.exists()
+    made: list[str] = []
+    resumed = convert(*inputs, out, recipe, progress=lambda told: made.append(told.name))
+
+    tensors = {tensor.name for tensor in whole.plan.tensors()}
+    assert 0 < len(tensors & set(made)) < len(tensors)
+    assert contents(resumed.out) == contents(whole.out)
 
 
 def test_a_batch_makes_what_single_conversions_make(inputs: tuple[Path, Path], tmp_path: Path) -> None:
