@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real loaders serve-check bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real llm-compressor loaders serve-check bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -51,6 +51,10 @@ docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails
 real: .venv/ready  ## a real language model: beside the usual flow, calibrated, from quantized bases; downloads 93 MB
 	$(BIN)/python fixtures/real/compare.py
 	$(BIN)/python fixtures/real/calibrated.py
+	$(BIN)/python fixtures/real/formats.py
+
+llm-compressor: .venv/ready  ## the environment of llm-compressor, beside which `make real` then measures; takes 1.5 GB
+	$(BIN)/python tools/environments.py llm-compressor build/llm-compressor
 	$(BIN)/python fixtures/real/quantized_bases.py
 
 LOADED = transformers==4.57.6 transformers==5.24.0

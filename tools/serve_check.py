@@ -2,8 +2,9 @@
 
 The real model of `make real` is converted with its adapter to each format. vLLM on the CPU and `transformers serve`
 serve it; the openai client asks for an answer, and vLLM for the log-probabilities of prompts. They are held against
-those of transformers on the same folder. Prints a table, writes `result.json` to the work folder, and exits with 1
-where a server fails that should serve, or differs by more than the format's bound.
+those of transformers on the same folder. Prints a table, writes `result.json` to the work folder, which keeps the rows
+of formats that were not asked for, and exits with 1 where a server fails that should serve, or differs by more than the
+format's bound.
 
     python tools/serve_check.py build/serve [--only nf4 fp8]
 """
@@ -30,7 +31,7 @@ from corpus import manual_text  # noqa: E402
 from make_base import make_base  # noqa: E402
 
 QUESTION = "What does the with statement do in Python?"
-NEW_TOKENS, PROMPTS, PROMPT_TOKENS = 24, 4, 128
+NEW_TOKENS, PROMPTS, PROMPT_TOKENS = 12, 1, 509
 
 
 class Checked(NamedTuple):
@@ -136,6 +137,15 @@ def shown(row: Row) -> str:
     return f"| {row.name} | {vllm} | {answer} | {row.from_base:.3f} |"
 
 
+def record(file: Path, row: Row) -> None:
+    """Write a row in the place of an earlier one of the same format; others stay."""
+    found = json.loads(file.read_text())["rows"] if file.exists() else []
+    by_name = {one["name"]: one for one in found} | {row.name: vars(row)}
+    rows = [by_name[name] for name in FORMATS if name in by_name]
+    result = {"tokens": PROMPTS * (PROMPT_TOKENS - 1), "rows": rows}
+    file.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, help="the work folder, which has the environments")
@@ -158,8 +168,7 @@ def main() -> int:
         by_vllm = served("vllm", work, {**questions, "models": [out]})[out] if FORMATS[name].vllm else None
         rows.append(row_of(name, expected[out], expected[str(base)], by_transformers[out], by_vllm))
         print(shown(rows[-1]), flush=True)
-        record = {"tokens": PROMPTS * (PROMPT_TOKENS - 1), "rows": [vars(row) for row in rows]}
-        (work / "result.json").write_text(json.dumps(record, indent=2) + "\n")
+        record(work / "result.json", rows[-1])
     for row in rows:
         if row.problem is not None:
             print(f"serve-check: {row.name}: {row.problem}", file=sys.stderr)

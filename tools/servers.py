@@ -33,7 +33,8 @@ def surroundings(environment: Path) -> dict[str, str]:
     """Without a network, without an accelerator, and with what lies beside the environment."""
     beside = [str(environment / name) for name in ("alias", "beside") if (environment / name).is_dir()]
     fixed = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"}
-    return {**os.environ, **fixed, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.pathsep.join(beside)}
+    fixed |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin steal from each other
+    return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(beside)}
 
 
 @contextmanager
