@@ -408,10 +408,7 @@ def test_a_signal_ends_it_between_tiles_with_one_line_that_says_how_to_resume(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_second_signal_ends_it_at_once(
-    signum: signal.Signals, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_second_signal_ends_it_at_once(inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(inputs, out, threads=1)
     wait_for(process, "write", 6)
@@ -419,7 +416,7 @@ def test_a_second_signal_ends_it_at_once(
     process.communicate()
     process = start(inputs, out, seconds=1_000 * HANG, threads=1)  # a write takes longer than anybody waits
     wait_for(process, "write")
-    said = said_at_the_second(process, signum)
+    said = said_at_the_second(process, signal.SIGINT)
 
     assert said.startswith("error: ")
     assert said.count("\n") == 1
@@ -428,14 +425,13 @@ def test_a_second_signal_ends_it_at_once(
     assert contents(out) == whole
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_second_signal_ends_it_at_once_though_the_disk_never_ends_a_sync(
-    signum: signal.Signals, inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+    inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     process = start(inputs, tmp_path / "out", HANGING)
     wait_for(process, "sync")
-    said = said_at_the_second(process, signum)
+    said = said_at_the_second(process, signal.SIGTERM)
 
-    assert said == f"error: {signum.name}: nothing was written to OUT\n"
+    assert said == "error: SIGTERM: nothing was written to OUT\n"
     convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
     assert contents(tmp_path / "out") == whole
