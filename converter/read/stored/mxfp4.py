@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converter.errors import BadCheckpoint
 from converter.read.stored.scaled import E2M1, power_of_two
 from converter.read.stored.stored import LUT_BYTES, Parts, as_uint8, part_of, read_codes, read_whole
+from converter.read.stored.unpack import in_groups, looked_up, unpacked
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BYTES = 16
 """Of the 32 codes that share a scale."""
+_TOGETHER = 32
+"""Outputs that are turned at a time, at least: those of a row then fill what memory is written by."""
 _NO_NUMBER = 255
 """The exponent that stands for no number."""
 
@@ -84,16 +87,15 @@ class OpenedExperts:
         assert start % inputs == end % inputs == 0  # noqa: S101  (tiles hold whole experts)
         codes = as_uint8(raw).view(-1, outputs, inputs // 2)
         decoded = buffers.take("decoded", torch_dtype(self.weight.dtype), end - start, outputs)
-        values_of, step = torch.tensor(E2M1), max(1, LUT_BYTES // inputs)
+        values_of, step = torch.tensor(E2M1), max(_TOGETHER, LUT_BYTES // inputs)
         for number, expert in enumerate(codes):
             turned = decoded[number * inputs : (number + 1) * inputs].T
             exponents = self.exponents[start // inputs + number]
             for first in range(0, outputs, step):
-                some = expert[first : first + step]
-                halves = torch.stack((some & 15, some >> 4), dim=-1).flatten()
-                values = values_of.index_select(0, halves.int()).view(len(some), -1, 2 * _BYTES)
-                values *= power_of_two(exponents[first : first + step])[..., None]
-                turned[first : first + step].copy_(values.flatten(1))
+                values = looked_up(unpacked(expert[first : first + step], 4, buffers), values_of, buffers)
+                in_groups(values, torch.Tensor.mul_, power_of_two(exponents[first : first + step]), 2 * _BYTES)
+                rounded = buffers.take("rounded", decoded.dtype, *values.shape).copy_(values)
+                turned[first : first + step].copy_(rounded)
         return decoded
 
 

@@ -5,20 +5,22 @@ A scale is for the whole weight, a row, a group of a row, or a block of rows and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import BadCheckpoint
 from converter.read.stored.stored import LUT_BYTES, Parts, as_uint8, read_codes, read_whole
+from converter.read.stored.unpack import as_float32, in_groups, looked_up, unpacked
 from converter.tensors import torch_dtype
+from converter.threads import Buffers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.read.folder import Folder
     from converter.read.header import TensorHeader
-    from converter.threads import Buffers
 
 Codes = Literal["F8_E4M3", "I8", "E2M1", "packed 4", "packed 8"]
 """What lies on disk. E2M1: floats of four bits, two a byte, the lower half first. packed: whole numbers of so many bits
@@ -88,8 +90,8 @@ class ScaledWeight(Parts):
         """What a code of zero stands for: float32, of the shape of the scales. They are packed along the rows."""
         import torch
 
-        unpacked = _whole_numbers(packed.T.contiguous().view(torch.uint8), self.bits)
-        return unpacked[:, : self.shape[0]].T.contiguous()
+        zeros = _whole_numbers(packed.T.contiguous().view(torch.uint8), self.bits, Buffers(pinned=False))
+        return zeros[:, : self.shape[0]].T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -117,37 +119,37 @@ class OpenedScaled:
         weight, columns = self.weight, self.weight.columns
         codes = as_uint8(raw).view(end - start, weight.row_bytes)
         decoded = buffers.take("decoded", torch_dtype(weight.dtype), end - start, columns)
+        group_of_row = torch.arange(start, end).div_(weight.extent[0], rounding_mode="floor")
         step = max(1, LUT_BYTES // columns)
-        for first in range(start, end, step):
-            rows = torch.arange(first, min(first + step, end))
-            values = self._values(codes[first - start : first - start + len(rows)])
-            of_rows = rows.div_(weight.extent[0], rounding_mode="floor")
+        for first in range(0, end - start, step):
+            some = slice(first, first + step)
+            values, rows = self._values(codes[some], buffers), group_of_row[some]
             if self.zeros is not None:
-                self._spread(values, torch.Tensor.sub_, self.zeros[of_rows])
-            self._spread(values, torch.Tensor.mul_, self.scales[of_rows])
-            decoded[first - start : first - start + len(rows)].copy_(values)
+                in_groups(values, torch.Tensor.sub_, self.zeros.index_select(0, rows), weight.extent[1])
+            in_groups(values, torch.Tensor.mul_, self.scales.index_select(0, rows), weight.extent[1])
+            decoded[some].copy_(values)
         return decoded
 
-    def _values(self, codes: Tensor) -> Tensor:
+    def _values(self, codes: Tensor, buffers: Buffers) -> Tensor:
         """What codes stand for before they are scaled: float32 (rows, columns)."""
         import torch
 
-        if self.weight.codes == "F8_E4M3":
-            return codes.view(torch.float8_e4m3fn).float()
-        if self.weight.codes == "I8":
-            return codes.view(torch.int8).float()
-        if self.weight.codes == "E2M1":
-            halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-            return torch.tensor(E2M1).index_select(0, halves.flatten().int()).view(halves.shape)
-        return _whole_numbers(codes, self.weight.bits)[:, : self.weight.columns].contiguous()
+        match self.weight.codes:
+            case "F8_E4M3":
+                return looked_up(codes, _e4m3(), buffers)
+            case "E2M1":
+                return looked_up(unpacked(codes, 4, buffers), torch.tensor(E2M1), buffers)
+            case "I8":
+                return as_float32(codes.view(torch.int8), buffers)
+        return _whole_numbers(codes, self.weight.bits, buffers)[:, : self.weight.columns]
 
-    def _spread(self, values: Tensor, how: Callable[[Tensor, Tensor], Tensor], by: Tensor) -> None:
-        """Change values in place by what columns of an extent share."""
-        width = self.weight.extent[1]
-        whole = values.shape[1] // width
-        how(values[:, : whole * width].unflatten(1, (whole, width)), by[:, :whole, None])
-        if whole < by.shape[1]:
-            how(values[:, whole * width :], by[:, whole:])
+
+@cache
+def _e4m3() -> Tensor:
+    """What each code of E4M3 stands for: float32 [256]. torch converts them one by one."""
+    import torch
+
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _factors(scales: Tensor) -> Tensor:
@@ -164,14 +166,9 @@ def power_of_two(exponents: Tensor) -> Tensor:
     return torch.exp2(exponents.float() - _EXPONENT_BIAS)
 
 
-def _whole_numbers(packed: Tensor, bits: int) -> Tensor:
+def _whole_numbers(packed: Tensor, bits: int, buffers: Buffers) -> Tensor:
     """Codes of bytes, (rows, bytes) → float32 (rows, codes)."""
-    import torch
-
-    if bits == 8:
-        return packed.float().sub_(128)
-    halves = torch.stack((packed & 15, packed >> 4), dim=-1)
-    return halves.flatten(1).float().sub_(8)
+    return as_float32(unpacked(packed, bits, buffers), buffers).sub_(1 << bits - 1)
 
 
 def shares_of(shape: tuple[int, ...], scale: TensorHeader, extents: Sequence[tuple[int, int]]) -> tuple[int, int]:

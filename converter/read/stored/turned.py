@@ -6,12 +6,13 @@ are made tile by tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.errors import BadCheckpoint
 from converter.read.stored.stored import LUT_BYTES, Parts, read_whole
+from converter.read.stored.unpack import as_float32, in_groups, spread, unpacked
 from converter.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -68,23 +69,27 @@ class TurnedWeight(Parts):
             raise BadCheckpoint(f"{self.parts[1].name}: holds a NaN or an infinity")
         offset = sum(self.zero_offset << first for first in range(0, WORD, self.bits))
         # Added to whole words, with carries, as it was subtracted from them.
-        zeros = _unpacked_across(packed + offset, self.bits, self.order)[:, : scales.shape[1]]
+        zeros = _zeros(packed + offset, self.bits, self.order)[:, : scales.shape[1]]
         groups = rest[0][0].long() if rest else torch.arange(self.columns) // self.group
         if rest and not bool(((groups >= 0) & (groups < len(scales))).all()):
             raise BadCheckpoint(f"{self.parts[3].name}: names a group that has no scale; there are {len(scales)}")
-        read_bytes = (*(raw for _, raw in read), raw)
-        return OpenedTurned(self, codes, scales.float(), zeros, groups, read_bytes)
+        width = -(self.columns // -len(scales))
+        if torch.equal(groups, torch.arange(self.columns) // width):
+            groups = None
+        scales, zeros = (part.float().T.contiguous() for part in (scales, zeros))
+        return OpenedTurned(self, codes, scales, zeros, groups, (*(raw for _, raw in read), raw))
 
 
 @dataclass(frozen=True)
 class OpenedTurned:
-    """`codes` are packed; `scales` and `zeros` are float32 (groups, out_features); `groups` has one of each input."""
+    """`codes` are packed; `scales` and `zeros` are float32 (out_features, groups); `groups` has the group of
+    each input, or is None where as many inputs in turn make each."""
 
     weight: TurnedWeight
     codes: Tensor
     scales: Tensor
     zeros: Tensor
-    groups: Tensor
+    groups: Tensor | None
     raw: Sequence[memoryview]
 
     def read(self, start: int, end: int, buffers: Buffers) -> memoryview:
@@ -96,29 +101,49 @@ class OpenedTurned:
         `gptqmodel.nn_modules.qlinear.PackableQuantLinear.dequantize_weight`, bit for bit: the difference is exact in
         the scales' dtype.
         """
+        import torch
+
         decoded = buffers.take("decoded", torch_dtype(self.weight.dtype), end - start, self.weight.columns)
         step = -(max(_CACHE_LINE, LUT_BYTES // self.weight.columns) // -_CACHE_LINE) * _CACHE_LINE
         for first in range(start, end, step):
             last = min(first + step, end)
-            values = self._codes(first, last)
-            values -= self.zeros[:, first:last].index_select(0, self.groups)
-            values *= self.scales[:, first:last].index_select(0, self.groups)
-            decoded[first - start : last - start].copy_(values.T)
+            values = self._codes(first, last, buffers)
+            self._apply(torch.Tensor.sub_, self.zeros[first:last], values, buffers)
+            self._apply(torch.Tensor.mul_, self.scales[first:last], values, buffers)
+            decoded[first - start : last - start].copy_(values)
         return decoded
 
-    def _codes(self, start: int, end: int) -> Tensor:
-        """Codes of some outputs: float32 (in_features, outputs)."""
-        weight = self.weight
+    def _apply(
+        self, how: Callable[[Tensor, Tensor], Tensor], by_group: Tensor, values: Tensor, buffers: Buffers
+    ) -> None:
+        """Change values (outputs, in_features) in place by what inputs of a group share."""
+        if self.groups is None:
+            in_groups(values, how, by_group, -(self.weight.columns // -by_group.shape[1]))
+        else:
+            how(values, spread(by_group, self.groups, buffers))
+
+    def _codes(self, start: int, end: int, buffers: Buffers) -> Tensor:
+        """Codes of some outputs: float32 (outputs, in_features)."""
+        import torch
+
+        weight, in_word = self.weight, WORD // self.weight.bits
         if weight.along_inputs:
-            return _unpacked_across(self.codes[:, start:end].T, weight.bits, weight.order)[:, : weight.columns].T
-        in_word = WORD // weight.bits
+            some = self.codes[:, start:end].T
+            words = buffers.take("words", torch.int32, *some.shape).copy_(some)
+            return as_float32(unpacked(words.view(torch.uint8), weight.bits, buffers)[:, : weight.columns], buffers)
         first = start // in_word
-        unpacked = _unpacked_across(self.codes[:, first : -(end // -in_word)], weight.bits, weight.order)
-        return unpacked[:, start - first * in_word : end - first * in_word]
+        some = self.codes[:, first : -(end // -in_word)].T
+        words = buffers.take("words", torch.int32, *some.shape).copy_(some)
+        shifted = buffers.take("shifted", torch.int32, *some.shape)
+        values = buffers.take("values", torch.float32, len(words), in_word, weight.columns)
+        for number, place in enumerate(weight.order):
+            torch.bitwise_right_shift(words, weight.bits * place, out=shifted)
+            values[:, number].copy_(shifted.bitwise_and_((1 << weight.bits) - 1))
+        return values.flatten(0, 1)[start - first * in_word : end - first * in_word]
 
 
-def _unpacked_across(packed: Tensor, bits: int, order: Sequence[int]) -> Tensor:
-    """Codes of words: I32 (rows, words) → float32 (rows, codes)."""
+def _zeros(packed: Tensor, bits: int, order: Sequence[int]) -> Tensor:
+    """Zero points of words: I32 (groups, words) → float32 (groups, outputs)."""
     import torch
 
     shifts = torch.tensor([bits * place for place in order], dtype=torch.int32)
