@@ -52,10 +52,11 @@ real: .venv/ready  ## a real language model: beside the usual flow, calibrated, 
 	$(BIN)/python fixtures/real/compare.py
 	$(BIN)/python fixtures/real/calibrated.py
 	$(BIN)/python fixtures/real/formats.py
+	$(BIN)/python fixtures/real/kinds.py
+	$(BIN)/python fixtures/real/quantized_bases.py
 
 llm-compressor: .venv/ready  ## the environment of llm-compressor, beside which `make real` then measures; takes 1.5 GB
 	$(BIN)/python tools/environments.py llm-compressor build/llm-compressor
-	$(BIN)/python fixtures/real/quantized_bases.py
 
 LOADED = transformers==4.57.6 transformers==5.24.0
 loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environments of their own; downloads 500 MB

@@ -12,7 +12,6 @@ from converter.errors import BadAdapter, BadCheckpoint
 from converter.merge.files import (
     CONFIG,
     WEIGHTS,
-    inner_folders,
     refuse_other_formats,
     refuse_weights_beside,
     whole_model_beside,
@@ -114,7 +113,7 @@ class Adapter:
 
     def _look_around(self) -> None:
         label, names = self.folder.label, self.folder.names()
-        refuse_other_formats(names, inner_folders(self.folder.path), label)
+        refuse_other_formats(self.folder)
         refuse_weights_beside(names, label)
         if (model := whole_model_beside(names)) is not None:
             self.notes.append(f"{label}: {model}, of a whole model, lies beside the adapter and is left out")

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from converter.errors import BadAdapter, Unsupported
-from converter.read.folder import is_folder
+from converter.read.folder import Folder, is_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,10 +91,13 @@ _MOST_ENTRIES = 10_000
 """Of a folder, that are looked through for folders."""
 
 
-def inner_folders(path: Path | None) -> list[str]:
-    """The folders in a folder of this machine, with `/adapter_config.json` after those that have one."""
-    if path is None:
-        return []
+def inner_folders(folder: Folder) -> list[str]:
+    """The folders in a folder, with `/adapter_config.json` after those that have one."""
+    path = folder.path
+    if path is None:  # on the Hub
+        inner = folder.inner_names()
+        tops = sorted({name.partition("/")[0] for name in inner})
+        return [f"{top}/{CONFIG}" if f"{top}/{CONFIG}" in inner else top for top in tops]
     with os.scandir(path) as entries:
         folders = [entry.name for entry in itertools.islice(entries, _MOST_ENTRIES) if is_folder(Path(entry.path))]
     return [f"{name}/{CONFIG}" if (path / name / CONFIG).is_file() else name for name in folders]
@@ -113,18 +116,14 @@ def of_torchtune(names: Iterable[str]) -> list[str]:
     return sorted(name for name in files if _is_one_of(name, _OWN_OF_TORCHTUNE))
 
 
-def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str, taken: Iterable[str] = ()) -> None:
-    """Refuse a folder that lacks PEFT's two files, as what it is.
-
-    `names` are those of its files; `inner` those of the folders in it, with `/adapter_config.json` where they have one.
-    Files that are `taken` will do in the place of PEFT's weights.
-    """
-    files, folders = set(names), sorted(inner)
+def refuse_other_formats(folder: Folder, taken: Iterable[str] = ()) -> None:
+    """Refuse a folder that lacks PEFT's two files, as what it is. Files that are `taken` will do in their place."""
+    label, files, folders = folder.label, set(folder.names()), sorted(inner_folders(folder))
     if files & set(taken):
         files.add(WEIGHTS)
     if CONFIG in files and WEIGHTS in files:
         return
-    what = _what_it_is(files, folders, label)
+    what = _what_it_is(files, folders, folder)
     if what is None and CONFIG in files and PICKLED in files:
         what = (
             f"only pickled weights ({PICKLED}); give `allow_pickle` to read them without running any code, or "
@@ -134,11 +133,15 @@ def refuse_other_formats(names: Iterable[str], inner: Iterable[str], label: str,
     raise BadAdapter(f"{label}: {what or f'no {missing}; give the folder of an adapter that PEFT saved'}")
 
 
-def _what_it_is(files: set[str], folders: list[str], label: str) -> str | None:
+def _what_it_is(files: set[str], folders: list[str], folder: Folder) -> str | None:
     adapters = [name.removesuffix(f"/{CONFIG}") for name in folders if name.endswith(f"/{CONFIG}")]
     if adapters and CONFIG not in files:
         listed = ", ".join(adapters[:8])
-        return f"no adapter itself, but its folders are: {listed}; give one of them, as {label}/{adapters[0]}"
+        step = f"give one of them, as {folder.label}/{adapters[0]}"
+        if folder.path is None:
+            of_hub = f"{folder.repo_id} --include '{adapters[0]}/*' --local-dir DIR"
+            step = f"download one of them, as `hf download {of_hub}`, and give DIR/{adapters[0]}"
+        return f"no adapter itself, but its folders are: {listed}; {step}"
     for patterns, what in _OTHER_FORMATS:
         if any(_is_one_of(name, patterns) for name in files):
             return what

@@ -20,7 +20,6 @@ from converter.merge.files import (
     PICKLED,
     TRAINED_BESIDE,
     WEIGHTS,
-    inner_folders,
     is_of_mlx,
     of_torchtune,
     refuse_other_formats,
@@ -60,7 +59,7 @@ def open_adapter(
     of_mlx, own = is_of_mlx(names), of_torchtune(names) if allow_pickle else []
     pickled = [PICKLED, TRAINED_BESIDE] if allow_pickle else []
     whole = [OF_MLX] * of_mlx + own
-    refuse_other_formats(names, inner_folders(opened.path), opened.label, taken=[*pickled[:1], *whole])
+    refuse_other_formats(opened, taken=[*pickled[:1], *whole])
     saved_by_mlx = [name for name in names if of_mlx and name.endswith(OF_MLX)]
     refuse_weights_beside(names, opened.label, taken=[*pickled[1:], *saved_by_mlx, *own])
     if not (weights := whole):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 from collections import defaultdict
+from typing import Any
 
 import pytest
 
@@ -12,6 +15,12 @@ from tests.merge.test_bridge import CASES, SETTINGS
 from tests.merge.test_kinds import KINDS
 
 PAGE = REPOSITORY / "docs" / "adapters.md"
+REAL = REPOSITORY / "fixtures" / "real"
+NOT_IN_SMOLLM2 = {
+    "BEFT", "DoRA on Conv1D", "DoRA on a convolution", "LN tuning with a bias", "convolution", "experts in part",
+    "experts one by one", "fused experts", "fused experts of Llama 4", "lora_bias", "router",
+}  # fmt: skip
+"""Kinds for which the real model has no modules: convolutions, experts, biases."""
 
 
 def by_formulas() -> str:
@@ -36,7 +45,31 @@ def by_peft() -> str:
     return "\n".join(["| tuner | `peft_type` | layers |", "| --- | --- | --- |", *sorted(rows)])
 
 
-TABLES = {"formulas": by_formulas(), "peft": by_peft()}
+def kinds_of_the_script() -> dict[str, Any]:
+    """What `fixtures/real/kinds.py` trains and merges."""
+    for statement in ast.parse((REAL / "kinds.py").read_text()).body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "KINDS":
+            assert statement.value is not None
+            kinds: dict[str, Any] = ast.literal_eval(statement.value)
+            return kinds
+    raise AssertionError("fixtures/real/kinds.py has no KINDS")
+
+
+def on_the_real_model() -> str:
+    rows = ["| kind | unmerged | merged | moved, a token | adapter's KL | merge's KL |"]
+    rows.append("| --- | --- | --- | --- | --- | --- |")
+    measured = json.loads((REAL / "kinds.json").read_text())
+    for kind in kinds_of_the_script():
+        if one := measured.get(kind):
+            moved = f"{one['moved']:+.4f} ± {one['moved_error']:.4f}"
+            rows.append(
+                f"| {kind} | {one['unmerged']:.2f} | {one['merged']:.2f} | {moved} | {one['of_adapter']:.3f} | "
+                f"{one['of_merge']:.4f} |"
+            )
+    return "\n".join(rows)
+
+
+TABLES = {"formulas": by_formulas(), "peft": by_peft(), "real": on_the_real_model()}
 
 
 def with_tables(page: str) -> str:
@@ -49,6 +82,21 @@ def with_tables(page: str) -> str:
 
 def test_the_page_has_the_tables_of_what_is_tried() -> None:
     assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make pages`, and read the diff"
+
+
+def test_what_is_shown_of_the_real_model_is_what_its_script_measures() -> None:
+    measured = json.loads((REAL / "kinds.json").read_text())
+
+    assert measured.keys() <= kinds_of_the_script().keys()
+    assert [kind for kind, one in measured.items() if one["of_merge"] > 0.1 * one["of_adapter"]] == []
+    assert len({(one["base"], one["tokens"]) for one in measured.values()}) == 1
+
+
+def test_every_kind_for_which_the_real_model_has_modules_is_among_them() -> None:
+    claimed = {*KINDS, *SETTINGS}
+
+    assert claimed - NOT_IN_SMOLLM2 <= kinds_of_the_script().keys()
+    assert claimed >= NOT_IN_SMOLLM2
 
 
 def test_another_table_is_written_anew_and_nothing_else() -> None:

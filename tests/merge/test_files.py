@@ -8,6 +8,8 @@ import pytest
 
 from converter.errors import BadAdapter, Unsupported
 from converter.merge.files import CONFIG, PICKLED, WEIGHTS
+from converter.plan.adapters import open_adapter
+from tests.hub_server import StandInHub
 from tests.merge.adapters import opened, placed, refusal, save
 
 
@@ -62,6 +64,23 @@ def test_of_a_folder_around_adapters_the_adapters_are_listed(tmp_path: Path) -> 
     message = refusal(folder, BadAdapter)
 
     assert message == f"no adapter itself, but its folders are: policy, reference; give one of them, as {folder}/policy"
+
+
+def test_of_a_repository_around_adapters_the_adapters_are_listed_and_how_to_get_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(
+        tmp_path / "dpo", ["README.md", f"reference/{CONFIG}", f"policy/{CONFIG}", f"policy/{WEIGHTS}", "runs/x"]
+    )
+    with StandInHub({"maker/dpo": folder}) as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        with pytest.raises(BadAdapter) as caught:
+            open_adapter("maker/dpo")
+
+    assert str(caught.value).endswith(
+        "no adapter itself, but its folders are: policy, reference; download one of them, as "
+        "`hf download maker/dpo --include 'policy/*' --local-dir DIR`, and give DIR/policy"
+    )
 
 
 INTO_THE_FILE = (
