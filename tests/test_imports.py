@@ -105,7 +105,7 @@ ONLY_IN = {
     "model_signing": {"signing"},
     "packaging": {"health"},
     "platformdirs": {"read.cache"},
-    "click": {f"cli.{name}" for name in ("main", "options", "values", *COMMANDS)},
+    "click": {f"cli.{name}" for name in ("main", "options", "values", "watch", *COMMANDS)},
     "cloup": {f"cli.{name}" for name in ("options", *COMMANDS)},
     "rich": {"cli.show.progress"},
     "psutil": {"samples", "write.renaming"},
@@ -114,6 +114,8 @@ ONLY_IN = {
     "peft": {"merge.bridge"},
     "safetensors": set(),
     "accelerate": set(),
+    "prometheus_client": {"cli.metrics"},
+    "opentelemetry": {"cli.spans"},
 }
 """Third parties that have one door."""
 

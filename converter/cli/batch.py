@@ -33,6 +33,7 @@ from converter.cli.options import (
 )
 from converter.cli.report import write_batch_report
 from converter.cli.values import Part
+from converter.cli.watch import watch_run
 
 if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
@@ -129,7 +130,9 @@ def run_batch(
     keep_small()
     # What a cluster's nodes hold and read, this process doesn't know.
     samples = Samples() if printing.report is not None and ray is None else None
-    with display(printing.progress, outputs=len(jobs)) as shown:
+    watch = watch_run(printing, ", ".join(sorted({str(Path(job.label).parent) for job in jobs})))
+    with display(printing.progress, outputs=len(jobs)) as display_:
+        shown = watch.beside(display_)
 
         def hear(progress: Progress) -> None:
             shown.progress(progress)
@@ -150,6 +153,7 @@ def run_batch(
             from converter.batch.cluster.cluster import convert_on_cluster
 
             outcomes = convert_on_cluster(jobs, terms, ray, observer, dry_run=dry_run)
+    watch.result(batch_json(outcomes, shown.seconds(), forecasts))
     if printing.report is not None:
         taken = samples.ended() if samples is not None and any(one.status == "made" for one in outcomes) else ()
         write_batch_report(outcomes, printing.report, taken)

@@ -44,6 +44,7 @@ from converter.cli.options import (
 )
 from converter.cli.report import write_report, write_report_of_failure
 from converter.cli.values import Place
+from converter.cli.watch import watch_run
 
 if TYPE_CHECKING:
     from converter.job import Adapters, Job
@@ -184,8 +185,10 @@ def cli(context: click.Context, /, **options: Any) -> None:
     from converter.samples import Samples
 
     keep_small()
+    watch = watch_run(printing, options["out"])
     samples = Samples() if printing.report is not None else None
-    with display(printing.progress) as shown:
+    with display(printing.progress) as display_:
+        shown = watch.beside(display_)
 
         def hear(progress: Progress) -> None:
             shown.progress(progress)
@@ -198,6 +201,7 @@ def cli(context: click.Context, /, **options: Any) -> None:
             if printing.report is not None and samples is not None:
                 write_report_of_failure(failed, options["out"], printing.report, options["gates"], samples.ended())
             raise
+    watch.result(summary_json(report, shown.seconds()))
     if printing.report is not None and samples is not None:
         taken = () if report.nothing_to_do else samples.ended()
         receipt = None if report.store is None else report.store.receipt

@@ -22,6 +22,7 @@ from converter.cli.options import (
     with_pickle,
 )
 from converter.cli.values import Place, Size
+from converter.cli.watch import watch_run
 
 EXAMPLES = """\b
 Examples:
@@ -140,8 +141,11 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
     gates = QualityGates(**take(options, "max_perplexity_ratio", "max_kl", "min_top1"))
     adapter = adapters if len(adapters) > 1 else adapters[0] if adapters else None
     stop = click.get_current_context().obj
+    watch = watch_run(printing, given[0])
     with display(printing.progress) as shown:
-        found = measure(given[0], adapter=adapter, gates=gates, progress=shown.progress, stop=stop, **options)
+        told = watch.beside(shown).progress
+        found = measure(given[0], adapter=adapter, gates=gates, progress=told, stop=stop, **options)
+    watch.result(evaluation_json(found))
     if printing.as_json:
         print_text(json_text(evaluation_json(found)))
     elif not printing.quiet or not found.is_good:

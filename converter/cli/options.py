@@ -60,6 +60,12 @@ PRINTING: tuple[Decorator, ...] = (
         help="bar, plain (a line every ten seconds), json or none, on stderr. auto: a bar in a terminal, else plain; "
         "none with --json.",
     ),
+    cloup.option(
+        "--metrics",
+        type=Place("file"),
+        metavar="FILE",
+        help="Write metrics for Prometheus' textfile collector, while it runs and when it ends.",
+    ),
     flag("--quiet", "-q", text="Print nothing but errors."),
     flag("--verbose", "-v", text="List every tensor; show tracebacks."),
 )
@@ -267,13 +273,14 @@ GATES: tuple[Decorator, ...] = (
 
 @dataclass(frozen=True)
 class Printing:
-    """What is printed of a result, and the file of its report, if one is asked for."""
+    """What is printed of a result; the files of its report and of its metrics, if they are asked for."""
 
     quiet: bool
     verbose: bool
     as_json: bool
     progress: Kind
     report: Path | None = None
+    metrics: Path | None = None
 
 
 def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -283,11 +290,15 @@ def take(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def printing_from(options: dict[str, Any]) -> Printing:
     """What `PRINTING` adds, taken out of the options."""
-    report = options.pop("report", None)
-    report = None if report is None else Path(report).expanduser()
-    printing = Printing(**take(options, "quiet", "verbose", "as_json", "progress"), report=report)
+    report, metrics = (_place(options.pop(name, None)) for name in ("report", "metrics"))
+    given = take(options, "quiet", "verbose", "as_json", "progress")
+    printing = Printing(**given, report=report, metrics=metrics)
     silent = printing.quiet or (printing.as_json and printing.progress == "auto")
     return replace(printing, progress="none") if silent else printing
+
+
+def _place(file: str | None) -> Path | None:
+    return None if file is None else Path(file).expanduser()
 
 
 def refuse_report(printing: Printing) -> None:

@@ -24,6 +24,7 @@ from converter.cli.options import (
     with_resume,
 )
 from converter.cli.values import Part, Place
+from converter.cli.watch import watch_run
 
 EXAMPLES = """\b
 Examples:
@@ -110,7 +111,9 @@ def pipeline(
     folder = Path(work).expanduser() if work is not None else jobs.with_name(f"{jobs.name}.work")
     terms = replace(run_options_from(options), create_pr=create_pr)
     keep_small()
-    with EventLines(events) as lines, display(printing.progress, outputs=len(asked)) as shown:
+    watch = watch_run(printing, jobs)
+    with EventLines(events) as lines, display(printing.progress, outputs=len(asked)) as display_:
+        shown = watch.beside(display_)
 
         def hear(event: Event) -> None:
             lines.write(event)
@@ -120,6 +123,7 @@ def pipeline(
                 shown.ended(printable(event.out), None)
 
         outputs, state = deliver(asked, folder, terms, DeliveryObserver(shown.progress, stop, hear))
+    watch.result(pipeline_json(outputs, state, shown.seconds()))
     if printing.as_json:
         print_text(json_text(pipeline_json(outputs, state, shown.seconds())))
     elif not printing.quiet and events != "-":

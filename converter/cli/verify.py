@@ -22,6 +22,7 @@ from converter.cli.options import (
     with_pickle,
 )
 from converter.cli.values import Place, Share
+from converter.cli.watch import watch_run
 
 EXAMPLES = """\b
 Examples:
@@ -88,8 +89,10 @@ def verify(out: str | None, also_out: str | None, **options: Any) -> None:
     refuse_without_memory()
     printing, adapters = printing_from(options), options.pop("adapters")
     options["adapter"] = adapters if len(adapters) > 1 else adapters[0] if adapters else None
+    watch = watch_run(printing, place)
     with display(printing.progress) as shown:
-        found = look(place, gates=gates_from(options), progress=shown.progress, **options)
+        found = look(place, gates=gates_from(options), progress=watch.beside(shown).progress, **options)
+    watch.result(verification_json(found))
     if printing.as_json:
         print_text(json_text(verification_json(found)))
     elif not printing.quiet or not found.is_good:
