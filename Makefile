@@ -44,6 +44,7 @@ pages: .venv/ready  ## write docs/options.md, and the tables of docs/adapters.md
 	PYTHONPATH=. $(BIN)/python -m tests.docs.test_options_page
 	PYTHONPATH=. $(BIN)/python -m tests.merge.test_adapters_page
 	PYTHONPATH=. $(BIN)/python -m tests.test_architectures
+	PYTHONPATH=. $(BIN)/python -m tests.docs.test_measured_tables
 
 docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -53,7 +53,7 @@ FORMATS = {
     "int8": Checked(Recipe("int8"), ACTIVATIONS),
     "w4a16, groups of 32": Checked(Recipe("w4a16", group_size=32), NEAR),
     "w4a16, groups of 64": Checked(Recipe("w4a16", group_size=64), NEAR),
-    "w8a16, groups of 64": Checked(Recipe("w8a16", group_size=64), NEAR),
+    "w8a16, groups of 64": Checked(Recipe("w8a16", group_size=64), NEAR, vllm=False),
     "fp8": Checked(Recipe("fp8"), ACTIVATIONS),
     "nvfp4a16": Checked(Recipe("nvfp4a16"), NEAR, vllm=False),
     "mxfp4a16": Checked(Recipe("mxfp4a16"), NEAR, vllm=False),
