@@ -17,7 +17,7 @@ from converter.errors import BadRecipe, ConversionRefused
 from converter.evaluation import Evaluation, Measuring, evaluate_output
 from converter.gates import Gates, QualityGates
 from converter.job import Adapters, Job, Reference, RunOptions
-from converter.layers.texts import Text
+from converter.layers.texts import Text, text_file
 from converter.observer import Observer, Progress
 from converter.pipeline import Report, convert_job, plan_job
 from converter.plan.estimate import DryRun
@@ -73,13 +73,14 @@ def convert(
     committing. Each shard is uploaded while the next one is made. `disk`: bytes that OUT and a base on the Hub may
     take of this machine's disk; the base's files are removed after their last tensor then, not kept in the Hub's cache.
 
-    `calibrate`: a file of text, or of JSON lines, by which codes are chosen so that what the weights make of their real
-    inputs is kept; `recipe.calibration` says how much of it is read, and in which windows.
+    `calibrate`: a file of text, of JSON lines or a Parquet table, or such a file at hf://datasets/ORG/NAME/FILE, by
+    which codes are chosen so that what the weights make of their real inputs is kept; `recipe.calibration` says how
+    much of it is read, and in which windows.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
     path, store = _out(out)
-    recipe, text = _calibrated(recipe, calibrate)
+    recipe, text = _calibrated(recipe, calibrate, offline)
     job = Job(path, adapter, base, recipe, base_revision, adapter_revision, card, gates, store, text)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, resume, allow_pickle, check_tiles)
     options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
@@ -118,7 +119,7 @@ def plan_conversion(
     samples of reading and computing.
     """
     path, store = _out(out or "")
-    recipe, text = _calibrated(recipe, calibrate)
+    recipe, text = _calibrated(recipe, calibrate, offline)
     job = Job(path, adapter, base, recipe, base_revision, adapter_revision, store=store, text=text)
     options = RunOptions(resources, device, overwrite, offline, trust_remote_code, allow_pickle=allow_pickle)
     options = replace(options, work=None if work is None else Path(work), disk=disk, create_pr=create_pr)
@@ -163,7 +164,7 @@ def verify(
         raise BadRecipe("`signature` and `public_key` go together: give both")
     sources = None
     if base is not None or adapter is not None or compare or calibrate is not None:
-        text = None if calibrate is None else Path(calibrate)
+        text = None if calibrate is None else text_file(calibrate, offline=offline)
         sources = Sources(base, adapter, base_revision, adapter_revision, text=text)
     options = RunOptions(resources, device, offline=offline, allow_pickle=allow_pickle)
     observer, checks = Observer(progress), Checks(sources, sample, gates, require_receipt)
@@ -201,11 +202,12 @@ def evaluate(
     """Measure how well a checkpoint predicts a text: its perplexity. With `base` or `adapter`, also how far it is from
     the 16-bit model: perplexity ratio, KL divergence, top-1 agreement, and whether these reach the `gates`.
 
-    One layer is in memory at a time. `text` is a file of text, or of JSON lines whose `field` is a text or a list of
-    messages. It is cut into windows of `window` tokens, by default 2048, or as many as the model takes; after
-    `max_tokens`, no other window begins. `dtype` is what is computed in: float32, bfloat16, float16. `compare`: base
-    and adapter are those that the receipt names. `memory`, in bytes, is for activations and logits; activations that
-    don't fit are in a file in the folder `scratch`.
+    One layer is in memory at a time. `text` is a file of text, or of JSON lines, or a Parquet table, whose `field` is a
+    text or a list of messages; or such a file in a dataset, at hf://datasets/ORG/NAME[@REVISION]/FILE. It is
+    cut into windows of `window` tokens, by default 2048, or as many as the model takes; after `max_tokens`, no other
+    window begins. `dtype` is what is computed in: float32, bfloat16, float16. `compare`: base and adapter are those
+    that the receipt names. `memory`, in bytes, is for activations and logits; activations that don't fit are in a file
+    in the folder `scratch`.
 
     Raises a `ConversionRefused` if something can't be had or can't be run a layer at a time.
     """
@@ -213,7 +215,13 @@ def evaluate(
     if base is not None or adapter is not None or compare:
         sources = Sources(base, adapter, base_revision, adapter_revision)
     measuring = Measuring(
-        Text(Path(text), field), window, max_tokens, dtype, memory, None if scratch is None else Path(scratch), gates
+        Text.at(text, field, offline=offline),
+        window,
+        max_tokens,
+        dtype,
+        memory,
+        None if scratch is None else Path(scratch),
+        gates,
     )
     options = RunOptions(device=device, offline=offline, allow_pickle=allow_pickle)
     return evaluate_output(out, measuring, sources, options, Observer(progress, stop))
@@ -231,13 +239,14 @@ def summary(out: Reference) -> dict[str, Any]:
     return found
 
 
-def _calibrated(recipe: Recipe, text: Reference | None) -> tuple[Recipe, Path | None]:
-    """The recipe, which calibrates by a text if one is given, and the text."""
+def _calibrated(recipe: Recipe, text: Reference | None, offline: bool) -> tuple[Recipe, Path | None]:
+    """The recipe, which calibrates by a text if one is given, and the text's file."""
     if text is None:
         return recipe, None
+    file = text_file(text, offline=offline)
     if recipe.calibration is None:
-        recipe = replace(recipe, calibration=Calibration.of(Path(text)))
-    return recipe, Path(text)
+        recipe = replace(recipe, calibration=Calibration.of(file))
+    return recipe, file
 
 
 def _out(out: Reference) -> tuple[Path, str | None]:

@@ -98,7 +98,13 @@ COMMANDS = (
 ONLY_IN = {
     "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
     "bitsandbytes": {"quantize.bnb"},
-    "huggingface_hub": {"read.hub.folder", "read.hub.errors", "read.hub.login", "write.stores.hub"},
+    "huggingface_hub": {
+        "read.hub.folder",
+        "read.hub.errors",
+        "read.hub.login",
+        "read.hub.datasets",
+        "write.stores.hub",
+    },
     "numba": {"quantize.jit"},
     "obstore": {"write.stores.bucket"},
     "jinja2": {"page"},
@@ -115,6 +121,7 @@ ONLY_IN = {
     "safetensors": set(),
     "accelerate": set(),
     "prometheus_client": {"cli.metrics"},
+    "pyarrow": {"layers.texts"},
     "opentelemetry": {"cli.spans"},
 }
 """Third parties that have one door."""

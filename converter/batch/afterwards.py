@@ -12,6 +12,7 @@ from converter.errors import BadRecipe
 from converter.evaluation import Measuring
 from converter.gates import QualityGates
 from converter.layers.texts import Text
+from converter.read.hub.datasets import is_dataset_file
 
 VERIFY, EVALUATE, ANNOUNCE = TABLES = ("verify", "evaluate", "announce")
 _GATES = [field.name for field in fields(QualityGates)]
@@ -75,6 +76,8 @@ def _measuring(table: Mapping[str, Any], folder: Path) -> Measuring:
             raise BadRecipe(f"{EVALUATE}: {key} is not a number above 0")
     if "text" not in table:
         raise BadRecipe(f"{EVALUATE}: has no text: give a file of text, or of JSON lines")
+    if is_dataset_file(table["text"]):
+        raise BadRecipe(f"{EVALUATE}: text: give a file of this machine; `hf download` fetches {table['text'][:200]}")
     scratch = table.get("scratch")
     try:
         return Measuring(

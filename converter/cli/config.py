@@ -15,7 +15,7 @@ from converter.cli.values import Place
 
 OF_THIS_RUN = {"config", "print_config", "dry_run", "as_json", "progress", "quiet", "verbose", "version", "help"}
 """Parameters that are no part of a conversion."""
-PLACES = {"base", "adapters", "out", "card", "against", "report"}
+PLACES = {"base", "adapters", "out", "card", "against", "report", "metrics", "calibrate"}
 """Parameters with paths: relative to the folder of the file."""
 
 
@@ -118,8 +118,11 @@ def _placed(folder: Path, text: str, name: str | None = "adapters") -> str:
     from converter.batch.adapters import names_several
     from converter.batch.job_file import referred
     from converter.batch.jobs import split_name
+    from converter.read.hub.datasets import is_dataset_file
 
-    if name in ("out", "card", "against", "report"):
+    if name == "calibrate" and is_dataset_file(text):
+        return text
+    if name not in ("base", "adapters"):
         return str(folder / Path(text).expanduser())
     called, text = split_name(text) if name == "adapters" else (None, text)
     there = str(folder / text) if names_several(text, folder) else referred(text, folder)

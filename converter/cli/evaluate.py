@@ -45,9 +45,9 @@ Exit code:
     cloup.option(
         "--text",
         type=Place("file"),
-        metavar="FILE",
+        metavar="FILE|ADDRESS",
         required=True,
-        help="Text to predict: plain, or JSON lines (.jsonl).",
+        help="Text to predict: plain, JSON lines (.jsonl), a table (.parquet), or hf://datasets/ORG/NAME/FILE.",
     ),
     cloup.option(
         "--field",

@@ -239,9 +239,9 @@ CALIBRATION: tuple[Decorator, ...] = (
     cloup.option(
         "--calibrate",
         type=Place("file"),
-        metavar="FILE",
-        help="Choose codes by a text, or JSON lines, so that what the weights make of it is kept (nf4, fp4, int8, "
-        "w4a16, w8a16). Takes longer.",
+        metavar="FILE|ADDRESS",
+        help="Choose codes by a text, JSON lines, a table, or hf://datasets/ORG/NAME/FILE, so that what the weights "
+        "make of it is kept (nf4, fp4, int8, w4a16, w8a16). Takes longer.",
     ),
     cloup.option(
         "--calibrate-field", metavar="NAME", help="With JSON lines: the text's name.  [default: text, in .jsonl]"
@@ -338,7 +338,10 @@ def calibration_from(options: dict[str, Any]) -> Calibration | None:
     stated = {name: options.pop(f"calibrate_{name}", None) for name in ("field", "tokens", "window")}
     given = {name: value for name, value in stated.items() if value is not None}
     if (text := options.get("calibrate")) is not None:
-        return Calibration.of(Path(text), **given)
+        from converter.layers.texts import text_file
+
+        options["calibrate"] = text_file(text, offline=options.get("offline", False))
+        return Calibration.of(options["calibrate"], **given)
     if given:
         raise click.UsageError(f"--calibrate-{min(given)} has no meaning without --calibrate.")
     return None

@@ -1,22 +1,33 @@
-"""Documents from a file of text or of JSON lines, and the windows of tokens that they are cut into."""
+"""Documents from a file of text, of JSON lines or of a table, and the windows of tokens that they are cut into.
+
+The only import of pyarrow.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.calibration import DEFAULT_WINDOW
 from converter.errors import BadRecipe, ConversionRefused
+from converter.read.hub.datasets import dataset_file, is_dataset_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 JSON_LINES = (".jsonl", ".ndjson")
+TABLE, PACKED = ".parquet", ".gz"
 MAX_BYTES = 1_000_000_000
 """Of a text: it is in memory while it is cut into tokens."""
+_ROWS = 64
+"""Of a table that are read at a time."""
 _LEAST = 2
 """Tokens of a window: one to go by, and one to predict."""
 _FULL = 0.75
@@ -36,42 +47,76 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A file of text, in UTF-8: one document; or of JSON lines: a document in each line."""
+    """A file of text, in UTF-8: one document; or of JSON lines, a document in each; or a Parquet table, a document in
+    each row. Text and JSON lines may be packed by gzip."""
 
     path: Path
     field: str | None = None
-    """The name of the document in a JSON line: a text, or a list of messages. None: `text` in files named .jsonl and
-    .ndjson; others are plain text."""
+    """The name of the document in a JSON line, or a table's column: a text, or a list of messages. None: `text` in
+    tables and in files named .jsonl and .ndjson; others are plain text."""
+
+    @classmethod
+    def at(cls, reference: str | os.PathLike[str], field: str | None = None, *, offline: bool = False) -> Text:
+        """A file at a path, or in a dataset on the Hub, at hf://datasets/ORG/NAME[@REVISION]/FILE. Raises what
+        `dataset_file` raises."""
+        return cls(text_file(reference, offline=offline), field)
 
     def documents(self) -> Iterator[Document]:
         """`ConversionRefused` for a file that can't be read, or a line that isn't what it should be."""
-        field = self.field
-        if field is None and self.path.suffix.lower() in JSON_LINES:
+        field, suffix = self.field, Path(self.path.name.lower().removesuffix(PACKED)).suffix
+        if field is None and suffix in (*JSON_LINES, TABLE):
             field = "text"
+        if suffix == TABLE:
+            yield from self._rows(str(field))
+            return
         text = self._read()
         if field is None:
             yield text
             return
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield self._document(line, field, f"{self.path}: line {number}")
+                yield self._document(_json(line, f"{self.path}: line {number}"), field, f"{self.path}: line {number}")
+
+    def _rows(self, field: str) -> Iterator[Document]:
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError:
+            raise ConversionRefused(
+                f"{self.path}: pyarrow is not installed, which reads it: pip install 'nf4-converter[parquet]'"
+            ) from None
+        try:
+            with parquet.ParquetFile(self.path) as table:
+                if field not in table.schema_arrow.names:
+                    self._document(dict.fromkeys(table.schema_arrow.names), field, str(self.path))
+                rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(_ROWS, columns=[field]))
+                for number, row in enumerate(rows, 1):
+                    yield self._document(row, field, f"{self.path}: row {number}")
+        except (ArrowException, OSError) as exc:
+            raise ConversionRefused(f"{self.path}: not a table of Parquet that can be read: {exc}") from exc
 
     def _read(self) -> str:
         try:
             if self.path.stat().st_size > MAX_BYTES:
                 raise ConversionRefused(f"{self.path}: more than {MAX_BYTES:,} bytes; give a part of it")
+            if self.path.name.lower().endswith(PACKED):
+                return self._unpacked().decode()
             return self.path.read_text(encoding="utf-8")
+        except (zlib.error, EOFError, gzip.BadGzipFile) as exc:
+            raise ConversionRefused(f"{self.path}: can't be unpacked: {exc}") from exc
         except OSError as exc:
             raise ConversionRefused(f"{self.path}: {exc.strerror}") from exc
         except UnicodeDecodeError as exc:
             raise ConversionRefused(f"{self.path}: not text in UTF-8, at byte {exc.start:,}") from exc
 
+    def _unpacked(self) -> bytes:
+        with gzip.open(self.path) as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ConversionRefused(f"{self.path}: more than {MAX_BYTES:,} bytes once unpacked; give a part of it")
+        return raw
+
     @staticmethod
-    def _document(line: str, field: str, where: str) -> Document:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as exc:
-            raise ConversionRefused(f"{where}: not JSON: {exc}") from exc
+    def _document(value: object, field: str, where: str) -> Document:
         if not isinstance(value, dict) or field not in value:
             there = f"; it has {', '.join(map(str, value))}" if isinstance(value, dict) else ""
             raise ConversionRefused(f"{where}: no {field!r}{there}; name it with `field`")
@@ -80,6 +125,19 @@ class Text:
         if not isinstance(document, str) and not (are_messages and document):
             raise ConversionRefused(f"{where}: {field!r} is neither a text nor a list of messages")
         return document
+
+
+def text_file(reference: str | os.PathLike[str], *, offline: bool = False) -> Path:
+    """Where the file of a text lies on this machine. One in a dataset on the Hub is fetched."""
+    place = os.fspath(reference)
+    return dataset_file(place, offline=offline) if is_dataset_file(place) else Path(place)
+
+
+def _json(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise ConversionRefused(f"{where}: not JSON: {exc}") from exc
 
 
 def window_of(asked: int | None, config: Mapping[str, Any], parameter: str = "window") -> int:

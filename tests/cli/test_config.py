@@ -37,6 +37,18 @@ def test_a_file_has_the_options_and_its_relative_paths_are_relative_to_it(run: R
     assert recipe["keep"] == ["*.0.mlp.*", "o_proj"]
 
 
+def test_a_file_names_a_text_and_metrics_beside_it_or_a_text_on_the_hub(run: Run, project: Path) -> None:
+    config = project / "calibrated.toml"
+    config.write_text('base = "base"\nout = "out"\nmetrics = "convert.prom"\ncalibrate = "gone.txt"\n')
+    beside = run("--config", config, "--print-config")
+    config.write_text('base = "base"\nout = "out"\ncalibrate = "hf://datasets/org/name/a.jsonl"\n')
+    on_the_hub = run("--config", config, "--print-config")
+
+    assert f'metrics = "{project}/convert.prom"' in beside.out
+    assert f'calibrate = "{project}/gone.txt"' in beside.out
+    assert 'calibrate = "hf://datasets/org/name/a.jsonl"' in on_the_hub.out
+
+
 def test_the_command_line_goes_first(run: Run, project: Path) -> None:
     (project / "run.toml").write_text('base = "base"\nout = "out"\nformat = "fp4"\n')
 

@@ -101,6 +101,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a table": ({"evaluation": {"text": "t"}}, "'evaluation' is not known; did you mean 'evaluate'?"),
     "a key of a table": ({"evaluate": {"txt": "t"}}, "evaluate: 'txt' is not known; did you mean 'text'?"),
     "a key like no other": ({"verify": {"zzz": 1}}, "verify: 'zzz' is not known; known: compare, sample"),
+    "text of the Hub": (
+        {"evaluate": {"text": "hf://datasets/org/name/a.jsonl"}},
+        "give a file of this machine; `hf download` fetches hf://datasets/org/name/a.jsonl",
+    ),
     "no text": ({"evaluate": {"max_kl": 1.0}}, "evaluate: has no text: give a file of text, or of JSON lines"),
     "a gate": (
         {"evaluate": {"text": "t", "min_top1": 2}},

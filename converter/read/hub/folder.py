@@ -67,7 +67,7 @@ class HubFolder:
         prepare_library()
         self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
         self._cached: LocalFolder | None = None
-        if offline or _offline_by_environment():
+        if offline or offline_by_environment():
             self.commit = self._cached_commit()
             self._cached = LocalFolder(self.snapshot)
             self._files = cached_files(self._cached)
@@ -364,7 +364,7 @@ def prepare_library() -> None:
         raise HubRefused(f"HF_ENDPOINT is {endpoint()!r}, expected a URL such as https://huggingface.co")
 
 
-def _offline_by_environment() -> bool:
+def offline_by_environment() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.is_offline_mode())
