@@ -22,13 +22,13 @@ from converter.observer import Observer, Progress
 from converter.pipeline import Report, convert_job, plan_job
 from converter.plan.estimate import DryRun
 from converter.provenance import provenance_problems
+from converter.read.addresses import path_of
 from converter.read.folder import LocalFolder
 from converter.recipe import Recipe
 from converter.resources import Resources
 from converter.seal.receipt import RECEIPT, read_receipt
 from converter.signing import signature_problems
 from converter.verification import Checks, Verification, verify_output
-from converter.write.stores.addresses import path_of
 from converter.write.stores.reading import as_folder
 
 

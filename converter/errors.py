@@ -9,7 +9,7 @@
     │   ├── BadRecipe            the choices contradict each other or the base
     │   ├── BadOutput            OUT is not a place that may be written
     │   │   └── OutputLocked     another process is writing it
-    │   ├── StoreRefused         a store that OUT is to be in is not known, or does not let us
+    │   ├── StoreRefused         a store is not known, has no such thing, or does not let us
     │   └── HubRefused           the Hub has no such thing for us
     │       ├── HubNotFound
     │       ├── HubGated
@@ -23,7 +23,7 @@
         ├── VerificationFailed   what was written is not what a loader would build
         ├── HubFailed            the connection or the server failed
         ├── DeviceDisagrees      an accelerator computes something else than the CPU
-        ├── StoreFailed          the store that OUT is to be in failed
+        ├── StoreFailed          a store, or the connection to it, failed
         ├── NoEffect             the adapter's change is not zero, and alters no value of the output
         ├── GateFailed           a figure of the output does not reach its gate; exit code 4
         ├── Undecided            what a verification needs can't be had; exit code 3
@@ -86,7 +86,7 @@ class OutputLocked(BadOutput):
 
 
 class StoreRefused(ConversionRefused):
-    """A store that OUT is to be in is not known, or does not let us."""
+    """A store is not known, has no such thing, or does not let us."""
 
 
 class HubRefused(ConversionRefused):
@@ -150,7 +150,7 @@ class DeviceDisagrees(ConversionFailed):
 
 
 class StoreFailed(ConversionFailed):
-    """The store could not take OUT."""
+    """A store could not take OUT or give an input, or the connection failed."""
 
     resumable = True
 

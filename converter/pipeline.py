@@ -128,7 +128,7 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         destination.refuse_if_too_full(room.of_base + room.of_out)
         if plan.beforehand:
             observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
-        if job.text is not None and room.is_limited:
+        if job.text is not None and options.disk is not None and room.is_limited:
             raise BadRecipe("`disk` is for a base that is read once, and `calibrate` reads it twice: leave one out")
         is_whole = job.text is not None or not arrives(inputs)
         if is_whole:

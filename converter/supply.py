@@ -14,9 +14,9 @@ from converter.observer import Observer
 from converter.plan.inputs import Inputs
 from converter.plan.needs import Need, most_at_once, needs_of
 from converter.plan.plan import Plan
+from converter.read.arrivals import Arrivals, held_bytes
 from converter.read.folder import Folder
 from converter.read.header import read_header
-from converter.read.hub.arrivals import Arrivals, held_bytes
 from converter.seal.destination import BASE, Place
 from converter.seal.production import Production, Target
 
@@ -55,7 +55,7 @@ class Present:
 
 
 class Arriving:
-    """A base on the Hub whose files come while tensors are made of those that came before.
+    """A base on the Hub or in a bucket whose files come while tensors are made of those that came before.
 
     Where their room is limited, they lie in the staging folder, and a file is removed after its last tensor. Otherwise
     they come into the Hub's cache, and stay.
@@ -68,14 +68,14 @@ class Arriving:
         self._needs: list[Need] = needs_of(left)
         self._first = [need.first for need in self._needs]
         self._is_limited = room.is_limited
-        hub = inputs.opened.hub
-        assert hub is not None  # noqa: S101  (the base arrives)
+        remote = inputs.opened.remote
+        assert remote is not None  # noqa: S101  (the base arrives)
         files = [need.file for need in self._needs]
         if room.is_limited:
-            self._arrivals = Arrivals(hub, files, output.staging.folder / BASE, room.of_base)
+            self._arrivals = Arrivals(remote, files, output.staging.folder / BASE, room.of_base)
         else:
             inputs.opened.fetch_small()
-            self._arrivals = Arrivals(hub, files)
+            self._arrivals = Arrivals(remote, files)
         self.folder = self._arrivals.folder
 
     def stretches(self, targets: Iterable[Targets]) -> Iterator[Iterable[Targets]]:
@@ -118,8 +118,8 @@ class Arriving:
 
 
 def arrives(inputs: Inputs) -> bool:
-    """Whether the base's files come one by one: those of a repository on the Hub that states what each of them is."""
-    return inputs.opened.hub is not None and inputs.hub_digests().keys() == set(inputs.base.shards)
+    """Whether the base's files come one by one."""
+    return inputs.opened.comes_by_file
 
 
 @contextmanager
@@ -157,18 +157,23 @@ def room_for(place: Place, plan: Plan, inputs: Inputs, disk: int | None) -> Room
     `BadOutput` says how many bytes would do if they are too few.
     """
     usual, least = place.room_for(plan), place.least_room_for(plan)
-    if disk is None:
+    remote = inputs.opened.remote
+    stays = remote is None or inputs.opened.is_kept or plan.recipe.calibration is not None
+    if disk is None and stays:
         return Room(usual)
-    hub = inputs.opened.hub
-    if hub is not None and not arrives(inputs):
-        raise BadOutput(f"{hub.label}: the Hub does not say what its files are, so they come all at once: omit `disk`")
-    needs = needs_of(list(plan.tensors())) if hub is not None else []
-    sizes = {need.file: held_bytes(hub, need.file) for need in needs} if hub is not None else {}
+    if remote is not None and not arrives(inputs):
+        raise BadOutput(
+            f"{remote.label}: the Hub does not say what its files are, so they come all at once: omit `disk`"
+        )
+    needs = needs_of(list(plan.tensors())) if remote is not None else []
+    sizes = {need.file: held_bytes(remote, need.file) for need in needs} if remote is not None else {}
     in_use, *early = [most_at_once(needs, sizes.__getitem__, ahead) for ahead in range(MOST_EARLY + 1)]
+    if disk is None:
+        disk = early[-1] + usual  # without a cache, files go after their last tensor, too
     for of_base, out in (*((base, usual) for base in reversed(early)), (early[0], least), (in_use, least)):
         if of_base + out <= disk:
             of_out = place.room_for(plan, disk - of_base)
-            if hub is None:
+            if remote is None:
                 return Room(of_out)
             note = f"{len(needs)} files of the base come one by one: at most {of_base:,} bytes of it are here at a time"
             return Room(of_out, of_base, is_limited=True, notes=(note,))

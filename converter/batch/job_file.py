@@ -20,10 +20,11 @@ from converter.combination import Combination
 from converter.errors import BadCheckpoint, BadRecipe, StoreRefused
 from converter.gates import Gates
 from converter.job import Adapters, Job
+from converter.read.addresses import parts_of, path_of
 from converter.read.folder import is_folder
 from converter.read.strict_json import parse_json_object
 from converter.recipe import Recipe, choices_of_format
-from converter.write.stores.addresses import NO_STORE, parts_of, path_of
+from converter.write.stores.addresses import NO_STORE
 
 MOST_BYTES = 10_000_000
 """Of a file of jobs; a file of 100,000 jobs has about as many."""

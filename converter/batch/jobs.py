@@ -114,8 +114,9 @@ def with_base(job: Job, options: RunOptions = RunOptions()) -> Job:
     meant = wanted(job.adapter, job.recipe.combine)
     if job.base is not None or meant is None:
         return job
-    adapter = open_adapters(meant, job.adapter_revision, **options.of_inputs()).adapter
-    adapter.folder.close()
+    opened = open_adapters(meant, job.adapter_revision, **options.of_inputs())
+    adapter = opened.adapter
+    opened.close()
     base, revision = base_of_adapter(adapter, job.base_revision)
     return replace(job, base=base, base_revision=revision)
 

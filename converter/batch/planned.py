@@ -85,7 +85,7 @@ class JobGroup:
     def close(self) -> None:
         for job in self.jobs.values():
             job.inputs.close()
-        self.base.checkpoint.close()
+        self.base.close()
 
     def __enter__(self) -> JobGroup:
         return self

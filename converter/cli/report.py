@@ -57,7 +57,7 @@ def report(out: str, file: str | None, **options: Any) -> None:
 def beside(out: str) -> Path:
     """Where the report of an output is written: beside it, because the receipt lists every file inside it. Of what lies
     in a store: in the current folder."""
-    from converter.write.stores.addresses import path_of
+    from converter.read.addresses import path_of
 
     path = path_of(out)
     if path is None:
@@ -73,9 +73,9 @@ def write_report(
     has just made it, `receipt` is its, if it is known. `ConversionRefused` without a receipt, `WriteFailed`."""
     from converter.errors import ConversionRefused
     from converter.page import Made, batch_page, page
+    from converter.read.addresses import path_of
     from converter.read.folder import LocalFolder
     from converter.seal.receipt import RECEIPT, parse_receipt, read_receipt
-    from converter.write.stores.addresses import path_of
     from converter.write.stores.reading import small_file
 
     path = path_of(out)

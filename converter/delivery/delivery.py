@@ -30,11 +30,11 @@ from converter.errors import (
     OutputLocked,
 )
 from converter.job import RunOptions
+from converter.lock import Lock
 from converter.observer import Observer
 from converter.pipeline import convert_job
 from converter.seal.destination import Place
 from converter.write.durable import LOCAL_DISK, writing
-from converter.write.lock import Lock
 
 Ended = Literal["began", "done", "skipped", "failed"]
 

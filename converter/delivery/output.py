@@ -137,7 +137,8 @@ class Output:
     def fetch(self, figures: Figures) -> None:
         """Download what is missing of the base, and check its sha256."""
         with Inputs.of(self.job, self._options) as inputs:
-            inputs.bring(self._observer.tell, self._observer.stop)
+            if inputs.opened.is_kept:  # else its files come while it is converted
+                inputs.bring(self._observer.tell, self._observer.stop)
             named = {
                 "base": inputs.base_name,
                 "base_commit": inputs.base_commit,

@@ -26,7 +26,9 @@ from converter.merge.files import (
     refuse_weights_beside,
 )
 from converter.merge.pickled import unpickled
-from converter.read.checksums import Hashing, Stated, stated
+from converter.read.addresses import is_bucket, path_of
+from converter.read.bucket.folder import open_bucket
+from converter.read.checksums import SUMS, Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.mistaken import similar_folders
@@ -44,6 +46,12 @@ class OpenedAdapter(NamedTuple):
     id: str | None
     checked: dict[str, str]
     """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
+    sources: tuple[Folder, ...]
+    """As the user named them. They are closed last: of a bucket, that removes what was fetched."""
+
+    def close(self) -> None:
+        for folder in (self.adapter.folder, *self.sources):
+            folder.close()
 
 
 def open_adapter(
@@ -66,17 +74,19 @@ def open_adapter(
         weights = [name for name in ([WEIGHTS] if WEIGHTS in names else [PICKLED]) if name in names]
         weights += [name for name in pickled[1:] if name in names]
     configs = [name for name in (CONFIG, torchtune.OF_BASE) if name in names]
-    folder = opened.fetch([*configs, *weights, *wanted_from_adapter(opened)])
+    sums = [SUMS] if opened.repo_id is None and SUMS in names else []  # the Hub itself states them
     try:
+        folder = opened.fetch([*configs, *weights, *wanted_from_adapter(opened), *sums])
         known = _checked(folder, {name: opened.digest(name) for name in weights})
         read = torchtune.in_pefts_form(unpickled(folder)) if allow_pickle else folder
         torchtune.refuse_wrongly_turned(read)
         adapter = Adapter(mlx.in_pefts_form(read))
         adapter.notes += [mlx.NOTE] * of_mlx + [torchtune.NOTE] * bool(own)
     except BaseException:
-        folder.close()
+        opened.close()
         raise
-    return OpenedAdapter(adapter, opened.commit, opened.repo_id, {file: of.by for file, of in known.items()})
+    checked = {file: of.by for file, of in known.items()}
+    return OpenedAdapter(adapter, opened.commit, opened.repo_id, checked, (opened,))
 
 
 class Several(NamedTuple):
@@ -103,13 +113,17 @@ def open_adapters(
         raise BadRecipe("several adapters become one output only by `combine`; jobs of a batch take one each")
     if revision is not None:
         raise BadRecipe("`adapter_revision` goes with one adapter")
-    opened = [open_adapter(one, offline=offline, allow_pickle=allow_pickle) for one in adapter.adapters]
+    opened: list[OpenedAdapter] = []
     try:
+        opened += (open_adapter(one, offline=offline, allow_pickle=allow_pickle) for one in adapter.adapters)
         made = combined([one.adapter for one in opened], adapter.combine)
-    finally:
+    except BaseException:
         for one in opened:
-            one.adapter.folder.close()
-    return OpenedAdapter(made, None, None, {})
+            one.close()
+        raise
+    for one in opened:
+        one.adapter.folder.close()
+    return OpenedAdapter(made, None, None, {}, tuple(folder for one in opened for folder in one.sources))
 
 
 def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, Stated]:
@@ -124,8 +138,15 @@ def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, S
 
 
 def open_folder(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
-    """A folder of this machine, or a repository on the Hub. Raises a `ConversionRefused` if there is none."""
+    """A folder of this machine, a repository on the Hub, or a prefix of a bucket. Raises a `ConversionRefused` if there
+    is none."""
     text = os.fspath(reference)
+    if is_bucket(text):
+        if revision is not None:
+            raise ConversionRefused(f"{text[:120]}: a bucket has no revisions: leave the revision out")
+        return open_bucket(text, offline=offline)
+    if text.lower().startswith("file://"):
+        return LocalFolder(path_of(text) or Path(text))
     if (address := _ADDRESS.match(text)) is not None:
         raise ConversionRefused(f"{text}: an address; give the id, {address[1] or 'as ORG/NAME'}, or a folder")
     if isinstance(reference, str) and is_hub_id(text):

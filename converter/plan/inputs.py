@@ -1,4 +1,4 @@
-"""Base and adapter as the user named them, opened: local folders, or repositories on the Hub."""
+"""Base and adapter as the user named them, opened: local folders, repositories on the Hub, prefixes of buckets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
 from converter.plan.adapters import OpenedAdapter, Several, open_adapters, open_folder, wanted
-from converter.read.checkpoint import CONFIG, Checkpoint
-from converter.read.checksums import Hashing, stated
+from converter.read.arrivals import Remote
+from converter.read.bucket.folder import BucketFolder
+from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
+from converter.read.checksums import SUMS, Hashing, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder
 from converter.read.side_files import wanted_from_base
@@ -29,7 +31,8 @@ Show = Callable[[str, int, int, str], None]
 
 
 class Base:
-    """An opened base. On the Hub, config, index and headers are read by range; `fetch` downloads the shards."""
+    """An opened base. On the Hub and in a bucket, config, index and headers are read by range; `fetch` downloads the
+    shards."""
 
     def __init__(
         self,
@@ -53,8 +56,8 @@ class Base:
         progress: Callable[[str, int], None] | None = None,
         arrived: Callable[[LocalFolder, str], None] = lambda *_: None,
     ) -> LocalFolder:
-        """Download what a conversion reads of a base on the Hub, and give the folder that has it. `arrived` is called
-        for each shard."""
+        """Download what a conversion reads of a base on the Hub or in a bucket, and give the folder that has it.
+        `arrived` is called for each shard."""
         folder = self.fetch_small(progress)
         for shard in self.checkpoint.shards:
             arrived(self._opened.fetch([shard], progress), shard)
@@ -66,16 +69,37 @@ class Base:
         """Download what a conversion reads of a base on the Hub, but for the shards."""
         names = self._opened.names()
         code = [name for name in names if name.endswith(".py")]
-        rest = [name for name in ("config.json", "model.safetensors.index.json") if name in names]
+        rest = [name for name in (CONFIG, INDEX) if name in names]
+        if self.id is None and SUMS in names:  # the Hub itself states them
+            rest.append(SUMS)
         folder = self._opened.fetch([*rest, *wanted_from_base(self._opened), *code], progress)
         self.small = folder
         return folder
 
     @property
-    def hub(self) -> HubFolder | None:
-        """The repository that its files still are to come from; None for a folder, and offline."""
+    def remote(self) -> Remote | None:
+        """The repository or bucket that its files still are to come from; None for a folder, and offline."""
         opened = self._opened
-        return opened if isinstance(opened, HubFolder) and not opened.is_offline else None
+        if isinstance(opened, BucketFolder) or (isinstance(opened, HubFolder) and not opened.is_offline):
+            return opened
+        return None
+
+    @property
+    def comes_by_file(self) -> bool:
+        """Whether its files may come one by one: those of a bucket, and of a repository that states what each is."""
+        if self.remote is None:
+            return False
+        return isinstance(self._opened, BucketFolder) or self.hub_digests().keys() == set(self.checkpoint.shards)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what was fetched is there for later runs: not of a bucket, which has no cache here."""
+        return not isinstance(self._opened, BucketFolder)
+
+    def close(self) -> None:
+        """Let go of open files; remove what was fetched and is not kept."""
+        self.checkpoint.close()
+        self._opened.close()
 
     def bring(self, show: Show, stop: Callable[[], int | None] = lambda: None) -> None:
         """Download what is missing, and check the shards whose sha256 is known.
@@ -230,9 +254,9 @@ class Inputs:
 
     def close(self) -> None:
         if self._owns_base:
-            self.base.close()
-        if self.adapter is not None:
-            self.adapter.folder.close()
+            self.opened.close()
+        if self._adapter is not None:
+            self._adapter.close()
 
     def __enter__(self) -> Self:
         return self

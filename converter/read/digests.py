@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import xxhash
@@ -36,10 +37,10 @@ def sample(base: Checkpoint) -> str:
 
 def remembered_digests(base: Checkpoint) -> dict[str, str]:
     """Digests from an earlier reading of the very same files: tensor name → xxh3-128."""
-    if base.folder.path is None:
+    if (key := _key_of(base)) is None:
         return {}
     with contextlib.suppress(OSError, TypeError, AttributeError):
-        remembered = cache.load(_KIND, cache.key_of(base.folder.path))
+        remembered = cache.load(_KIND, key)
         known: dict[str, str] = {}
         for shard in base.shards:
             if remembered.get(shard, {}).get("file") == base.folder.state(shard):
@@ -62,7 +63,7 @@ def digests_of(base: Checkpoint, tensors: Iterable[Source]) -> dict[str, str]:
 
 def remember_digests(base: Checkpoint, digests: Mapping[str, str]) -> None:
     """Keep digests for later runs, beside those that are known already."""
-    if base.folder.path is None:
+    if (key := _key_of(base)) is None:
         return
     digests = remembered_digests(base) | dict(digests)
     shards = {
@@ -72,4 +73,14 @@ def remember_digests(base: Checkpoint, digests: Mapping[str, str]) -> None:
         }
         for shard in base.shards
     }
-    cache.store(_KIND, cache.key_of(base.folder.path), shards)
+    cache.store(_KIND, key, shards)
+
+
+def _key_of(base: Checkpoint) -> str | None:
+    """The key for what is known about a base; None of one on the Hub, which itself tells all."""
+    folder = base.folder
+    if folder.path is not None:
+        return cache.key_of(folder.path)
+    if not all(folder.state(shard) for shard in base.shards):
+        return None
+    return hashlib.sha256(folder.label.encode()).hexdigest()[:32]

@@ -33,7 +33,7 @@ READ_AHEAD = 64_000_000
 
 
 class Folder(Protocol):
-    """Named files that can be read in pieces: a local folder, or a repository on the Hub."""
+    """Named files that can be read in pieces: a local folder, a repository on the Hub, a prefix of a bucket."""
 
     @property
     def label(self) -> str:
@@ -241,6 +241,14 @@ def link_left(folder: Folder, name: str) -> str | None:
         f"{folder.label}: {name} is a link to {(folder.path / name).readlink()}, where no file of this name is; "
         "links are followed to files of the same name: copy the file, or name its folder"
     )
+
+
+def is_seen(name: str) -> bool:
+    """Whether a repository's or a bucket's file is one of its folder: hidden folders are left out, and deep ones."""
+    parts = name.split("/")
+    is_plain = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
+    is_open = not any(part.startswith(".") for part in parts[:-1])
+    return len(parts) <= DEPTH + 1 and is_open and is_plain and name.isprintable()
 
 
 def _is_plain_name(name: str) -> bool:

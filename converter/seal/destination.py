@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.errors import BadOutput, OutputLocked
+from converter.lock import LOCK, Lock
 from converter.read.checkpoint import CONFIG
 from converter.read.checksums import SUMS
 from converter.read.digests import digests_of
@@ -19,7 +20,6 @@ from converter.seal.link import link
 from converter.seal.receipt import CARD, RECEIPT, fingerprint_of, origin_of, read_receipt
 from converter.write.durable import LOCAL_DISK, Disk, writing
 from converter.write.journal import JOURNAL, Journal
-from converter.write.lock import LOCK, Lock
 from converter.write.renaming import can_be_renamed, exchange
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from converter.errors import (
     VerificationFailed,
     WriteFailed,
 )
+from converter.lock import LOCK, Lock
 from converter.model.ask import check_loaders
 from converter.model.loaders import OF_TARGET
 from converter.plan.experts import uneven
@@ -36,7 +37,6 @@ from converter.seal.receipt import CARD, RECEIPT, Origin, write_receipt
 from converter.threads import pool
 from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
 from converter.write.journal import JOURNAL, Journal
-from converter.write.lock import LOCK, Lock
 from converter.write.sha256 import Begun, sha256_of
 from converter.write.shard import ShardWriter
 

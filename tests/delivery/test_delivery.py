@@ -18,7 +18,7 @@ from converter.batch.options import BatchOptions
 from converter.delivery.delivery import DeliveryObserver, deliver
 from converter.delivery.state import STATE, STEPS
 from converter.errors import BadOutput, Interrupted, OutputLocked
-from converter.write.lock import Lock
+from converter.lock import Lock
 from tests.delivery.scenes import ADAPTER, BASE, ONE_THREAD, delivered, job_file, killed
 from tests.folders import change_json, contents, copy
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import HubNotFound, WriteFailed
-from converter.read.hub.arrivals import Arrivals, held_bytes
+from converter.read.arrivals import Arrivals, held_bytes
 from converter.read.hub.folder import HubFolder
 from tests.hub_server import StandInHub
 from tests.read.test_hub import REPO, SHARD_BYTES, SHARDS, write_base

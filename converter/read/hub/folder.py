@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
 from converter.read.checkpoint import INDEX
+from converter.read.checksums import HUB, Stated
 from converter.read.folder import LocalFolder, Progress
 from converter.read.hub.answers import COMMIT, checking
 from converter.read.hub.errors import Subject, brief, endpoint, not_a_hub, retrying
@@ -103,6 +104,11 @@ class HubFolder:
     def digest(self, name: str) -> str | None:
         """`sha256:…` of a file in large-file storage, `git-sha1:…` (a blob id) of others; None if unknown."""
         return self._file(name).digest
+
+    def stated(self, name: str) -> Stated | None:
+        """The sha256 of a file in large-file storage."""
+        kind, _, digest = (self.digest(name) or "").partition(":")
+        return Stated(digest, HUB) if kind == "sha256" else None
 
     def identity(self, name: str) -> list[int]:
         """Empty: what a commit holds never changes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-from converter.read.folder import DEPTH
+from converter.read.folder import is_seen
 from converter.read.hub.record import digest_in_cache, prefixed
 
 if TYPE_CHECKING:
@@ -22,20 +22,13 @@ class HubFile(NamedTuple):
 
 def listed_files(files: Iterable[RepoSibling]) -> dict[str, HubFile]:
     """Those at the root, and in the folders there, by name. `TypeError` if the Hub did not tell a size."""
-    return {file.rfilename: _listed(file) for file in files if _is_seen(file.rfilename)}
+    return {file.rfilename: _listed(file) for file in files if is_seen(file.rfilename)}
 
 
 def cached_files(snapshot: LocalFolder) -> dict[str, HubFile]:
     """The same of a commit that the Hub's cache holds, in part or whole."""
     paths = {name: snapshot.path / name for name in sorted(snapshot.names() | snapshot.inner_names())}
     return {name: HubFile(path.stat().st_size, digest_in_cache(path)) for name, path in paths.items()}
-
-
-def _is_seen(name: str) -> bool:
-    parts = name.split("/")
-    is_plain = all(part not in ("", ".", "..") and "\\" not in part for part in parts)
-    is_open = not any(part.startswith(".") for part in parts[:-1])
-    return len(parts) <= DEPTH + 1 and is_open and is_plain and name.isprintable()
 
 
 def _listed(file: RepoSibling) -> HubFile:

@@ -1,4 +1,4 @@
-"""What lies at an address, for commands that read: a repository on the Hub as a folder here, a small file of any."""
+"""What lies at an address, for commands that read: as a folder here, or only a small file of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.errors import OutputLocked, StoreRefused
+from converter.lock import Lock
+from converter.read.addresses import BUCKETS, KNOWN, parts_of, path_of
+from converter.read.arrivals import Remote
+from converter.read.bucket.folder import BucketFolder
 from converter.read.cache import cache_folder
 from converter.read.folder import read_bytes
 from converter.read.hub.folder import HubFolder
 from converter.write.durable import writing
-from converter.write.lock import Lock
-from converter.write.stores.addresses import open_store, parts_of, path_of, refuse_to_read
+from converter.write.stores.addresses import open_store
 
 MAX_SMALL_BYTES = 100_000_000
 
@@ -37,22 +40,29 @@ def small_file(address: str, name: str) -> bytes:
 def as_folder(
     place: str, *, offline: bool = False, tell: Callable[[int, int, str], None] = lambda *_: None
 ) -> Iterator[Path]:
-    """The folder that a place means. A repository on the Hub is downloaded into a folder of the user's cache, which is
-    removed at the end; what a killed run left there is not downloaded again. `tell` hears bytes done, in all, what.
+    """The folder that a place means. What lies on the Hub or in a bucket is downloaded into a folder of the user's
+    cache, which is removed at the end; what a killed run left there is not downloaded again. `tell` hears bytes done,
+    in all, what.
 
-    `StoreRefused` for other stores, and if the disk has no room.
+    `StoreRefused` for other addresses, and if the disk has no room.
     """
     path = path_of(place)
     if path is not None:
         yield path
         return
     scheme, rest = parts_of(place)
-    if scheme != "hf":
-        refuse_to_read(place)
     if offline:
         raise StoreRefused(f"{place}: `offline` reaches no store; give a folder")
-    hub = _repository(rest)
-    key = hashlib.sha256(f"{rest}@{hub.commit}".encode()).hexdigest()[:12]
+    remote: HubFolder | BucketFolder
+    if scheme == "hf":
+        remote = _repository(rest)
+        name, what = remote.repo_id.rpartition("/")[2], f"{rest}@{remote.commit}"
+    elif scheme in BUCKETS:
+        remote = BucketFolder(place)
+        name, what = remote.last_name, f"{remote.label}?verify"
+    else:
+        raise StoreRefused(f"{place[:120]}: not a store that is known; give a folder, or {KNOWN}")
+    key = hashlib.sha256(what.encode()).hexdigest()[:12]
     around = cache_folder() / "reading" / key
     with writing(around):
         around.mkdir(parents=True, exist_ok=True)
@@ -61,7 +71,7 @@ def as_folder(
     except BlockingIOError:
         raise OutputLocked(f"{place}: another process is reading it, in {around}") from None
     try:
-        yield _downloaded(hub, around / hub.repo_id.rpartition("/")[2], place, tell)
+        yield _downloaded(remote, around / name, place, tell)
     finally:
         shutil.rmtree(around, ignore_errors=True)
         lock.release()
@@ -72,9 +82,9 @@ def _repository(rest: str) -> HubFolder:
     return HubFolder(repo_id, revision or None)
 
 
-def _downloaded(hub: HubFolder, folder: Path, place: str, tell: Callable[[int, int, str], None]) -> Path:
-    names = sorted(hub.names() | hub.inner_names())
-    total = sum(map(hub.size, names))
+def _downloaded(remote: Remote, folder: Path, place: str, tell: Callable[[int, int, str], None]) -> Path:
+    names = sorted(remote.names() | remote.inner_names())
+    total = sum(map(remote.size, names))
     with writing(folder):
         folder.mkdir(exist_ok=True)
     here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -82,6 +92,6 @@ def _downloaded(hub: HubFolder, folder: Path, place: str, tell: Callable[[int, i
         raise StoreRefused(f"{place}: has {total:,} bytes, and {folder} has room for {free:,}; make room there")
     before = 0
     for name in names:
-        hub.fetch([name], lambda of, done, before=before: tell(before + done, total, of), folder)  # type: ignore[misc]
-        before += hub.size(name)
+        remote.fetch([name], lambda of, done, before=before: tell(before + done, total, of), folder)  # type: ignore[misc]
+        before += remote.size(name)
     return folder

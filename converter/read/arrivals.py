@@ -1,18 +1,18 @@
-"""Files of a repository that come to this machine one after the other, while those that came before are read."""
+"""Files that come to this machine one after the other, while those that came before are read."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import Protocol
 
 from converter.errors import BadCheckpoint, InputChanged, Interrupted, WriteFailed
-from converter.read.checksums import HUB, Hashing, Stated
-from converter.read.folder import LocalFolder
-from converter.read.hub.folder import HubFolder
+from converter.read.checksums import SUMS, Hashing, Stated
+from converter.read.folder import Folder, LocalFolder, Progress
 from converter.threads import pool
 
 Tell = Callable[[str, int, str], None]
@@ -20,7 +20,23 @@ Tell = Callable[[str, int, str], None]
 
 _TICK = 0.1
 """Seconds after which somebody is told how far it is, and asked whether to go on."""
-_SHA256 = "sha256:"
+
+
+class Remote(Folder, Protocol):
+    """A folder whose files lie elsewhere, and can be brought here."""
+
+    @property
+    def snapshot(self) -> Path:
+        """Where `fetch` puts files of its own accord; there once something has been fetched."""
+
+    def stated(self, name: str) -> Stated | None:
+        """What the sha256 of a file is said to be; None if nobody says."""
+
+    def cached(self, name: str) -> Path | None:
+        """Where this machine has a file whole, and keeps it for others, too; None if it has it not."""
+
+    def fetch(self, names: Iterable[str], progress: Progress | None = None, place: Path | None = None) -> LocalFolder:
+        """Download those of these files that are not in `place` already, and open that folder; None: `snapshot`."""
 
 
 class Arrivals:
@@ -33,9 +49,9 @@ class Arrivals:
     """
 
     def __init__(
-        self, hub: HubFolder, names: Sequence[str], place: Path | None = None, room: int | None = None
+        self, remote: Remote, names: Sequence[str], place: Path | None = None, room: int | None = None
     ) -> None:
-        self._hub, self._names, self._place, self._room = hub, tuple(names), place, room
+        self._remote, self._names, self._place, self._room = remote, tuple(names), place, room
         self._there: dict[str, Future[LocalFolder]] = {name: Future() for name in self._names}
         self._held: dict[str, int] = {}
         self._arrived: dict[str, int] = {}
@@ -45,7 +61,7 @@ class Arrivals:
         self._ended = False
         if place is not None:
             _prepare(place, self._kept_from_before())
-        self.folder = LocalFolder(hub.snapshot if place is None else place)
+        self.folder = LocalFolder(remote.snapshot if place is None else place)
         """Where a file may be read once `wait` has returned for it."""
         self._hashing = Hashing()
         self._thread = pool(1, "arrivals")
@@ -54,7 +70,7 @@ class Arrivals:
     def wait(
         self, name: str, tell: Tell = lambda *_: None, stop: Callable[[], int | None] = lambda: None
     ) -> Stated | None:
-        """Wait until a file is there, and hold it against its sha256; what the Hub states of it, if it does.
+        """Wait until a file is there, and hold it against its sha256; what is stated of it, if anything is.
 
         Raises what fetching raises; `BadCheckpoint` if the sha256 is another; `Interrupted` once `stop` gives the
         number of a signal.
@@ -106,7 +122,7 @@ class Arrivals:
         """Files that an earlier run may have brought and that are needed first, as many as there is room for."""
         kept, left = set(), self._room
         for name in self._names:
-            nbytes = held_bytes(self._hub, name)
+            nbytes = held_bytes(self._remote, name)
             if left is not None and nbytes > left:
                 break
             left = None if left is None else left - nbytes
@@ -126,7 +142,7 @@ class Arrivals:
 
     def _may_begin(self, name: str) -> bool:
         """Wait for room; whether somebody still wants the file."""
-        nbytes = 0 if self._place is None else held_bytes(self._hub, name)
+        nbytes = 0 if self._place is None else held_bytes(self._remote, name)
         with self._changed:
             while not self._ended and self._room is not None and sum(self._held.values()) + nbytes > self._room:
                 if self._awaited == name:  # who waits for it has given up all that can be given up
@@ -144,22 +160,21 @@ class Arrivals:
                 raise _Ended
             self._arrived[name] = done
 
-        cached = None if self._place is None else self._hub.cached(name)
+        cached = None if self._place is None else self._remote.cached(name)
         if self._place is not None and cached is not None:
             (self._place / name).unlink(missing_ok=True)
             (self._place / name).symlink_to(cached)
-            folder = LocalFolder(self._hub.snapshot)  # where its sha256 may be remembered
+            folder = LocalFolder(self._remote.snapshot)  # where its sha256 may be remembered
         else:
-            folder = self._hub.fetch([name], count, self._place)
-        if (self._hub.digest(name) or "").startswith(_SHA256):
+            folder = self._remote.fetch([name], count, self._place)
+        if self._remote.stated(name) is not None:
             self._hashing.begin(folder, name)
         return folder
 
     def _check(self, where: LocalFolder, name: str, tell: Tell, stop: Callable[[], int | None]) -> Stated | None:
-        digest = self._hub.digest(name) or ""
-        if not digest.startswith(_SHA256):
+        stated = self._remote.stated(name)
+        if stated is None:
             return None
-        stated = Stated(digest.removeprefix(_SHA256), HUB)
         try:
             self._hashing.check(where, {name: stated}, lambda done, _, of: tell("checking", done, of), stop)
         except BadCheckpoint as exc:
@@ -172,9 +187,10 @@ class Arrivals:
 
     def _remove_damaged(self, name: str, stated: Stated) -> BadCheckpoint:
         (self.folder.path / name).unlink()
+        where = "on the way or where it lies" if stated.by == SUMS else "on the way"
         return BadCheckpoint(
-            f"{self._hub.label}: {name}: its sha256 is not {stated.sha256[:12]}…, which {stated.by} states: it was "
-            "damaged on the way, and is removed here"
+            f"{self._remote.label}: {name}: its sha256 is not {stated.sha256[:12]}…, which {stated.by} states: it was "
+            f"damaged {where}, and is removed here"
         )
 
 
@@ -182,9 +198,9 @@ class _Ended(Exception):
     """Nobody waits for the file any more."""
 
 
-def held_bytes(hub: HubFolder, name: str) -> int:
-    """What a file takes of the disk in a folder of our own: nothing if the Hub's cache has it."""
-    return 0 if hub.cached(name) is not None else hub.size(name)
+def held_bytes(remote: Remote, name: str) -> int:
+    """What a file takes of the disk in a folder of our own: nothing if a cache has it."""
+    return 0 if remote.cached(name) is not None else remote.size(name)
 
 
 def _prepare(place: Path, kept: set[str]) -> None:

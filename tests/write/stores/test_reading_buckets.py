@@ -1,0 +1,364 @@
+"""What is read from a bucket of a real S3 server: the bytes of folders, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from converter import convert, evaluate, plan_conversion, verify
+from converter.errors import (
+    BadCheckpoint,
+    BadOutput,
+    ConversionRefused,
+    HubOffline,
+    InputChanged,
+    StoreFailed,
+    StoreRefused,
+    Undecided,
+)
+from converter.read.bucket.folder import BucketFolder
+from converter.read.cache import cache_folder
+from converter.seal.receipt import RECEIPT
+from tests.bucket_proxy import Proxy, place_of_its_own, proxied
+from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
+from tests.folders import contents
+from tests.write.stores.settings import ONE_THREAD, SMALL_SHARDS
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
+    with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Stands before the server, sees each request, and can get in its way."""
+    with proxied(server, monkeypatch) as found:
+        yield found
+
+
+@pytest.fixture
+def team(request: pytest.FixtureRequest) -> str:
+    """A folder of the test's own in the bucket."""
+    return f"team/{place_of_its_own(request.node.name)}"
+
+
+@pytest.fixture
+def there(inputs: tuple[Path, Path], server: BucketServer, team: str) -> tuple[str, str]:
+    """Base and adapter in the bucket."""
+    return upload(server, inputs[0], team), upload(server, inputs[1], team)
+
+
+def upload(server: BucketServer, folder: Path, team: str) -> str:
+    """Put a folder's files below the team's folder; their address."""
+    import obstore
+
+    for name, raw in contents(folder).items():
+        obstore.put(server.store(f"{team}/{folder.name}"), name, raw)
+    return f"s3://{BUCKET}/{team}/{folder.name}"
+
+
+def reading() -> list[Path]:
+    """What lies in the user's cache of what is read from stores."""
+    return [*(cache_folder() / "reading").iterdir()] if (cache_folder() / "reading").exists() else []
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def whole_gets(proxy: Proxy, name: str) -> int:
+    return len([1 for method, path in proxy.log if method == "GET" and path.partition("?")[0].endswith(name)])
+
+
+def test_base_and_adapter_in_a_bucket_give_the_bytes_that_their_folders_give(
+    there: tuple[str, str], whole: dict[str, bytes], proxy: Proxy, tmp_path: Path
+) -> None:
+    report = convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    assert contents(report.out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert reading() == []
+
+
+def test_neither_key_nor_address_gets_into_an_output(
+    there: tuple[str, str], server: BucketServer, proxy: Proxy, tmp_path: Path
+) -> None:
+    report = convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    for name, raw in contents(report.out).items():
+        assert SECRET.encode() not in raw, name
+        assert b"s3://" not in raw, name
+    origin = json.loads((report.out / RECEIPT).read_text())["origin"]
+    assert (origin["base_commit"], origin["adapter_name"]) == (None, None)
+
+
+def test_from_a_bucket_to_a_bucket_with_room_for_a_part_only(
+    there: tuple[str, str],
+    inputs: tuple[Path, Path],
+    whole: dict[str, bytes],
+    server: BucketServer,
+    proxy: Proxy,
+    team: str,
+    tmp_path: Path,
+) -> None:
+    out = f"s3://{BUCKET}/{team}/out"
+
+    planned = plan_conversion(*there, out, SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+    convert(*there, out, SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work", disk=planned.disk)
+
+    assert any("of the base come one by one" in note for note in planned.plan.notes)
+    assert server.contents(f"{team}/out") == whole
+    assert list((tmp_path / "work").iterdir()) == []
+    with pytest.raises(BadOutput, match=r"`disk` is 1,000 bytes, and .* are needed"):
+        convert(*there, f"{out}2", SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work", disk=1_000)
+
+
+def test_a_dry_run_reads_headers_and_downloads_no_shard(
+    there: tuple[str, str], inputs: tuple[Path, Path], proxy: Proxy, tmp_path: Path
+) -> None:
+    planned = plan_conversion(*there, tmp_path / "out", SMALL_SHARDS)
+
+    assert planned.plan.digest == plan_conversion(*inputs, tmp_path / "out", SMALL_SHARDS).plan.digest
+    assert [whole_gets(proxy, f"{inputs[0].name}/{shard.name}") for shard in shards(inputs[0])] == [1] * len(
+        shards(inputs[0])
+    )
+    assert reading() == []
+
+
+def test_what_is_there_already_is_not_made_again_and_no_shard_is_fetched(
+    there: tuple[str, str], inputs: tuple[Path, Path], proxy: Proxy, tmp_path: Path
+) -> None:
+    convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+    proxy.log.clear()
+
+    report = convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    assert report.nothing_to_do
+    for shard in shards(inputs[0]):
+        assert whole_gets(proxy, f"{inputs[0].name}/{shard.name}") == 1  # its header
+
+
+def test_a_killed_run_is_resumed_and_fetches_only_what_is_still_needed(
+    there: tuple[str, str], inputs: tuple[Path, Path], whole: dict[str, bytes], proxy: Proxy, tmp_path: Path
+) -> None:
+    files = [f"/{inputs[0].name}/{shard.name}" for shard in shards(inputs[0])]
+    out = tmp_path / "out"
+    arguments = ["--base", there[0], "--adapter", there[1], "--out", str(out), "--max-shard-size", "1MB"]
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "converter", *arguments, "--threads", "1"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seen: list[str] = []
+
+    def kill(method: str, path: str) -> str | None:
+        where = path.partition("?")[0]
+        if method == "GET" and where.endswith(files[-1]):
+            seen.append(where)
+            if len(seen) > 1:  # the first is for its header
+                killed.send_signal(signal.SIGKILL)
+                return "drop"
+        return None
+
+    proxy.before = kill
+    assert killed.wait(120) == -signal.SIGKILL
+    proxy.before = None
+    assert not out.exists()
+    assert (tmp_path / "out.partial").is_dir()
+    proxy.log.clear()
+
+    report = convert(*there, out, SMALL_SHARDS, ONE_THREAD)
+
+    assert contents(report.out) == whole
+    assert whole_gets(proxy, files[-1]) > 1
+    assert sum(whole_gets(proxy, file) == 1 for file in files) >= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert reading() == []
+
+
+@pytest.mark.parametrize("fault", [500, 503, "drop"])
+def test_a_server_that_fails_for_a_while_is_asked_again(
+    fault: int | str, there: tuple[str, str], whole: dict[str, bytes], proxy: Proxy, tmp_path: Path
+) -> None:
+    failed: set[str] = set()
+
+    def fail(method: str, path: str) -> int | str | None:
+        if method == "GET" and path not in failed:
+            failed.add(path)
+            return fault
+        return None
+
+    proxy.before = fail
+    report = convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    assert len(failed) > 5
+    assert contents(report.out) == whole
+
+
+def test_a_base_that_is_replaced_while_it_is_read_ends_the_run(
+    there: tuple[str, str], inputs: tuple[Path, Path], server: BucketServer, proxy: Proxy, team: str, tmp_path: Path
+) -> None:
+    import obstore
+
+    last = shards(inputs[0])[-1]
+    seen: list[str] = []
+
+    def replace(method: str, path: str) -> None:
+        if method == "GET" and path.partition("?")[0].endswith(f"/{inputs[0].name}/{last.name}"):
+            seen.append(path)
+            if len(seen) == 2:
+                raw = last.read_bytes()
+                obstore.put(server.store(f"{team}/{inputs[0].name}"), last.name, raw[:-1] + bytes([raw[-1] ^ 1]))
+
+    proxy.before = replace
+    with pytest.raises(InputChanged, match=rf"{last.name}: was replaced while it was being read; run the same command"):
+        convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    assert not (tmp_path / "out").exists()
+    assert reading() == []
+
+
+def test_a_damaged_file_is_found_by_the_sums_beside_it(
+    there: tuple[str, str], inputs: tuple[Path, Path], server: BucketServer, proxy: Proxy, team: str, tmp_path: Path
+) -> None:
+    import obstore
+
+    shard = shards(inputs[0])[0].name
+    obstore.put(server.store(f"{team}/{inputs[0].name}"), "SHA256SUMS", f"{'0' * 64}  {shard}\n".encode())
+
+    with pytest.raises(BadCheckpoint, match=rf"{shard}: its sha256 is not 000000000000…, which SHA256SUMS states"):
+        convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_gone_ends_the_try_after_a_while(there: tuple[str, str], proxy: Proxy) -> None:
+    folder = BucketFolder(there[0], patience=timedelta(seconds=1))
+    proxy.before = lambda *_: "drop"
+
+    with pytest.raises(StoreFailed, match=r"config.json: .*: check the connection, and AWS_ACCESS_KEY_ID") as failed:
+        folder.read_into("config.json", 0, memoryview(bytearray(4)))
+
+    assert failed.value.resumable
+    assert SECRET not in str(failed.value)
+
+
+def test_a_file_that_was_removed_is_named(
+    there: tuple[str, str], inputs: tuple[Path, Path], server: BucketServer, proxy: Proxy, team: str
+) -> None:
+    import obstore
+
+    folder = BucketFolder(there[0])
+    obstore.delete(server.store(f"{team}/{inputs[0].name}"), "config.json")
+
+    with pytest.raises(InputChanged, match=r"config\.json: was removed while it was being read"):
+        folder.read_into("config.json", 0, memoryview(bytearray(4)))
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (f"s3://{BUCKET}/nothing-here", "nothing lies there: check the name"),
+        ("s3://no-such-bucket/model", "NoSuchBucket: check bucket and folder"),
+        (f"s3://{BUCKET}", "give a bucket and a folder in it"),
+        ("s3://key:secret@bucket/model", "an address holds no key and no settings"),
+        (f"s3://{BUCKET}/model?secret=1", "an address holds no key and no settings"),
+        ("file://elsewhere/model", "not a file of this machine"),
+        ("file:///no/such/folder", "/no/such/folder: "),
+    ],
+)
+def test_what_can_not_be_read_is_refused_with_what_to_do(
+    place: str, said: str, inputs: tuple[Path, Path], proxy: Proxy, tmp_path: Path
+) -> None:
+    for base, adapter in ((place, inputs[1]), (inputs[0], place)):
+        with pytest.raises(ConversionRefused) as refused:
+            convert(base, adapter, tmp_path / "out")
+
+        assert said in str(refused.value)
+        assert "secret" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_key_is_refused_and_never_repeated(
+    there: tuple[str, str], server: BucketServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use(monkeypatch, server.environment(secret="another-secret"))
+
+    with pytest.raises(StoreRefused, match="check keys and rights, AWS_ACCESS_KEY_ID") as refused:
+        convert(*there, tmp_path / "out")
+
+    assert "another-secret" not in str(refused.value)
+
+
+def test_offline_and_revisions_are_refused_before_a_request(there: tuple[str, str], proxy: Proxy) -> None:
+    proxy.log.clear()
+    with pytest.raises(HubOffline, match="`offline` reaches no bucket; give a folder"):
+        plan_conversion(*there, offline=True)
+    with pytest.raises(ConversionRefused, match="a bucket has no revisions: leave the revision out"):
+        plan_conversion(there[0], None, base_revision="main")
+    assert proxy.log == []
+
+
+def test_file_addresses_are_folders(inputs: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path) -> None:
+    base, adapter = (folder.as_uri() for folder in inputs)
+
+    report = convert(base, adapter, (tmp_path / "out").as_uri(), SMALL_SHARDS, ONE_THREAD)
+
+    assert contents(report.out) == whole
+
+
+# Reading what was published
+
+
+def test_an_output_in_a_bucket_is_verified_against_base_and_adapter_there(
+    there: tuple[str, str], proxy: Proxy, team: str, tmp_path: Path
+) -> None:
+    out = f"s3://{BUCKET}/{team}/out"
+    convert(*there, out, SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+    stages: set[str] = set()
+
+    found = verify(out, *there, require_receipt=True, progress=lambda progress: stages.add(progress.stage))
+
+    assert found.is_good
+    assert found.recomputed == len(list(plan_conversion(*there).plan.tensors()))
+    assert {"fetching", "reading", "comparing"} <= stages
+    assert reading() == []
+    with pytest.raises(Undecided, match="give `adapter`"):
+        verify(out, compare=True)
+
+
+def test_a_byte_that_was_changed_in_the_bucket_is_found(
+    there: tuple[str, str], server: BucketServer, proxy: Proxy, team: str, tmp_path: Path
+) -> None:
+    import obstore
+
+    convert(*there, f"s3://{BUCKET}/{team}/out", SMALL_SHARDS, ONE_THREAD, work=tmp_path / "work")
+    files = server.contents(f"{team}/out")
+    name = max(files, key=lambda name: len(files[name]))
+    obstore.put(server.store(f"{team}/out"), name, files[name][:-1] + bytes([files[name][-1] ^ 1]))
+
+    found = verify(f"s3://{BUCKET}/{team}/out")
+
+    assert [problem.partition("…")[0][:-13] for problem in found.problems] == [f"{name}: sha256"]
+
+
+def test_an_output_in_a_bucket_is_evaluated_as_its_folder(
+    tiny_base: Path, tiny_adapter: Path, proxy: Proxy, server: BucketServer, team: str, tmp_path: Path
+) -> None:
+    out = convert(tiny_base, tiny_adapter, tmp_path / "out").out
+    (tmp_path / "text").write_text("def main() -> None:\n    return None\n" * 20)
+    addresses = [upload(server, folder, team) for folder in (out, tiny_base, tiny_adapter)]
+
+    found = evaluate(addresses[0], tmp_path / "text", addresses[1], addresses[2], max_tokens=100)
+
+    assert found == evaluate(out, tmp_path / "text", tiny_base, tiny_adapter, max_tokens=100)
+    assert found.comparison is not None
+    assert reading() == []
