@@ -18,6 +18,7 @@ from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
 from converter.plan.adapters import OpenedAdapter, Several, open_adapters, open_folder, wanted
+from converter.read.addresses import is_address
 from converter.read.arrivals import Remote
 from converter.read.bucket.folder import BucketFolder
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
@@ -302,6 +303,7 @@ def open_base_of_adapter(
     try:
         return Base(name, revision, offline=offline, allow_pickle=allow_pickle)
     except ConversionRefused as exc:
+        named = "an address" if is_address(str(name)) else repr(name)  # which may hold a key
         raise type(exc)(
-            f"{adapter.folder.label}: {ADAPTER_CONFIG} names {name!r} as the base, but {exc}; give `base`"
+            f"{adapter.folder.label}: {ADAPTER_CONFIG} names {named} as the base, but {exc}; give `base`"
         ) from exc

@@ -13,6 +13,7 @@ import pytest
 
 from converter import convert
 from converter.delivery.state import STATE, STEPS
+from converter.read.cache import cache_folder
 from tests.bucket_proxy import Proxy, place_of_its_own, proxied
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server
 from tests.conftest import REPOSITORY
@@ -133,3 +134,25 @@ def test_a_batch_has_a_place_in_the_bucket_for_each_adapter(
     assert one.keys() == two.keys() > {"config.json", "conversion.json", "SHA256SUMS"}
     assert one["conversion.json"] != two["conversion.json"]
     assert one["tokenizer.json"] == whole["tokenizer.json"]
+
+
+def test_a_pipeline_reads_base_and_adapter_in_a_bucket(
+    whole: dict[str, bytes], server: BucketServer, proxy: Proxy, prefix: str, tmp_path: Path
+) -> None:
+    import obstore
+
+    for folder in (BASE, ADAPTER):
+        for name, raw in contents(folder).items():
+            obstore.put(server.store(f"{prefix}/{folder.name}"), name, raw)
+    given = {key: f"s3://{BUCKET}/{prefix}/{folder.name}" for key, folder in (("base", BASE), ("adapter", ADAPTER))}
+    tables = {"evaluate": EVALUATE, "verify": {"compare": True}}
+    file = job_file(tmp_path, f"s3://{BUCKET}/{prefix}/out", **given, **tables)
+
+    ran = delivered(file, tmp_path / "work")
+
+    assert (ran.code, ran.steps) == (0, [(step, "done") for step in STEPS])
+    assert server.contents(f"{prefix}/out") == whole
+    assert SECRET not in (tmp_path / "work" / STATE).read_text()
+    reading = cache_folder() / "reading"
+    assert not reading.exists() or list(reading.iterdir()) == []
+    assert delivered(file, tmp_path / "work").steps == NOTHING

@@ -28,7 +28,8 @@ from converter.read.cache import cache_folder
 from converter.seal.receipt import RECEIPT
 from tests.bucket_proxy import Proxy, place_of_its_own, proxied
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
-from tests.folders import contents
+from tests.folders import change_json, contents, copy
+from tests.reference import differences
 from tests.write.stores.settings import ONE_THREAD, SMALL_SHARDS
 
 
@@ -296,6 +297,64 @@ def test_a_wrong_key_is_refused_and_never_repeated(
         convert(*there, tmp_path / "out")
 
     assert "another-secret" not in str(refused.value)
+
+
+def test_an_address_with_a_key_that_an_adapter_names_as_its_base_is_not_repeated(
+    inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = copy(inputs[1], tmp_path / "adapter")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="s3://key:secret@bucket/model")
+
+    with pytest.raises(
+        StoreRefused, match=r"names an address as the base, but .*holds no key.*; give `base`"
+    ) as refused:
+        plan_conversion(None, adapter)
+
+    assert "secret" not in str(refused.value)
+
+
+def test_a_bucket_is_the_base_that_an_adapter_names(
+    there: tuple[str, str], inputs: tuple[Path, Path], whole: dict[str, bytes], proxy: Proxy, tmp_path: Path
+) -> None:
+    adapter = copy(inputs[1], tmp_path / "adapter")
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=there[0])
+
+    report = convert(None, adapter, tmp_path / "out", SMALL_SHARDS, ONE_THREAD)
+
+    assert {n: raw for n, raw in contents(report.out).items() if n.endswith(".safetensors")} == {
+        n: raw for n, raw in whole.items() if n.endswith(".safetensors")
+    }
+    assert json.loads((report.out / RECEIPT).read_text())["origin"]["base_name"] is None
+
+
+@pytest.mark.parametrize("where", ["alone", "in a file of jobs"])
+def test_a_batch_reads_base_and_adapters_in_a_bucket_and_leaves_nothing_here(
+    where: str,
+    there: tuple[str, str],
+    inputs: tuple[Path, Path],
+    server: BucketServer,
+    proxy: Proxy,
+    team: str,
+    tmp_path: Path,
+) -> None:
+    second = copy(inputs[1], tmp_path / "second")
+    change_json(second / "adapter_config.json", lora_alpha=3)
+    addresses = {"first": there[1], "second": upload(server, second, team)}
+    if where == "alone":
+        adapters = [part for name, address in addresses.items() for part in ("--adapter", f"{name}={address}")]
+        command = ["--base", there[0], *adapters, "--out", str(tmp_path / "outs"), "-q"]
+    else:
+        jobs = [f'[[jobs]]\nname = "{name}"\nadapter = "{address}"\n' for name, address in addresses.items()]
+        (tmp_path / "jobs.toml").write_text(f'base = "{there[0]}"\nout = "{tmp_path / "outs"}"\n' + "".join(jobs))
+        command = ["batch", str(tmp_path / "jobs.toml"), "-q"]
+
+    ran = subprocess.run([sys.executable, "-m", "converter", *command], capture_output=True, text=True, check=False)
+
+    assert (ran.returncode, ran.stderr) == (0, "")
+    for name, adapter in {"first": inputs[1], "second": second}.items():
+        alone = convert(inputs[0], adapter, tmp_path / f"alone-{name}").out
+        assert differences(tmp_path / "outs" / name, alone) == []
+    assert reading() == []
 
 
 def test_offline_and_revisions_are_refused_before_a_request(there: tuple[str, str], proxy: Proxy) -> None:
