@@ -60,8 +60,9 @@ def convert(
     """Merge an adapter into a base and write the result, quantized, as a checkpoint in the folder `out`, or in a store:
     `out` is then an address, hf://ORG/NAME, hf://ORG/NAME@BRANCH, s3://BUCKET/PREFIX, gs://… or az://…
 
-    `base` and `adapter` are folders or ids on the Hub; several adapters become one as `recipe.combine` says. Without
-    `base`, the one that the adapter names is taken; without `adapter`, the base is quantized as it is.
+    `base` and `adapter` are folders, ids on the Hub, or addresses of buckets; several adapters become one as
+    `recipe.combine` says. Without `base`, the one that the adapter names is taken; without `adapter`, the base is
+    quantized as it is.
     `device` is auto, cpu, cuda, cuda:0, … `overwrite` lets `out` be an earlier conversion. `out` appears only whole,
     and only if every tensor reaches the `gates`. `resume`: resume an interrupted run of the same job. `allow_pickle`:
     read pickled weights of a base or an adapter, as weights only. `progress`: True shows a bar in a terminal or a
@@ -149,7 +150,7 @@ def verify(
 ) -> Verification:
     """Check a checkpoint: digests, structure, values. With `base` or `adapter`, make it again and compare.
 
-    `out` is a folder, or hf://ORG/NAME[@REVISION], which is downloaded for it and removed again.
+    `out` is a folder, hf://ORG/NAME[@REVISION] or s3://BUCKET/PREFIX; the last two are downloaded for it and removed.
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
     `calibrate`: the text by which it was calibrated; it is
     made again by that. `sample` is the share of each shard's tensors that are made

@@ -15,7 +15,7 @@ from converter.recipe import Recipe
 from converter.resources import Resources
 
 Reference = str | os.PathLike[str]
-"""A folder, or an id on the Hub."""
+"""A folder, an id on the Hub, or the address of a bucket."""
 Adapters = Reference | Sequence[Reference]
 """One adapter, or several, which the recipe's `combine` makes into one."""
 

@@ -59,6 +59,8 @@ class Base:
     ) -> LocalFolder:
         """Download what a conversion reads of a base on the Hub or in a bucket, and give the folder that has it.
         `arrived` is called for each shard."""
+        if isinstance(self._opened, BucketFolder):
+            self._opened.refuse_if_too_full(self.checkpoint.shards)
         folder = self.fetch_small(progress)
         for shard in self.checkpoint.shards:
             arrived(self._opened.fetch([shard], progress), shard)

@@ -122,6 +122,17 @@ class BucketFolder:
             raise WriteFailed(f"{exc.filename or where}: {exc.strerror}") from exc
         return LocalFolder(where)
 
+    def refuse_if_too_full(self, names: Iterable[str]) -> None:
+        """`StoreRefused` if `snapshot` has no room for those of these files that are not there."""
+        where = self.snapshot
+        left = [name for name in names if not _is_whole(where / name, _record(where, name), self.identity(name))]
+        needed, free = sum(map(self.size, left)), shutil.disk_usage(where.parent).free
+        if needed > free:
+            raise StoreRefused(
+                f"{self.label}: {needed:,} bytes of it are to come into {where}, and its disk has {free:,} free; make "
+                "room there, or name another place with XDG_CACHE_HOME"
+            )
+
     def cached(self, name: str) -> None:
         """None: nothing of a bucket is kept for later runs."""
 
@@ -157,7 +168,7 @@ class BucketFolder:
         return self._head[1]
 
     def _bring(self, name: str, progress: Progress | None, where: Path) -> None:
-        size, path, record = self.size(name), where / name, where / RECORDS / f"{name}.json"
+        size, path, record = self.size(name), where / name, _record(where, name)
         if not _is_whole(path, record, self.identity(name)):
             unfinished = record.with_suffix(".incomplete")
             for old in (record, path):
@@ -190,6 +201,10 @@ def open_bucket(address: str, *, offline: bool = False) -> BucketFolder:
     if offline:
         raise HubOffline(f"{parts_of(address)[0]}://…: `offline` reaches no bucket; give a folder")
     return BucketFolder(address)
+
+
+def _record(where: Path, name: str) -> Path:
+    return where / RECORDS / f"{name}.json"
 
 
 def _is_whole(path: Path, record: Path, identity: list[int]) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from converter.errors import (
     Undecided,
 )
 from converter.read.bucket.folder import BucketFolder
+from converter.read.bucket.parts import PART
 from converter.read.cache import cache_folder
 from converter.seal.receipt import RECEIPT
 from tests.bucket_proxy import Proxy, place_of_its_own, proxied
@@ -372,6 +376,93 @@ def test_file_addresses_are_folders(inputs: tuple[Path, Path], whole: dict[str, 
     report = convert(base, adapter, (tmp_path / "out").as_uri(), SMALL_SHARDS, ONE_THREAD)
 
     assert contents(report.out) == whole
+
+
+def test_what_is_read_whole_is_refused_beforehand_where_the_cache_has_no_room(
+    there: tuple[str, str], inputs: tuple[Path, Path], proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = convert(*inputs, tmp_path / "out", SMALL_SHARDS, ONE_THREAD).out
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1_234))
+
+    with pytest.raises(Undecided, match=r"has 1,234 free; make room there, or name another place with XDG_CACHE_HOME"):
+        verify(out, *there)
+    assert reading() == []
+
+
+# The folder itself
+
+
+def test_a_file_of_many_parts_arrives_as_it_is_and_only_once(server: BucketServer, proxy: Proxy, team: str) -> None:
+    import obstore
+
+    raw = random.Random(1).randbytes(5 * PART // 2 + 3)
+    obstore.put(server.store(f"{team}/model"), "large", raw, chunk_size=5 << 20)  # whose ETag is no MD5
+    obstore.put(server.store(f"{team}/model"), "inner/empty", b"")
+    heard: list[int] = []
+
+    with closing(BucketFolder(f"s3://{BUCKET}/{team}/model/")) as folder:
+        here = folder.fetch(
+            ["large", "inner/empty"], lambda name, done: heard.append(done) if name == "large" else None
+        )
+        assert (here.path / "large").read_bytes() == raw
+        assert here.inner_names() == {"inner/empty"}
+        assert here.path.name == "model"
+        assert heard == sorted(heard)
+        assert len(set(heard)) == 3
+        proxy.log.clear()
+        folder.fetch(["large", "inner/empty"])
+        assert proxy.log == []
+    assert not here.path.exists()
+
+
+def test_of_a_prefix_what_waits_and_what_is_hidden_is_not_seen(server: BucketServer, proxy: Proxy, team: str) -> None:
+    import obstore
+
+    for name in ("config.json", ".partial/0123", "inner/a/b/c", "inner/.git/x", "a/b/c/d/e", "deep/a/b/file"):
+        obstore.put(server.store(f"{team}/model"), name, b"x")
+    obstore.put(server.store(f"{team}/model-2"), "other.json", b"x")
+
+    folder = BucketFolder(f"s3://{BUCKET}/{team}/model")
+
+    assert folder.names() == {"config.json"}
+    assert folder.inner_names() == {"inner/a/b/c", "deep/a/b/file"}
+
+
+def test_processes_that_read_the_same_have_folders_of_their_own(
+    server: BucketServer, proxy: Proxy, there: tuple[str, str]
+) -> None:
+    with closing(BucketFolder(there[0])) as one, closing(BucketFolder(there[0])) as other:
+        paths = {folder.fetch(["config.json"]).path for folder in (one, other)}
+        assert len(paths) == 2
+    assert reading() == []
+
+
+def test_what_a_killed_reader_left_is_not_fetched_again_unless_it_was_replaced(
+    there: tuple[str, str], inputs: tuple[Path, Path], server: BucketServer, proxy: Proxy, team: str
+) -> None:
+    import obstore
+
+    names = sorted(contents(inputs[0]))
+    program = (
+        "import os, sys; from converter.read.bucket.folder import BucketFolder\n"
+        "print(BucketFolder(sys.argv[1]).fetch(sys.argv[2:]).path, flush=True); os._exit(9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program, there[0], *names], capture_output=True, text=True, check=False)
+    assert ran.returncode == 9, ran.stderr
+    left = Path(ran.stdout.strip())
+    (left / "gone.json").write_text("of an earlier listing")
+    obstore.put(server.store(f"{team}/{inputs[0].name}"), "config.json", b"{}")
+    proxy.log.clear()
+
+    with closing(BucketFolder(there[0])) as folder:
+        here = folder.fetch(names)
+        assert here.path == left
+        found = {name: (here.path / name).read_bytes() for name in here.names()}
+        assert found == contents(inputs[0]) | {"config.json": b"{}"}
+    gets = {path.partition("?")[0].rpartition("/")[2] for method, path in proxy.log if "list-type" not in path}
+    assert gets == {"config.json"}
+    assert reading() == []
 
 
 # Reading what was published
