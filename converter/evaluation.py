@@ -107,7 +107,7 @@ def evaluate_output(
         batches = in_batches(windows, max(size, DEFAULT_WINDOW))
         opened = [judged]
         if against is not None:
-            recipe, against = _as_made(judged.folder, against)
+            recipe, against = as_made(judged.folder, against)
             inputs = _inputs_of(against, recipe, options)
             opened.append(_Opened.of(stack.enter_context(inputs), recipe, observer))
         reader = _Reader(measuring, batches, torch_device(options.device), observer, opened)
@@ -236,7 +236,7 @@ def _windows(measuring: Measuring, folder: Path, size: int) -> list[list[int]]:
     return windows
 
 
-def _as_made(out: Path, against: Sources) -> tuple[Recipe, Sources]:
+def as_made(out: Path, against: Sources) -> tuple[Recipe, Sources]:
     """How the 16-bit model is merged, and of what: as the receipt says, as far as that isn't given."""
     receipt = read_receipt(out) or {}
     origin = receipt.get("origin")

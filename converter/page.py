@@ -113,6 +113,29 @@ def _output(name: str, receipt: Mapping[str, Any], gates: Gates) -> dict[str, An
     }
 
 
+def benchmark_page(told: Mapping[str, Any], name: str) -> str:
+    """A report of latency, from the JSON values of `convert benchmark`; `name` is what the output is called."""
+    work, machine = told["workload"], told["machine"]
+    how = [(key.replace("_", " "), value) for key, value in work.items()]
+    how.append(("processors", machine["processors"]))
+    how.append(("load of the machine as it began", f"{machine['load']:.1f}"))
+    servers = [server | {"rows": _latencies(server, told["output"])} for server in told["servers"]]
+    return str(_template("benchmark.html").render(name=name, servers=servers, how=how, notes=told["notes"]))
+
+
+def _latencies(server: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    most = max((of["token"]["median"] for of in server["latencies"].values()), default=1)
+    rows = []
+    for name, of in server["latencies"].items():
+        shown = [(of["first_token"], 1000), (of["token"], 1000), (of["rate"], 1)]
+        figures = [f"{k * one['median']:.1f} ({k * one['least']:.1f} to {k * one['most']:.1f})" for one, k in shown]
+        ratios = server["ratios"].get(name)
+        figures += [f"{ratios[figure]:.2f}" if ratios else "–" for figure in ("first_token", "token")]
+        width = round(200 * of["token"]["median"] / most)
+        rows.append({"name": f"{name}, {kind}" if name == "output" else name, "figures": figures, "width": width})
+    return rows
+
+
 class _Figures:
     """What a receipt says of its tensors."""
 

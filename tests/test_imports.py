@@ -46,6 +46,7 @@ ROOMS = (
     "batch",
     "delivery",
     "export",
+    "latency",
     "cli",
 )
 """A room imports from itself and from those before it."""
@@ -88,6 +89,7 @@ COMMANDS = (
     "convert",
     "verify",
     "evaluate",
+    "benchmark",
     "batch",
     "pipeline",
     "export",
@@ -97,7 +99,7 @@ COMMANDS = (
     "completion",
 )
 ONLY_IN = {
-    "transformers": {"model.meta_model", "model.skeleton", "model.tokenizer"},
+    "transformers": {f"model.{name}" for name in ("meta_model", "skeleton", "tokenizer", "generation")},
     "bitsandbytes": {"quantize.bnb"},
     "huggingface_hub": {
         "read.hub.folder",
@@ -118,7 +120,7 @@ ONLY_IN = {
     "psutil": {"samples", "write.renaming"},
     "ray": {"batch.cluster.ray_cluster"},
     "yaml": {"batch.job_file", "export.kubernetes"},
-    "peft": {"merge.bridge"},
+    "peft": {"merge.bridge", "model.generation"},
     "safetensors": set(),
     "accelerate": set(),
     "prometheus_client": {"cli.metrics"},

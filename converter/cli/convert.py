@@ -140,7 +140,7 @@ class Commands(cloup.Group):
 )
 @click.pass_context
 def cli(context: click.Context, /, **options: Any) -> None:
-    """Merge an adapter into a base model and write a checkpoint that is ready to serve, in one streaming pass."""
+    """Merge an adapter into a base and write a checkpoint that is ready to serve."""
     if (command := context.invoked_subcommand) is not None:
         refuse_dropped(context, command, options)
         return

@@ -14,7 +14,7 @@ _PARAMETERS = (
     "work disk create_pr density majority_sign svd_rank seed window max_tokens scale_search "
     "metrics field calibrate calibrate_field calibrate_tokens calibrate_window damping "
     "max_perplexity_ratio max_kl min_top1 model image converter_image gpus "
-    "signature public_key provenance"
+    "signature public_key provenance prompt_tokens new_tokens rounds requests vllm vllm_arguments scratch"
 )
 _PARAMETER = re.compile(rf"`({'|'.join(re.escape(name) for name in _PARAMETERS.split())})`")
 _OTHER_NAMES = {"quant_type": "--format", "resume=False": "--no-resume", "part": "--slice", "address": "--ray"}

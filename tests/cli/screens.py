@@ -23,6 +23,7 @@ COMMANDS: dict[str, list[str]] = {
     "help-batch": ["batch", "--help"],
     "help-verify": ["verify", "--help"],
     "help-evaluate": ["evaluate", "--help"],
+    "help-benchmark": ["benchmark", "--help"],
     "help-pipeline": ["pipeline", "--help"],
     "help-export": ["export", "--help"],
     "conversion": ["--base", "base", "--adapter", "adapter", "--out", "out"],
