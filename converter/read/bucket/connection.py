@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,9 @@ T = TypeVar("T")
 PATIENCE = timedelta(minutes=3)
 """For how long a request is tried again."""
 
+MOST_OBJECTS = 100_000
+"""Below a prefix."""
+
 _EXTRA = "pip install 'nf4-converter[stores]'"
 
 
@@ -26,6 +30,8 @@ class Entry(NamedTuple):
     """An object, as a listing has it."""
 
     size: int
+    modified: int
+    """When, in seconds."""
     etag: str | None
     """Another one whenever the contents are others; None if the store states none."""
 
@@ -57,11 +63,17 @@ class Connection:
         )
 
     def entries(self) -> dict[str, Entry]:
-        """All objects, by name below the prefix; empty if there is none."""
+        """All objects, by name below the prefix; empty if there is none. `StoreRefused` if they are too many."""
         import obstore
 
-        found = self._trying("", lambda: [one for batch in obstore.list(self._store) for one in batch])
-        return {one["path"]: Entry(one["size"], one["e_tag"]) for one in found}
+        def some() -> list[Any]:
+            objects = (one for batch in obstore.list(self._store) for one in batch)
+            return list(islice(objects, MOST_OBJECTS + 1))
+
+        found = self._trying("", some)
+        if len(found) > MOST_OBJECTS:
+            raise StoreRefused(f"{self.label}: has more than {MOST_OBJECTS:,} objects: give the folder of one model")
+        return {one["path"]: Entry(one["size"], int(one["last_modified"].timestamp()), one["e_tag"]) for one in found}
 
     def read(self, name: str) -> bytes:
         """A whole small object."""

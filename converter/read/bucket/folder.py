@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from converter.errors import HubOffline, InputChanged, StoreRefused, WriteFailed
 from converter.lock import Lock
@@ -45,7 +45,7 @@ class BucketFolder:
 
     def __init__(self, address: str, *, patience: timedelta = PATIENCE) -> None:
         self._there = Connection(*parts_of(address), patience=patience)
-        self._files = {name: entry for name, entry in self._there.entries().items() if is_seen(name)}
+        self._files = files_among(self._there.entries(), self.label)
         if not self._files:
             raise StoreRefused(f"{self.label}: nothing lies there: check the name, and whether the key may list it")
         self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
@@ -184,6 +184,8 @@ class BucketFolder:
                 )
                 # No sum covers these bytes: after a loss of power the record must not speak of what is not there.
                 os.fsync(file.fileno())
+            # A run that fetches it anew resumes the work of one that had it before, which knows it by its time.
+            os.utime(unfinished, (self._files[name].modified,) * 2)
             unfinished.rename(path)
             record.write_text(json.dumps(self.identity(name)))
         if progress is not None:
@@ -201,6 +203,20 @@ def open_bucket(address: str, *, offline: bool = False) -> BucketFolder:
     if offline:
         raise HubOffline(f"{parts_of(address)[0]}://…: `offline` reaches no bucket; give a folder")
     return BucketFolder(address)
+
+
+def files_among(entries: Mapping[str, Entry], label: str) -> dict[str, Entry]:
+    """The objects that can be files of one folder.
+
+    An object without bytes and without a dot in its name is taken for what providers' tools make to show a folder: its
+    slash at the end is lost in the listing.
+    """
+    seen = {name: entry for name, entry in entries.items() if is_seen(name) and name != RECORDS}
+    seen = {name: entry for name, entry in seen.items() if entry.size or "." in name.rpartition("/")[2]}
+    folders = {str(folder) for name in seen for folder in PurePosixPath(name).parents}
+    for name in sorted(seen.keys() & folders):
+        raise StoreRefused(f"{label}: {name[:120]} is a file and a folder of others; move one of them away")
+    return seen
 
 
 def _record(where: Path, name: str) -> Path:

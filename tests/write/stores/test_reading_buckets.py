@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from converter import convert, evaluate, plan_conversion, verify
+from converter import BatchOptions, Job, Recipe, convert, convert_batch, evaluate, plan_conversion, verify
+from converter.calibration import Calibration
 from converter.errors import (
     BadCheckpoint,
     BadOutput,
@@ -26,10 +27,13 @@ from converter.errors import (
     StoreRefused,
     Undecided,
 )
-from converter.read.bucket.folder import BucketFolder
+from converter.read.bucket.connection import Entry
+from converter.read.bucket.folder import BucketFolder, files_among
 from converter.read.bucket.parts import PART
 from converter.read.cache import cache_folder
 from converter.seal.receipt import RECEIPT
+from converter.write.journal import JOURNAL
+from tests.batch.scenes import interrupt
 from tests.bucket_proxy import Proxy, place_of_its_own, proxied
 from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
 from tests.folders import change_json, contents, copy
@@ -361,6 +365,36 @@ def test_a_batch_reads_base_and_adapters_in_a_bucket_and_leaves_nothing_here(
     assert reading() == []
 
 
+def test_an_interrupted_batch_of_a_base_in_a_bucket_is_resumed_though_its_files_were_removed(
+    there: tuple[str, str], inputs: tuple[Path, Path], proxy: Proxy, tmp_path: Path
+) -> None:
+    second = copy(inputs[1], tmp_path / "second")
+    change_json(second / "adapter_config.json", lora_alpha=3)
+    jobs = [Job(tmp_path / name, adapter, there[0]) for name, adapter in (("one", inputs[1]), ("two", second))]
+    interrupt(jobs, 8)
+    assert reading() == []
+    assert (tmp_path / "one.partial" / JOURNAL).stat().st_size > 1_000
+
+    outcomes = convert_batch(jobs, BatchOptions(ONE_THREAD))
+
+    assert [outcome.status for outcome in outcomes] == ["made", "made"]
+    assert differences(tmp_path / "one", convert(*inputs, tmp_path / "alone").out) == []
+
+
+def test_a_base_in_a_bucket_is_calibrated_as_its_folder(
+    tiny_base: Path, tiny_adapter: Path, server: BucketServer, proxy: Proxy, team: str, tmp_path: Path
+) -> None:
+    (tmp_path / "text").write_text("def main() -> None:\n    return None\n" * 20)
+    recipe = Recipe(calibration=Calibration.of(tmp_path / "text", tokens=128, window=32))
+    base, adapter = upload(server, tiny_base, team), upload(server, tiny_adapter, team)
+
+    made = convert(base, adapter, tmp_path / "out", recipe, ONE_THREAD, calibrate=tmp_path / "text")
+
+    alone = convert(tiny_base, tiny_adapter, tmp_path / "alone", recipe, ONE_THREAD, calibrate=tmp_path / "text")
+    assert contents(made.out) == contents(alone.out)
+    assert reading() == []
+
+
 def test_offline_and_revisions_are_refused_before_a_request(there: tuple[str, str], proxy: Proxy) -> None:
     proxy.log.clear()
     with pytest.raises(HubOffline, match="`offline` reaches no bucket; give a folder"):
@@ -427,6 +461,27 @@ def test_of_a_prefix_what_waits_and_what_is_hidden_is_not_seen(server: BucketSer
 
     assert folder.names() == {"config.json"}
     assert folder.inner_names() == {"inner/a/b/c", "deep/a/b/file"}
+
+
+def test_markers_of_folders_are_no_files() -> None:
+    listed = {
+        "": Entry(0, 1, '"a"'),
+        "inner": Entry(0, 1, '"b"'),
+        "empty": Entry(0, 1, '"c"'),
+        ".arrived": Entry(5, 1, '"d"'),
+        "inner/x": Entry(1, 1, '"e"'),
+        "empty.txt": Entry(0, 1, '"f"'),
+        "../outside": Entry(3, 1, '"g"'),
+    }
+
+    assert set(files_among(listed, "s3://bucket/model")) == {"inner/x", "empty.txt"}
+
+
+def test_what_no_folder_can_hold_is_refused() -> None:
+    listed = {"inner": Entry(2, 1, '"a"'), "inner/x": Entry(1, 1, '"b"')}
+
+    with pytest.raises(StoreRefused, match="s3://bucket/model: inner is a file and a folder of others; move one"):
+        files_among(listed, "s3://bucket/model")
 
 
 def test_processes_that_read_the_same_have_folders_of_their_own(
