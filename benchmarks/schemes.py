@@ -82,7 +82,7 @@ def packed(bits: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def of_compressed_tensors(layout: str, **weights: Any) -> dict[str, Any]:
-    group = {"weights": {"type": "int", "symmetric": True, **weights}}
+    group = {"weights": {"type": "int", "symmetric": True, **weights}, "targets": ["Linear"]}
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
 
 
@@ -102,14 +102,41 @@ def nvfp4() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, of_compressed_tensors("nvfp4-pack-quantized", num_bits=4, strategy="tensor_group", group_size=16)
 
 
-def gptq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def fp8_by_channel() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors = {
+        "weight": random(ROWS, COLUMNS).to(torch.float8_e4m3fn),
+        "weight_scale": random(ROWS, 1).abs().bfloat16(),
+    }
+    return tensors, of_compressed_tensors("float-quantized", num_bits=8, type="float", strategy="channel")
+
+
+def int8() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors = {
+        "weight": codes(ROWS, COLUMNS, dtype=torch.int8),
+        "SCB": random(ROWS).abs(),
+        "weight_format": codes().zero_(),
+    }
+    return tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+def mxfp4() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors = {
+        "experts.gate_up_proj_blocks": codes(1, ROWS, COLUMNS // 32, 16),
+        "experts.gate_up_proj_scales": codes(1, ROWS, COLUMNS // 32) + 60,
+    }
+    return tensors, {"quant_method": "mxfp4"}
+
+
+def gptq(*, in_order: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    groups = (torch.arange(COLUMNS) // GROUP).int()
+    mixed = groups[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))]
     tensors = {
         "qweight": codes(COLUMNS // 8, ROWS, dtype=torch.int32),
         "qzeros": codes(COLUMNS // GROUP, ROWS // 8, dtype=torch.int32),
         "scales": random(COLUMNS // GROUP, ROWS).half(),
-        "g_idx": (torch.arange(COLUMNS) // GROUP).int(),
+        "g_idx": groups if in_order else mixed,
     }
-    return tensors, {"quant_method": "gptq", "bits": 4}
+    return tensors, {"quant_method": "gptq", "bits": 4, "desc_act": not in_order}
 
 
 def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -122,11 +149,15 @@ def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 PARTS: dict[str, Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]] = {
+    "int8": int8,
     "fp8": fp8,
+    "fp8, by channel": fp8_by_channel,
     "w4a16": partial(packed, 4),
     "w8a16": partial(packed, 8),
     "nvfp4": nvfp4,
+    "mxfp4": mxfp4,
     "gptq": gptq,
+    "gptq, act-order": partial(gptq, in_order=False),
     "awq": awq,
 }
 
@@ -159,10 +190,10 @@ class Reads:
         folder = LocalFolder(base)
         [weight] = sources_of(Checkpoint(folder)).by_name.values()
         assert is_stored(weight)  # noqa: S101  (`save` made it so)
-        self.opened, self.buffers = weight.open(folder), Buffers(pinned=False)
+        self.opened, self.buffers, self.rows = weight.open(folder), Buffers(pinned=False), weight.rows
 
     def __call__(self) -> None:
-        self.opened.decode(0, ROWS, self.opened.read(0, ROWS, self.buffers), self.buffers)
+        self.opened.decode(0, self.rows, self.opened.read(0, self.rows, self.buffers), self.buffers)
 
 
 if __name__ == "__main__":
