@@ -36,7 +36,7 @@ def load() -> None:
 
 @jitted()
 def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-untyped-def]
-    values, bounds, most = grid.values, grid.bounds, np.float32(grid.most)
+    values, bounds, most, least = grid.values, grid.bounds, np.float32(grid.most), np.float32(grid.least)
     order, inputs, gains = directions.order, directions.inputs, directions.gains
     rows, columns = target.shape
     carried = np.empty((inputs.shape[1], _LANES), np.float32)
@@ -59,7 +59,7 @@ def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-u
             for j in range(width):
                 _aim(wanted, j, carried, gains, begin + j, aimed)
                 if most > _ZERO:
-                    _choose_whole_number(aimed, sizes, j, most, chosen)
+                    _choose_whole_number(aimed, sizes, j, least, most, chosen)
                     for lane in range(_LANES):
                         aimed[lane] = wanted[j, lane] - np.float32(chosen[j, lane]) * sizes[j, lane]
                 else:
@@ -101,12 +101,12 @@ def _choose(aimed, sizes, j, bounds, chosen):  # type: ignore[no-untyped-def]
 
 
 @jitted(inline="always")
-def _choose_whole_number(aimed, sizes, j, most, chosen):  # type: ignore[no-untyped-def]
+def _choose_whole_number(aimed, sizes, j, least, most, chosen):  # type: ignore[no-untyped-def]
     """The whole number nearest to each scaled value; ties go to the even one."""
     for lane in range(_LANES):
         scale = sizes[j, lane]
         v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
-        chosen[j, lane] = np.int32(min(max(np.rint(v), -most), most))
+        chosen[j, lane] = np.int32(min(max(np.rint(v), least), most))
 
 
 @jitted(inline="always")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from converter.quantize.kernels import code_of
-from converter.quantize.rounding.feedback import Directions, Grid, directions_of, round_by_torch
+from converter.quantize.rounding.feedback import Directions, Grid, directions_of, round_by_torch, whole_numbers
 from converter.quantize.rounding.feedback_kernels import round_rows
 
 BLOCK = 64
@@ -82,6 +82,19 @@ def test_the_kernel_has_the_bits_of_torch(rows: int, columns: int, quant_type: s
     sizes = torch.from_numpy(spread(scales, target.shape))
     by_torch = round_by_torch(torch.from_numpy(target), sizes, grid(quant_type), directions)
     assert np.array_equal(by_kernel, by_torch.numpy())
+
+
+@pytest.mark.parametrize(("most", "least"), [(127, -127), (127, -128), (7, -8)], ids=["int8", "w8a16", "w4a16"])
+def test_so_it_has_for_whole_numbers_and_uses_each_of_them(most: int, least: int) -> None:
+    target, scales, a = problem(65, 192, 5)
+    steps, whole = 2 * scales / (most - least), whole_numbers(most, least)
+
+    by_kernel = round_rows(target, steps, BLOCK, whole, directions_of(a))
+
+    sizes = torch.from_numpy(spread(steps, target.shape))
+    by_torch = round_by_torch(torch.from_numpy(target), sizes, whole, directions_of(a))
+    assert np.array_equal(by_kernel, by_torch.numpy())
+    assert (by_kernel.min(), by_kernel.max()) == (least, most)
 
 
 def test_rows_are_independent_of_each_other() -> None:
