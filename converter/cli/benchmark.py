@@ -34,7 +34,7 @@ Examples:
   convert benchmark OUT \\
     --base X --adapter Y
   convert benchmark OUT --rounds 10 \\
-    --through vllm --report latency.html
+    --through vllm --report R.html
 Exit code:
   0 measured
   1 nothing could be measured
