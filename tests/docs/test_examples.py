@@ -174,6 +174,8 @@ OF_OTHERS = {
     "--require-hashes",
     "--no-deps",
     "--no-build-isolation",
+    "--enable-lora",
+    "--enforce-eager",
 }
 """Options of other programs that the pages name."""
 
