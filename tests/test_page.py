@@ -14,7 +14,7 @@ import pytest
 
 from converter import Gates, convert
 from converter.errors import BadCheckpoint
-from converter.page import head, page
+from converter.page import benchmark_page, head, page
 from converter.samples import Sample
 from tests.limits import HANG
 from tests.models import save_adapter, save_base
@@ -263,3 +263,37 @@ def test_a_browser_shows_it(receipt: dict[str, Any], tmp_path: Path) -> None:
     assert shown.attributes("polyline") == Page(written).attributes("polyline")
     assert len(shown.attributes("rect")) == len(Page(written).attributes("rect")) > 40
     assert "✗ a gate is missed" in shown.text
+
+
+def test_a_page_of_latency_has_each_model_of_each_server_and_what_speaks_against_it() -> None:
+    def of(seconds: float) -> dict[str, Any]:
+        spread = {"median": seconds, "least": seconds / 2, "most": seconds * 2}
+        return {"first_token": spread, "token": spread, "rate": {"median": 5.0, "least": 4.0, "most": 6.0}}
+
+    ratios = {"first_token": 2.0, "token": 3.0, "rate": 0.5}
+    server = {"through": "vllm", "version": "1.2", "device": "<cpu>", "why_not": {"base + adapter": "<no LoRA>"}}
+    server |= {"latencies": {"merged, 16 bits": of(0.1), "output": of(0.2)}, "notes": ["the medians & so on"]}
+    told = {
+        "output": "nf4",
+        "workload": {"prompt_tokens": 9, "rounds": 3},
+        "machine": {"processors": 2, "load": 1.25},
+        "servers": [server | {"ratios": {"output": ratios}}],
+        "notes": ["a busy machine"],
+    }
+
+    found = Page(benchmark_page(told, "out<1>"))
+
+    assert found.tables[0][1:] == [
+        ["merged, 16 bits", "100.0 (50.0 to 200.0)", "100.0 (50.0 to 200.0)", "5.0 (4.0 to 6.0)", "–", "–", ""],
+        ["output, nf4", "200.0 (100.0 to 400.0)", "200.0 (100.0 to 400.0)", "5.0 (4.0 to 6.0)", "2.00", "3.00", ""],
+    ]
+    assert found.tables[1] == [["base + adapter", "<no LoRA>"]]
+    assert found.tables[2] == [
+        ["prompt tokens", "9"],
+        ["rounds", "3"],
+        ["processors", "2"],
+        ["load of the machine as it began", "1.2"],
+    ]
+    assert [rect["width"] for rect in found.attributes("rect")] == ["100", "200"]
+    for said in ("Latency report: out<1>", "Through vllm 1.2, on <cpu>", "the medians & so on", "a busy machine"):
+        assert said in found.text
