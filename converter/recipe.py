@@ -21,9 +21,9 @@ Loader = Literal["transformers", "vllm"]
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
-ROUNDED = ("nf4", "fp4", "int8")
+ROUNDED = ("nf4", "fp4", "int8", "w4a16", "w8a16")
 """Quant types whose codes may be chosen by more than the nearest value."""
-CALIBRATED = (*ROUNDED, "w4a16", "w8a16")
+CALIBRATED = ROUNDED
 """Quant types whose codes a text may choose."""
 MOST_SCALE = 1000.0
 GROUP_SIZES = (32, 64, 128)
@@ -87,8 +87,8 @@ class Recipe:
     """Whether the scale of each group is the one that gives the smallest squared error (w4a16 and w8a16), not the one
     that the library takes from the largest value."""
     rounding: RoundingRule = "auto"
-    """nearest: to the nearest code. adapter: so that what the adapter does survives (nf4, fp4, int8). auto: adapter for
-    a quantized base, else nearest."""
+    """nearest: to the nearest code. adapter: so that what the adapter does survives. auto: adapter where the values of
+    a quantized base lie on the output's code points, else nearest."""
     merge_onto: MergeOnto = "base"
     """dequantized: what the weights' NF4 codes stand for, which QLoRA trained on (none, for output in 16 bits)."""
     scale: float = 1.0

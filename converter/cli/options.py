@@ -185,8 +185,8 @@ QUALITY: tuple[Decorator, ...] = (
         type=click.Choice(["auto", "nearest", "adapter"]),
         default="auto",
         show_default=True,
-        help="nearest: round to the nearest code. adapter: round so that the adapter survives (nf4, fp4, int8). auto: "
-        "adapter for a quantized base, else nearest.",
+        help="nearest: round to the nearest code. adapter: round so that the adapter survives (nf4, fp4, int8, w4a16, "
+        "w8a16). auto: adapter where the base lies on the output's code points, else nearest.",
     ),
     cloup.option(
         "--merge-onto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,10 @@ Settings = tuple[QuantType, bool, int]
 _INT8: Settings = ("int8", True, 64)
 
 
+_INTEGERS = {"w4a16": " 4-bit", "w8a16": " 8-bit"}
+"""Formats of whole numbers, and how the names of schemes end whose weights are whole numbers of that size."""
+
+
 def settings_of(source: Source) -> Settings | None:
     """Those of a weight in a format that an output may have, too; else None."""
     if isinstance(source, FourBitWeight):
@@ -38,8 +42,6 @@ def settings_of(source: Source) -> Settings | None:
 def settled(recipe: Recipe, sources: Sources) -> Recipe:
     """The recipe with what depends on the base decided: format, rounding and dtype."""
     own = {settings_of(source) for source in sources.stored}
-    # Where the output's code points are others than the base's, rounding to the nearest one loses no adapter.
-    on_code_points = bool(own - {None})
     if recipe.quant_type == "auto" and len(own) == 1 and (settings := own.pop()) is not None:
         quant_type, double_quant, block_size = settings
         # What is not the default was asked for, and may be what the base is not in.
@@ -49,9 +51,17 @@ def settled(recipe: Recipe, sources: Sources) -> Recipe:
     if recipe.target == "vllm" and recipe.quant_type != "nf4":
         raise BadRecipe(f"`target` vllm: the base is {recipe.quant_type}; give `quant_type` nf4, too")
     if sources.stored and recipe.rounding == "auto":
-        kept = on_code_points and recipe.merge_precision == "float32" and recipe.quant_type in ROUNDED
+        kept = recipe.merge_precision == "float32" and _are_on_its_points(sources.stored, recipe.quant_type)
         recipe = replace(recipe, rounding="adapter" if kept else "nearest")
     return recipe
+
+
+def _are_on_its_points(stored: Iterable[Stored], quant_type: str) -> bool:
+    """Whether a base's values lie on, or nearly on, what codes of this format stand for. Elsewhere the nearest code
+    loses no more of an adapter than on a 16-bit base."""
+    if quant_type in _INTEGERS:
+        return any(source.scheme.endswith(_INTEGERS[quant_type]) for source in stored)
+    return quant_type in ROUNDED and any(settings_of(source) is not None for source in stored)
 
 
 def notes_on(sources: Sources, recipe: Recipe, *, touched: int) -> list[str]:

@@ -153,7 +153,9 @@ EXCUSES = (
     Excuse(re.compile(r"^convert .*--(public-)?key "), "needs a key; tests/test_signing.py has one", parse),
     Excuse(re.compile(r"^hf "), "writes to the Hub, or reads from it", lambda _: None),
     Excuse(
-        re.compile(r"^convert (.*--out|verify|report) (hf|s3)://"), "needs a store; tests/write/stores has some", parse
+        re.compile(r"^convert (.*--out|verify|report|evaluate) (hf|s3)://"),
+        "needs a store; tests/write/stores has some",
+        parse,
     ),
     Excuse(re.compile(r"^(nf4-)?convert .*--ray\b"), "starts a cluster, or needs one; tests/batch has them", parse),
 )
