@@ -17,7 +17,8 @@ from tests.conftest import REPOSITORY
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text().splitlines()
 LOCKED = (REPOSITORY / "locked.txt").read_text().replace("\\\n", "").splitlines()
 ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools", "ci")
-OPTIONAL = {"atheris"}  # `make fuzz` says how to get it
+OPTIONAL = {"atheris", "llmcompressor", "openai"}
+"""`make fuzz` says how to get the first; tools/environments.py installs the others where they are needed."""
 ENTRIES = [line for line in LOCKED if line and not line.startswith(("#", "--"))]
 
 

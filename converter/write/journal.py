@@ -236,8 +236,9 @@ def _size(value: object) -> int:
 
 def _line_of(what: Entry | Upload) -> bytes:
     stated = asdict(what)
-    if stated.get("agreement", "") is None:
-        del stated["agreement"]  # a CPU's lines are as they always were
+    for key in ("agreement", "output_error"):  # other lines are as they always were
+        if stated.get(key, "") is None:
+            del stated[key]
     return _line(stated)
 
 

@@ -78,7 +78,7 @@ def shown(
     with Terminal(columns) as terminal:
         descriptor = os.open(terminal.tty, os.O_RDWR | os.O_NOCTTY)
         try:
-            run_here(arguments, cwd, {**AS_A_TERMINAL, **environment}, (descriptor, descriptor))
+            run_here(arguments, cwd, {**AS_A_TERMINAL, **(environment or {})}, (descriptor, descriptor))
         finally:
             os.close(descriptor)
         return terminal.screen() if raw else terminal.lines()

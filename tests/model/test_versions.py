@@ -35,8 +35,7 @@ from converter.recipe import BLOCK_SIZES
 from tests.models import make_model
 
 REFUSED_OPTIONS = """
-    megatron_config loftq_config corda_config lora_ga_config alora_invocation_tokens use_qalora layer_replication
-    arrow_config
+    megatron_config alora_invocation_tokens use_qalora layer_replication arrow_config
 """
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -179,7 +178,8 @@ def test_peft_still_has_the_options_that_we_refuse_or_read() -> None:
 
     gone = (set(REFUSED_OPTIONS.split()) | set(UNDERSTOOD)) - fields
 
-    assert sorted(gone) == ["lora_B_layout"]  # Unsloth's own, about stacked experts
+    # Unsloth's own, about stacked experts; and what PEFT had before 0.4.
+    assert sorted(gone) == ["lora_B_layout", "merge_weights"]
 
 
 def test_no_option_is_both_refused_and_understood() -> None:
