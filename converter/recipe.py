@@ -22,9 +22,7 @@ Loader = Literal["transformers", "vllm"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """What `bitsandbytes.functional.quantize_4bit` accepts."""
 ROUNDED = ("nf4", "fp4", "int8", "w4a16", "w8a16")
-"""Quant types whose codes may be chosen by more than the nearest value."""
-CALIBRATED = ROUNDED
-"""Quant types whose codes a text may choose."""
+"""Quant types whose codes an adapter's directions, or a text, may choose."""
 MOST_SCALE = 1000.0
 GROUP_SIZES = (32, 64, 128)
 """What servers' kernels for compressed-tensors' integers accept."""
@@ -142,9 +140,9 @@ class Recipe:
             raise BadRecipe(f"`target` vllm has no meaning with {self.quant_type}: only nf4 depends on who loads it")
         if not (math.isfinite(self.scale) and abs(self.scale) <= MOST_SCALE and self.scale):
             raise BadRecipe(f"`scale` {self.scale:g}: expected a number that is not 0, at most {MOST_SCALE:g}")
-        if self.calibration is not None and self.quant_type not in ("auto", *CALIBRATED):
+        if self.calibration is not None and self.quant_type not in ("auto", *ROUNDED):
             raise BadRecipe(
-                f"`calibrate` has no meaning with {self.quant_type}: only {', '.join(CALIBRATED)} are calibrated"
+                f"`calibrate` has no meaning with {self.quant_type}: only {', '.join(ROUNDED)} are calibrated"
             )
         if self.keep and self.quant_type == "none":
             raise BadRecipe("`keep` has no meaning with `quant_type` none: nothing is quantized")

@@ -57,7 +57,7 @@ class Samples:
         self._interval = INTERVAL
         self._taken = [Sample(0.0, "planning", 0, memory())]
 
-    def hear(self, progress: Progress) -> None:
+    def progress(self, progress: Progress) -> None:
         """Take a sample, if it is time: for an observer's `progress`."""
         if progress.stage == "planned":
             return

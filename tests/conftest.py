@@ -21,6 +21,8 @@ with quietly():
     import peft  # noqa: F401
     import transformers
 
+from tests.bucket_proxy import Proxy, proxied
+from tests.bucket_server import BucketServer, bucket_server
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -127,3 +129,17 @@ def tiny_base() -> Path:
 @pytest.fixture(scope="session")
 def tiny_adapter() -> Path:
     return REPOSITORY / "fixtures" / "tiny-adapter"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
+    """A real S3 server with a bucket."""
+    with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Stands before the server, sees each request, and can get in its way."""
+    with proxied(server, monkeypatch) as found:
+        yield found

@@ -16,8 +16,8 @@ def heard(steps: int, seconds: float) -> list[Sample]:
     clock = itertools.count()
     samples = Samples(clock=lambda: next(clock) * seconds, memory=lambda: 7)
     for step in range(steps):
-        samples.hear(Progress("converting", step, steps, "a"))
-    samples.hear(Progress("sealing", steps, steps, "b"))
+        samples.progress(Progress("converting", step, steps, "a"))
+    samples.progress(Progress("sealing", steps, steps, "b"))
     return samples.ended()
 
 

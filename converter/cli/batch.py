@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from converter.batch.forecast import Forecast
     from converter.batch.outcomes import Outcome
     from converter.job import Job, RunOptions
-    from converter.observer import Progress
 
 
 EXAMPLES = """\b
@@ -132,19 +131,14 @@ def run_batch(
     samples = Samples() if printing.report is not None and ray is None else None
     watch = watch_run(printing, ", ".join(sorted({str(Path(job.label).parent) for job in jobs})))
     with display(printing.progress, outputs=len(jobs)) as display_:
-        shown = watch.beside(display_)
-
-        def hear(progress: Progress) -> None:
-            shown.progress(progress)
-            if samples is not None:
-                samples.hear(progress)
+        shown = watch.beside(display_, samples)
 
         def tell(outcome: Outcome) -> None:
             shown.ended(printable(outcome.job.label), None if outcome.is_good else outcome.why)
 
         forecasts: list[Forecast] = []
         foretell = forecasts.append if dry_run else None
-        observer = BatchObserver(hear, stop, ended=tell, foretold=foretell)
+        observer = BatchObserver(shown.progress, stop, ended=tell, foretold=foretell)
         if ray is None:
             from converter.batch.batch import convert_jobs
 

@@ -11,9 +11,11 @@ import cloup
 
 from converter.cli.options import (
     PRINTING,
-    REFERENCE,
     REPORT,
     REVISIONS,
+    adapters_from,
+    base_and_adapter,
+    one_output,
     printing_from,
     take,
     with_device,
@@ -22,6 +24,7 @@ from converter.cli.options import (
     with_out_again,
     with_pickle,
 )
+from converter.cli.report import write_page
 from converter.cli.values import Place
 from converter.cli.watch import watch_run
 
@@ -50,13 +53,9 @@ _MANY: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N", "show_de
 @cloup.option_group(
     "Input",
     with_out_again,
-    cloup.option("--base", "--model", "base", **REFERENCE, help="Its base.  [default: as the receipt says]"),
-    cloup.option(
-        "--adapter",
-        "adapters",
-        **REFERENCE,
-        multiple=True,
-        help="Its adapter; all that are combined, in their order.  [default: as the receipt says]",
+    *base_and_adapter(
+        base="Its base.  [default: as the receipt says]",
+        adapter="Its adapter; all that are combined, in their order.  [default: as the receipt says]",
     ),
     *REVISIONS.values(),
     with_offline,
@@ -107,9 +106,7 @@ def benchmark(out: str | None, also_out: str | None, **options: Any) -> None:
 
     One model is loaded at a time, in turns.
     """
-    given = [place for place in (out, also_out) if place is not None]
-    if len(given) != 1:
-        raise click.UsageError("Give one OUT: convert benchmark OUT")
+    place = Path(one_output(out, also_out, "convert benchmark OUT"))
     from converter.cli.printing import print_text
     from converter.cli.show.benchmark import benchmark_json, benchmark_text
     from converter.cli.show.progress import display
@@ -120,28 +117,28 @@ def benchmark(out: str | None, also_out: str | None, **options: Any) -> None:
     from converter.latency.benchmark import benchmark_output
     from converter.latency.measure import Workload
     from converter.observer import Observer
+    from converter.page import benchmark_page
 
     refuse_without_memory()
-    printing, adapters, scratch = printing_from(options), options.pop("adapters"), options.pop("scratch")
+    printing, adapter, scratch = printing_from(options), adapters_from(options), options.pop("scratch")
     workload = Workload(**take(options, "prompt_tokens", "new_tokens", "rounds", "requests"))
     servers = _servers(**take(options, "through", "vllm", "vllm_arguments"))
-    adapter = adapters if len(adapters) > 1 else adapters[0] if adapters else None
     against = Sources(options["base"], adapter, options["base_revision"], options["adapter_revision"])
     how = RunOptions(**take(options, "device", "offline", "allow_pickle"))
-    place = None if scratch is None else Path(scratch).expanduser()
+    below = None if scratch is None else Path(scratch).expanduser()
     stop = click.get_current_context().obj
-    watch = watch_run(printing, given[0])
+    watch = watch_run(printing, place)
     with display(printing.progress) as shown:
         observer = Observer(watch.beside(shown).progress, stop)
-        found = benchmark_output(Path(given[0]), against, workload, servers, how, observer, scratch=place)
+        found = benchmark_output(place, against, workload, servers, how, observer, scratch=below)
     told = benchmark_json(found)
     watch.result({one["through"]: one["latencies"] for one in told["servers"]})
     if printing.report is not None:
-        _write_report(printing.report, Path(given[0]), told)
+        write_page(printing.report, benchmark_page(told, place.expanduser().resolve().name))
     if printing.as_json:
         print_text(json_text(told))
     elif not printing.quiet:
-        print_text(benchmark_text(Path(given[0]), found))
+        print_text(benchmark_text(place, found))
 
 
 def _servers(through: tuple[str, ...], vllm: str | None, vllm_arguments: str) -> list[Opening]:
@@ -178,12 +175,3 @@ def _in_vllm(program: str, arguments: list[str], setting: Setting) -> Server:
     from converter.latency.in_vllm import InVllm
 
     return InVllm(program, setting.dtype, setting.room, setting.tick, arguments)
-
-
-def _write_report(file: Path, out: Path, told: dict[str, Any]) -> None:
-    from converter.page import benchmark_page
-    from converter.write.durable import writing
-
-    text = benchmark_page(told, out.expanduser().resolve().name)
-    with writing(file, len(text)):
-        file.write_text(text, "utf-8")

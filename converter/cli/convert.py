@@ -48,7 +48,6 @@ from converter.cli.watch import watch_run
 
 if TYPE_CHECKING:
     from converter.job import Adapters, Job
-    from converter.observer import Progress
     from converter.recipe import Recipe
 
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".pdf", ".tif", ".tiff", ".bmp")
@@ -188,15 +187,9 @@ def cli(context: click.Context, /, **options: Any) -> None:
     watch = watch_run(printing, options["out"])
     samples = Samples() if printing.report is not None else None
     with display(printing.progress) as display_:
-        shown = watch.beside(display_)
-
-        def hear(progress: Progress) -> None:
-            shown.progress(progress)
-            if samples is not None:
-                samples.hear(progress)
-
+        shown = watch.beside(display_, samples)
         try:
-            report = convert(**what, **options, progress=hear, stop=context.obj)
+            report = convert(**what, **options, progress=shown.progress, stop=context.obj)
         except GateFailed as failed:
             if printing.report is not None and samples is not None:
                 write_report_of_failure(failed, options["out"], printing.report, options["gates"], samples.ended())

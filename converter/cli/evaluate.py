@@ -10,9 +10,11 @@ import cloup
 
 from converter.cli.options import (
     PRINTING,
-    REFERENCE,
     REVISIONS,
+    adapters_from,
+    base_and_adapter,
     flag,
+    one_output,
     printing_from,
     take,
     with_device,
@@ -54,13 +56,9 @@ Exit code:
         metavar="NAME",
         help="In JSON lines: what has the text, or a list of messages.  [default: text]",
     ),
-    cloup.option("--base", "--model", "base", **REFERENCE, help="Compare with this base, merged in 16 bits."),
-    cloup.option(
-        "--adapter",
-        "adapters",
-        **REFERENCE,
-        multiple=True,
-        help="The adapter that is merged into it; all that are combined, in their order.",
+    *base_and_adapter(
+        base="Compare with this base, merged in 16 bits.",
+        adapter="The adapter that is merged into it; all that are combined, in their order.",
     ),
     flag("--compare", text="Compare with the base and adapter that the receipt names."),
     *REVISIONS.values(),
@@ -123,9 +121,7 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
 
     One layer is in memory at a time, so neither model has to fit.
     """
-    given = [place for place in (out, also_out) if place is not None]
-    if len(given) != 1:
-        raise click.UsageError("Give one OUT: convert evaluate OUT --text FILE")
+    place = one_output(out, also_out, "convert evaluate OUT --text FILE")
     from converter.api import evaluate as measure
     from converter.cli.heap import keep_small
     from converter.cli.printing import print_text
@@ -137,18 +133,17 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
 
     refuse_without_memory()
     keep_small()  # else freed layers stay: on a model of 1.1 B, twice as much memory was taken
-    printing, adapters = printing_from(options), options.pop("adapters")
+    printing, adapter = printing_from(options), adapters_from(options)
     gates = QualityGates(**take(options, "max_perplexity_ratio", "max_kl", "min_top1"))
-    adapter = adapters if len(adapters) > 1 else adapters[0] if adapters else None
     stop = click.get_current_context().obj
-    watch = watch_run(printing, given[0])
+    watch = watch_run(printing, place)
     with display(printing.progress) as shown:
         told = watch.beside(shown).progress
-        found = measure(given[0], adapter=adapter, gates=gates, progress=told, stop=stop, **options)
+        found = measure(place, adapter=adapter, gates=gates, progress=told, stop=stop, **options)
     watch.result(evaluation_json(found))
     if printing.as_json:
         print_text(json_text(evaluation_json(found)))
     elif not printing.quiet or not found.is_good:
-        print_text(evaluation_text(Path(given[0]), found))
+        print_text(evaluation_text(Path(place), found))
     if not found.is_good:
         raise click.exceptions.Exit(4)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import ConversionRefused
-from converter.samples import resident_memory
+from converter.samples import Samples, stages
 from converter.write.durable import writing
 
 if TYPE_CHECKING:
@@ -49,21 +49,17 @@ class MetricsFile:
         self._file, self._clock, self._labels = file, clock, {"command": command, "subject": subject}
         self._registry: Any = CollectorRegistry()
         self._gauges: dict[str, Any] = {}
-        self._stage, self._since, self._written = "planning", clock(), clock()
-        self._took: dict[str, float] = {}
+        self._samples = Samples(clock)
+        self._written = clock()
         self._outputs = {"outputs_made": 0, "outputs_failed": 0}
         self._set("running", 1)
-        self._set("start_timestamp_seconds", self._since)
+        self._set("start_timestamp_seconds", self._written)
         with writing(file):
             self._write()
 
     def progress(self, progress: Progress) -> None:
-        if progress.stage == "planned":
-            return
-        if progress.stage != self._stage:
-            self._end_stage()
-            self._stage = progress.stage
-        if progress.total:
+        self._samples.progress(progress)
+        if progress.stage != "planned" and progress.total:
             self._set("stage_bytes", progress.done, stage=progress.stage)
             self._set("stage_bytes_planned", progress.total, stage=progress.stage)
         if self._clock() - self._written >= SECONDS:
@@ -79,17 +75,10 @@ class MetricsFile:
             self._set(f"result_{name}", value)
 
     def close(self, code: int, why: str) -> None:
-        self._end_stage()
         self._set("running", 0)
         self._set("exit_code", code)
         self._set("end_timestamp_seconds", self._clock())
         self._write_if_possible()
-
-    def _end_stage(self) -> None:
-        now = self._clock()
-        self._took[self._stage] = self._took.get(self._stage, 0.0) + now - self._since
-        self._set("stage_seconds", self._took[self._stage], stage=self._stage)
-        self._since = now
 
     def _set(self, name: str, value: float, **more: str) -> None:
         from prometheus_client import Gauge
@@ -108,6 +97,9 @@ class MetricsFile:
     def _write(self) -> None:
         from prometheus_client import write_to_textfile
 
-        self._set("memory_bytes", resident_memory())
+        taken = self._samples.ended()
+        self._set("memory_bytes", taken[-1].memory)
+        for stage in stages(taken):
+            self._set("stage_seconds", stage.seconds, stage=stage.name)
         self._written = self._clock()
         write_to_textfile(str(self._file), self._registry)

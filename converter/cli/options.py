@@ -46,6 +46,16 @@ REVISIONS: dict[str, Decorator] = {
     name: cloup.option(f"--{name}-revision", metavar="REV", help=f"Branch, tag or commit of {name} on the Hub.")
     for name in ("base", "adapter")
 }
+
+
+def base_and_adapter(base: str, adapter: str) -> tuple[Decorator, Decorator]:
+    """Options that name what an output was made of, with their help texts."""
+    return (
+        cloup.option("--base", "--model", "base", **REFERENCE, help=base),
+        cloup.option("--adapter", "adapters", **REFERENCE, multiple=True, help=adapter),
+    )
+
+
 with_out_again = cloup.option(
     "--out", "-o", "--output", "also_out", type=Place(), metavar="PATH", help="The same as OUT."
 )
@@ -281,6 +291,20 @@ class Printing:
     progress: Kind
     report: Path | None = None
     metrics: Path | None = None
+
+
+def one_output(out: str | None, also_out: str | None, usage: str) -> str:
+    """The output that a command is about, given as OUT or as --out. `usage`: how the command is called."""
+    given = [place for place in (out, also_out) if place is not None]
+    if len(given) != 1:
+        raise click.UsageError(f"Give one OUT: {usage}")
+    return given[0]
+
+
+def adapters_from(options: dict[str, Any]) -> list[str] | str | None:
+    """What `base_and_adapter` adds of adapters, taken out of the options: several, one, or none."""
+    adapters = options.pop("adapters")
+    return adapters if len(adapters) > 1 else adapters[0] if adapters else None
 
 
 def take(options: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def write_report(
         receipt = receipt or parse_receipt(small_file(out, RECEIPT))
         if receipt is None:
             raise ConversionRefused(f"{out}: its {RECEIPT} is none of this tool; convert it anew")
-        _write(file, page(receipt, _last(out), gates, samples))
+        write_page(file, page(receipt, _last(out), gates, samples))
         return
     folder = LocalFolder(path.expanduser()).path
     receipt, name = read_receipt(folder), folder.resolve().name
@@ -95,7 +95,7 @@ def write_report(
         if not several:
             raise ConversionRefused(f"{out}: no {RECEIPT} of this tool, so nothing is known of it; convert it anew")
         text = batch_page(several, name)
-    _write(file, text)
+    write_page(file, text)
 
 
 def write_batch_report(outcomes: Sequence[Outcome], file: Path, samples: Sequence[Sample]) -> None:
@@ -114,7 +114,7 @@ def write_batch_report(outcomes: Sequence[Outcome], file: Path, samples: Sequenc
             not_made[job.label] = outcome.why
         else:
             made.append(Made(job.label, receipt, job.gates))
-    _write(file, batch_page(made, file.stem, not_made, samples))
+    write_page(file, batch_page(made, file.stem, not_made, samples))
 
 
 def write_report_of_failure(failed: GateFailed, out: str, file: Path, gates: Any, samples: Sequence[Sample]) -> None:
@@ -125,8 +125,8 @@ def write_report_of_failure(failed: GateFailed, out: str, file: Path, gates: Any
         write_report(out, file, gates)  # OUT was there already
         return
     text = page(failed.receipt, _last(out), gates, samples)
-    _write(Path(failed.staging) / IN_STAGING, text)
-    _write(file, text)
+    write_page(Path(failed.staging) / IN_STAGING, text)
+    write_page(file, text)
 
 
 def _last(out: str) -> str:
@@ -134,7 +134,8 @@ def _last(out: str) -> str:
     return out.rstrip("/").rpartition("/")[2] if "://" in out else Path(out).expanduser().resolve().name
 
 
-def _write(file: Path, text: str) -> None:
+def write_page(file: Path, text: str) -> None:
+    """Write a page of HTML. `WriteFailed`."""
     from converter.write.durable import writing
 
     with writing(file, len(text)):

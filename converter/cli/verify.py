@@ -10,10 +10,12 @@ import cloup
 from converter.cli.options import (
     GATES,
     PRINTING,
-    REFERENCE,
     REVISIONS,
+    adapters_from,
+    base_and_adapter,
     flag,
     gates_from,
+    one_output,
     printing_from,
     with_device,
     with_help,
@@ -43,13 +45,9 @@ Exit code:
 @cloup.option_group(
     "Input",
     with_out_again,
-    cloup.option("--base", "--model", "base", **REFERENCE, help="Make OUT again from this base, and compare."),
-    cloup.option(
-        "--adapter",
-        "adapters",
-        **REFERENCE,
-        multiple=True,
-        help="The adapter that is merged in; all that are combined, in their order.",
+    *base_and_adapter(
+        base="Make OUT again from this base, and compare.",
+        adapter="The adapter that is merged in; all that are combined, in their order.",
     ),
     *REVISIONS.values(),
     cloup.option("--calibrate", type=Place("file"), metavar="FILE", help="The text by which OUT was calibrated."),
@@ -75,10 +73,7 @@ Exit code:
 )
 def verify(out: str | None, also_out: str | None, **options: Any) -> None:
     """Check a checkpoint: its digests, structure and values, and whether base and adapter give its bytes."""
-    given = [place for place in (out, also_out) if place is not None]
-    if len(given) != 1:
-        raise click.UsageError("Give one OUT: convert verify OUT")
-    place = given[0]
+    place = one_output(out, also_out, "convert verify OUT")
     from converter.api import verify as look
     from converter.cli.printing import print_text
     from converter.cli.show.progress import display
@@ -87,8 +82,8 @@ def verify(out: str | None, also_out: str | None, **options: Any) -> None:
     from converter.cli.surroundings import refuse_without_memory
 
     refuse_without_memory()
-    printing, adapters = printing_from(options), options.pop("adapters")
-    options["adapter"] = adapters if len(adapters) > 1 else adapters[0] if adapters else None
+    printing = printing_from(options)
+    options["adapter"] = adapters_from(options)
     watch = watch_run(printing, place)
     with display(printing.progress) as shown:
         found = look(place, gates=gates_from(options), progress=watch.beside(shown).progress, **options)

@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     from converter.cli.options import Printing
     from converter.cli.show.progress import Display
     from converter.observer import Progress
+    from converter.samples import Samples
 
 _NO_NAME = re.compile(r"[^a-zA-Z0-9]+")
 
 
-class Listener(Protocol):
-    """Hears of a run. Raises nothing once it is made."""
+class Hearing(Protocol):
+    """Hears how far a run is."""
 
     def progress(self, progress: Progress) -> None: ...
+
+
+class Listener(Hearing, Protocol):
+    """Hears all of a run. Raises nothing once it is made."""
+
     def ended(self, outcome: str, error: str | None) -> None:
         """One of several outputs has ended; `error` says what is wrong with it."""
 
@@ -38,9 +44,12 @@ class Watch:
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
 
-    def beside(self, shown: Display) -> Display:
-        """What is told to a display, told to the listeners, too."""
-        return _Beside(shown, self._listeners) if self._listeners else shown
+    def beside(self, shown: Display, samples: Samples | None = None) -> Display:
+        """What is told to a display, told to the listeners, too; its progress also to `samples`."""
+        hearing: list[Hearing] = [*self._listeners]
+        if samples is not None:
+            hearing.append(samples)
+        return _Beside(shown, hearing, self._listeners) if hearing else shown
 
     def result(self, found: Mapping[str, Any]) -> None:
         """What came out, as JSON values."""
@@ -49,14 +58,14 @@ class Watch:
 
 
 class _Beside:
-    def __init__(self, shown: Display, listeners: Sequence[Listener]) -> None:
-        self._shown, self._listeners = shown, listeners
+    def __init__(self, shown: Display, hearing: Sequence[Hearing], listeners: Sequence[Listener]) -> None:
+        self._shown, self._hearing, self._listeners = shown, hearing, listeners
         self.seconds = shown.seconds
 
     def progress(self, progress: Progress) -> None:
         self._shown.progress(progress)
-        for listener in self._listeners:
-            listener.progress(progress)
+        for one in self._hearing:
+            one.progress(progress)
 
     def ended(self, outcome: str, error: str | None) -> None:
         self._shown.ended(outcome, error)

@@ -59,8 +59,8 @@ class Base:
     ) -> LocalFolder:
         """Download what a conversion reads of a base on the Hub or in a bucket, and give the folder that has it.
         `arrived` is called for each shard."""
-        if isinstance(self._opened, BucketFolder):
-            self._opened.refuse_if_too_full(self.checkpoint.shards)
+        if (remote := self.remote) is not None:
+            remote.refuse_if_too_full(self.checkpoint.shards)
         folder = self.fetch_small(progress)
         for shard in self.checkpoint.shards:
             arrived(self._opened.fetch([shard], progress), shard)
@@ -83,21 +83,20 @@ class Base:
     def remote(self) -> Remote | None:
         """The repository or bucket that its files still are to come from; None for a folder, and offline."""
         opened = self._opened
-        if isinstance(opened, BucketFolder) or (isinstance(opened, HubFolder) and not opened.is_offline):
-            return opened
-        return None
+        return opened if isinstance(opened, HubFolder | BucketFolder) and not opened.is_offline else None
 
     @property
     def comes_by_file(self) -> bool:
         """Whether its files may come one by one: those of a bucket, and of a repository that states what each is."""
-        if self.remote is None:
+        remote = self.remote
+        if remote is None:
             return False
-        return isinstance(self._opened, BucketFolder) or self.hub_digests().keys() == set(self.checkpoint.shards)
+        return remote.is_pinned or self.hub_digests().keys() == set(self.checkpoint.shards)
 
     @property
     def is_kept(self) -> bool:
-        """Whether what was fetched is there for later runs: not of a bucket, which has no cache here."""
-        return not isinstance(self._opened, BucketFolder)
+        """Whether what was fetched is there for later runs."""
+        return self.remote is None or self.remote.is_kept
 
     def close(self) -> None:
         """Let go of open files; remove what was fetched and is not kept."""

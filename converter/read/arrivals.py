@@ -25,6 +25,14 @@ _TICK = 0.1
 class Remote(Folder, Protocol):
     """A folder whose files lie elsewhere, and can be brought here."""
 
+    is_kept: bool
+    """Whether what `fetch` brings of its own accord is there for later runs."""
+    is_pinned: bool
+    """Whether each request names the contents that were listed, so that a file needs no sha256 to be the right one."""
+
+    def refuse_if_too_full(self, names: Iterable[str]) -> None:
+        """`StoreRefused` if `snapshot` is ours alone, and its disk has no room for these files."""
+
     @property
     def snapshot(self) -> Path:
         """Where `fetch` puts files of its own accord; there once something has been fetched."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import pytest
 from converter import convert
 from converter.delivery.state import STATE, STEPS
 from converter.read.cache import cache_folder
-from tests.bucket_proxy import Proxy, place_of_its_own, proxied
-from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server
+from tests.bucket_proxy import Proxy, place_of_its_own
+from tests.bucket_server import BUCKET, SECRET, BucketServer
 from tests.conftest import REPOSITORY
 from tests.delivery.scenes import ADAPTER, BASE, ONE_THREAD, delivered, job_file
 from tests.folders import change_json, contents, copy
@@ -27,21 +26,9 @@ EVALUATE = {"text": "text.txt", "window": 32, "max_kl": 5.0}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
-    with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What `convert` writes of the same base and adapter."""
     return contents(convert(BASE, ADAPTER, tmp_path_factory.mktemp("whole") / "out").out)
-
-
-@pytest.fixture
-def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with proxied(server, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

@@ -27,11 +27,12 @@ from converter.errors import (
     InputChanged,
     WriteFailed,
 )
+from converter.read.beginning import HEAD_BYTES
 from converter.read.checkpoint import INDEX, Checkpoint
 from converter.read.folder import read_bytes
 from converter.read.header import read_header
 from converter.read.hub.answers import checking
-from converter.read.hub.folder import HEAD_BYTES, HubFolder, is_hub_id
+from converter.read.hub.folder import HubFolder, is_hub_id
 from tests.hub_server import MOST, StandInHub, git_sha1, sha256
 
 REPO = "maker/base"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from converter.quantize.rounding.feedback import inverse_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,7 +33,7 @@ def swept(codes: Tensor, target: Tensor, steps: Tensor, grid: Grid, second: Tens
     rest = (missed @ second).add_(missed, alpha=damping)
     del missed
     diagonal, columns = second.diagonal() + damping, target.shape[1]
-    scaling = torch.where(steps > 0, 1 / steps.clamp(min=1e-38), 0.0)
+    scaling = inverse_of(steps)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         near, within = rest[:, first:last], second[first:last, first:last]

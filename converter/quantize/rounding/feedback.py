@@ -90,6 +90,13 @@ def whole_numbers(most: int, least: int | None = None) -> Grid:
     return Grid(numpy.zeros(16, numpy.float32), numpy.zeros(15, numpy.float32), most, -most if least is None else least)
 
 
+def inverse_of(steps: Tensor) -> Tensor:
+    """1 / steps; 0 where a step is 0, so that all of its block rounds to the code nearest to 0."""
+    import torch
+
+    return torch.where(steps > 0, 1 / steps.clamp(min=1e-38), 0.0)
+
+
 def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Directions) -> Tensor:
     """The kernel of `feedback_kernels`, bit for bit, on any device.
 
@@ -106,8 +113,7 @@ def round_by_torch(target: Tensor, scales: Tensor, grid: Grid, directions: Direc
         aimed = wanted.clone()
         for k in range(rank):  # in this order, as the kernel adds them
             aimed += carried[k] * float(directions.gains[number, k])
-        scaled = torch.where(scale > 0, aimed * (1 / scale.clamp(min=1e-38)), 0.0)
-        code = grid.nearest(scaled)
+        code = grid.nearest(aimed * inverse_of(scale))
         codes[:, column] = code.to(torch.int8)
         missed = wanted - grid.of(code) * scale
         for k in range(rank):

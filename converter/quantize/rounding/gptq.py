@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from converter.errors import ConversionFailed
+from converter.quantize.rounding.feedback import inverse_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +84,7 @@ def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors) -> Tens
 
     order, upper = factors.order, factors.upper
     aimed, steps = target[:, order], steps[:, order]
-    scaling = torch.where(steps > 0, 1 / steps.clamp(min=1e-38), 0.0)
+    scaling = inverse_of(steps)
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     columns = target.shape[1]
     for first in range(0, columns, _BLOCK):

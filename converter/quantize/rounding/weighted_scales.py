@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from converter.quantize.rounding.feedback import inverse_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,9 +53,7 @@ def weighted_scales(coding: Coding, target: Tensor, scales: Tensor, squares: Ten
 
 
 def _error(coding: Coding, values: Tensor, scales: Tensor, weights: Tensor) -> Tensor:
-    import torch
-
     steps = coding.steps(scales)[:, None]
-    scaled = values * torch.where(steps > 0, 1 / steps.clamp(min=1e-38), 0.0)
-    missed = coding.grid.of(coding.grid.nearest(scaled)).mul_(steps).sub_(values)
+    nearest = coding.grid.nearest(values * inverse_of(steps))
+    missed = coding.grid.of(nearest).mul_(steps).sub_(values)
     return missed.square_().mul_(weights).sum(1)

@@ -18,14 +18,13 @@ from pathlib import Path, PurePosixPath
 from converter.errors import HubOffline, InputChanged, StoreRefused, WriteFailed
 from converter.lock import Lock
 from converter.read.addresses import parts_of
+from converter.read.beginning import Beginning
 from converter.read.bucket.connection import PATIENCE, Connection, Entry
 from converter.read.bucket.parts import download
 from converter.read.cache import cache_folder
 from converter.read.checksums import SUMS, Stated, read_sums
 from converter.read.folder import LocalFolder, Progress, is_seen
 
-HEAD_BYTES = 131_072
-"""Read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes."""
 RECORDS = ".arrived"
 """In a folder of downloads: of each file that is there whole, which object it is; and files that are not whole yet."""
 MOST_READERS = 100
@@ -42,13 +41,16 @@ class BucketFolder:
     repo_id = None
     commit = None
     path = None
+    is_offline = False
+    is_kept = False
+    is_pinned = True
 
     def __init__(self, address: str, *, patience: timedelta = PATIENCE) -> None:
         self._there = Connection(*parts_of(address), patience=patience)
         self._files = files_among(self._there.entries(), self.label)
         if not self._files:
             raise StoreRefused(f"{self.label}: nothing lies there: check the name, and whether the key may list it")
-        self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
+        self._beginning = Beginning(lambda name, length: bytes(self._part(name, 0, length)))
         self._sums: dict[str, str] | None = None
         self._around: Path | None = None
         self._lock: Lock | None = None
@@ -95,8 +97,10 @@ class BucketFolder:
             raise InputChanged(f"{self.label}: {name}: ends at byte {size}, expected {end}")
         if not len(buffer):
             return
-        head = self._head_for(name, end)
-        buffer[:] = head[offset:end] if head else self._there.read_part(name, offset, end, self._etag(name))
+        head = self._beginning.upto(name, end, size)[offset:end]
+        buffer[: len(head)] = head
+        if len(head) < len(buffer):
+            buffer[len(head) :] = self._part(name, offset + len(head), end)
 
     def expect(self, name: str, offset: int) -> None:
         """Nothing: requests are not sent before somebody waits for them."""
@@ -138,7 +142,7 @@ class BucketFolder:
 
     def close(self) -> None:
         """Remove what was fetched into `snapshot`."""
-        self._head = ("", b"")
+        self._beginning.forget()
         if self._around is not None and self._lock is not None:
             shutil.rmtree(self._around, ignore_errors=True)
             self._lock.release()
@@ -158,14 +162,8 @@ class BucketFolder:
             )
         return etag
 
-    def _head_for(self, name: str, end: int) -> bytes:
-        """The file's beginning, if all up to byte `end` is within what is kept of it; else nothing."""
-        length = min(HEAD_BYTES, self.size(name))
-        if end > length:
-            return b""
-        if self._head[0] != name:
-            self._head = (name, bytes(self._there.read_part(name, 0, length, self._etag(name))))
-        return self._head[1]
+    def _part(self, name: str, start: int, end: int) -> memoryview:
+        return self._there.read_part(name, start, end, self._etag(name))
 
     def _bring(self, name: str, progress: Progress | None, where: Path) -> None:
         size, path, record = self.size(name), where / name, _record(where, name)

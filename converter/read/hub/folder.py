@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from converter.errors import HubFailed, HubNotFound, HubOffline, HubRefused, InputChanged
+from converter.read.beginning import Beginning
 from converter.read.checkpoint import INDEX
 from converter.read.checksums import HUB, Stated
 from converter.read.folder import LocalFolder, Progress
@@ -25,8 +26,6 @@ from converter.read.strict_json import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
-
-HEAD_BYTES = 131_072  # read ahead at a file's beginning; the header of 1,000 tensors has some 100,000 bytes
 
 DEFAULT_REVISION = "main"
 MAX_REPO_ID = 96
@@ -57,6 +56,9 @@ class HubFolder:
     for us, and `HubFailed` when the connection or the server failed, after some tries.
     """
 
+    is_kept = True
+    is_pinned = False  # the Hub's library downloads by commit, but nothing it sends is held against that
+
     def __init__(self, repo_id: str, revision: str | None = None, *, offline: bool = False) -> None:
         if not is_repo_id(repo_id):
             raise HubNotFound(f"{repo_id[:120]!r} is not the name of a repository, such as org/name")
@@ -66,7 +68,7 @@ class HubFolder:
         if ".." in self.revision or self.revision.startswith("/") or not self.revision:
             raise HubNotFound(f"{repo_id}: {self.revision[:120]!r} is not a revision")
         prepare_library()
-        self._head = ("", b"")  # name and first bytes of the file whose beginning was read last
+        self._beginning = Beginning(self._first_bytes)
         self._cached: LocalFolder | None = None
         if offline or offline_by_environment():
             self.commit = self._cached_commit()
@@ -130,7 +132,7 @@ class HubFolder:
         if self._cached is not None:
             self._cached.read_into(name, offset, buffer)
             return
-        head = self._head_for(name, end)[offset:end]
+        head = self._beginning.upto(name, end, size)[offset:end]
         buffer[: len(head)] = head
         if len(head) < len(buffer):
             self._request(name, offset + len(head), buffer[len(head) :])
@@ -171,6 +173,9 @@ class HubFolder:
             self._remember_revision()
         return LocalFolder(where)
 
+    def refuse_if_too_full(self, names: Iterable[str]) -> None:
+        """Nothing: other programs share the Hub's cache, and its library says what it can't store."""
+
     def cached(self, name: str) -> Path | None:
         """Where the Hub's cache has a file whole; None if it has it not."""
         path = self.snapshot / name
@@ -184,7 +189,7 @@ class HubFolder:
 
     def close(self) -> None:
         """Let go of open files and of what was read ahead."""
-        self._head = ("", b"")
+        self._beginning.forget()
         if self._cached is not None:
             self._cached.close()
 
@@ -270,19 +275,10 @@ class HubFolder:
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         return frozenset(shard for shard in shards if isinstance(shard, str) and "/" not in shard)
 
-    def _head_for(self, name: str, end: int) -> bytes:
-        """What is kept of the file's beginning; read now if all up to byte `end` is within it."""
-        kept, head = self._head
-        if kept == name:
-            return head
-        length = min(HEAD_BYTES, self._files[name].size)
-        if end > length:
-            return b""
-        # One file's beginning is kept, not every file's: headers are read one after the other.
+    def _first_bytes(self, name: str, length: int) -> bytes:
         fresh = bytearray(length)
         self._request(name, 0, memoryview(fresh))
-        self._head = (name, bytes(fresh))
-        return self._head[1]
+        return bytes(fresh)
 
     def _request(self, name: str, offset: int, buffer: memoryview) -> None:
         if len(buffer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,23 +17,10 @@ from converter.seal.receipt import RECEIPT
 from converter.write.journal import Upload
 from converter.write.stores.bucket import Bucket
 from converter.write.stores.reading import small_file
-from tests.bucket_proxy import Proxy, place_of_its_own, proxied
-from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
+from tests.bucket_proxy import Proxy, place_of_its_own
+from tests.bucket_server import BUCKET, SECRET, BucketServer, use
 from tests.folders import contents
 from tests.write.stores.settings import ONE_THREAD, SHARDS, SMALL_SHARDS
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
-    with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Stands before the server, sees each request, and can get in its way."""
-    with proxied(server, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture

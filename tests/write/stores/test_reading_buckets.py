@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -37,24 +36,11 @@ from converter.read.cache import cache_folder
 from converter.seal.receipt import RECEIPT
 from converter.write.journal import JOURNAL
 from tests.batch.scenes import interrupt
-from tests.bucket_proxy import Proxy, place_of_its_own, proxied
-from tests.bucket_server import BUCKET, SECRET, BucketServer, bucket_server, use
+from tests.bucket_proxy import Proxy, place_of_its_own
+from tests.bucket_server import BUCKET, SECRET, BucketServer, use
 from tests.folders import change_json, contents, copy
 from tests.reference import differences
 from tests.write.stores.settings import ONE_THREAD, SMALL_SHARDS
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BucketServer]:
-    with bucket_server(tmp_path_factory.mktemp("bucket")) as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(server: BucketServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Stands before the server, sees each request, and can get in its way."""
-    with proxied(server, monkeypatch) as found:
-        yield found
 
 
 @pytest.fixture
