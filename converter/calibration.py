@@ -30,9 +30,10 @@ class Calibration:
     damping: float = 0.01
     """What is added to the diagonal of the inputs' second moments, in means of it."""
     scales: Literal["inputs", "format"] = "inputs"
-    """inputs: of each block, the scale that loses the least of what the weight makes of its inputs; format: its own."""
+    """inputs: each block gets the scale that changes the weight's outputs least. format: each block gets the scale of
+    the format's library."""
     sweeps: int = 2
-    """How often each code is chosen once more, when all others are known."""
+    """How many times all codes are chosen again, one by one, while the others stay."""
 
     def __post_init__(self) -> None:
         if not _SHA256.fullmatch(str(self.text)):

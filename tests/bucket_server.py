@@ -86,7 +86,7 @@ def bucket_server(folder: Path) -> Iterator[BucketServer]:
         ),
         *(f"-{name}={port}" for name, port in zip(names, ports, strict=False)),
         *("-filer", "-s3", f"-s3.port={ports[6]}", f"-s3.port.grpc={ports[7]}", f"-s3.config={keys}"),
-        *("-master.volumeSizeLimitMB=64", "-volume.max=30", "-s3.port.iceberg=0"),
+        *("-master.volumeSizeLimitMB=64", "-volume.max=30", "-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
     with ExitStack() as stack, (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

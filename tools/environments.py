@@ -56,7 +56,7 @@ def pinned(package: str, constraints: str) -> str:
 
 
 def make(name: str, folder: Path) -> None:
-    """Make one of the environments, unless the folder has it already."""
+    """Make an environment, unless it is in the folder already."""
     environment, constraints = ENVIRONMENTS[name], (ROOT / "constraints.txt").read_text()
     packages = [pinned(package, constraints) for package in environment.packages]
     beside = [pinned(package, constraints) for package in environment.beside]

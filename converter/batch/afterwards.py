@@ -77,7 +77,7 @@ def _measuring(table: Mapping[str, Any], folder: Path) -> Measuring:
     if "text" not in table:
         raise BadRecipe(f"{EVALUATE}: has no text: give a file of text, or of JSON lines")
     if is_dataset_file(table["text"]):
-        raise BadRecipe(f"{EVALUATE}: text: give a file of this machine; `hf download` fetches {table['text'][:200]}")
+        raise BadRecipe(f"{EVALUATE}: text: {table['text'][:200]} is on the Hub: download it, and give the file's path")
     scratch = table.get("scratch")
     try:
         return Measuring(

@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def why(self) -> str:
-        """The message, without the output in front of it: for a line that names the output already."""
+        """The message without the output's name, for a line that has the name already."""
         return self.message.removeprefix(f"{self.job.label}: ")
 
     @property

@@ -127,7 +127,7 @@ def run_batch(
         of_batch["against"] = Path(of_batch["against"])
     terms = BatchOptions(**vars(how), **of_batch)
     keep_small()
-    # What a cluster's nodes hold and read, this process doesn't know.
+    # On a cluster this process sees neither the memory nor the rate of the nodes.
     samples = Samples() if printing.report is not None and ray is None else None
     watch = watch_run(printing, ", ".join(sorted({str(Path(job.label).parent) for job in jobs})))
     with display(printing.progress, outputs=len(jobs)) as display_:

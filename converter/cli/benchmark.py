@@ -55,7 +55,7 @@ _MANY: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N", "show_de
     with_out_again,
     *base_and_adapter(
         base="Its base.  [default: as the receipt says]",
-        adapter="Its adapter; all that are combined, in their order.  [default: as the receipt says]",
+        adapter="Its adapter. If several were combined, repeat it in the same order.  [default: as the receipt says]",
     ),
     *REVISIONS.values(),
     with_offline,
@@ -78,13 +78,13 @@ _MANY: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N", "show_de
         "--through",
         type=click.Choice(["transformers", "vllm"]),
         multiple=True,
-        help="What generates; may be repeated.  [default: transformers, and vLLM if it is there]",
+        help="Measure through this server; may be repeated.  [default: transformers, and vLLM if it is found]",
     ),
     cloup.option(
         "--vllm",
         type=Place("file"),
         metavar="PATH",
-        help="vLLM's command.  [default: vllm, where commands are looked for]",
+        help="Path of vLLM's command.  [default: vllm, as found on PATH]",
     ),
     cloup.option(
         "--vllm-arguments", metavar="TEXT", default="", help="More arguments of vllm serve, as a shell takes them."
@@ -142,7 +142,7 @@ def benchmark(out: str | None, also_out: str | None, **options: Any) -> None:
 
 
 def _servers(through: tuple[str, ...], vllm: str | None, vllm_arguments: str) -> list[Opening]:
-    """What is measured through. `ConversionRefused` if vLLM is asked for and isn't there."""
+    """The servers to measure through. `ConversionRefused` if vLLM is asked for and is not installed."""
     import shlex
     import shutil
 

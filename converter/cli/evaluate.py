@@ -58,7 +58,7 @@ Exit code:
     ),
     *base_and_adapter(
         base="Compare with this base, merged in 16 bits.",
-        adapter="The adapter that is merged into it; all that are combined, in their order.",
+        adapter="The adapter that is merged into it. If several were combined, repeat it in the same order.",
     ),
     flag("--compare", text="Compare with the base and adapter that the receipt names."),
     *REVISIONS.values(),

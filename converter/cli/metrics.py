@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PREFIX = "nf4_converter_"
 SECONDS = 10.0
-"""Between two times that the file is written while a run is under way."""
+"""Between two updates of the file during a run."""
 _SAID = {
     "running": "1 while the run is under way",
     "start_timestamp_seconds": "When the run began",
@@ -90,7 +90,7 @@ class MetricsFile:
         self._gauges[name].labels(**labels).set(value)
 
     def _write_if_possible(self) -> None:
-        """The run is what counts: a disk that is full now must not end it."""
+        """A full disk must not end the run because of its metrics."""
         with suppress(OSError):
             self._write()
 

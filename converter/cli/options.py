@@ -326,7 +326,7 @@ def _place(file: str | None) -> Path | None:
 
 
 def refuse_report(printing: Printing) -> None:
-    """Of a dry run."""
+    """Refuse --report with a dry run."""
     if printing.report is not None:
         raise click.UsageError("--report needs an output, and --dry-run makes none.")
 

@@ -107,7 +107,7 @@ def write_batch_report(outcomes: Sequence[Outcome], file: Path, samples: Sequenc
     not_made: dict[str, str] = {}
     for outcome in outcomes:
         job = outcome.job
-        # Below its gate is also what was there already, and that lies there still.
+        # An output that was there before the run, and misses a gate, is still there.
         is_there = outcome.is_good or (outcome.is_below_gate and job.out.is_dir())
         receipt = read_receipt(job.out) if is_there else None
         if receipt is None:

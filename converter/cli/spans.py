@@ -20,7 +20,8 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 
 
 def spans(command: str, subject: str) -> list[Spans]:
-    """One listener; none, and a note, where the libraries for it aren't installed or can't do what is asked."""
+    """A list of one listener. It is empty if the libraries are missing or another protocol is asked for; a note says
+    so."""
     protocol = next(filter(None, map(os.environ.get, _PROTOCOLS)), "http/protobuf")
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return []

@@ -47,7 +47,7 @@ Exit code:
     with_out_again,
     *base_and_adapter(
         base="Make OUT again from this base, and compare.",
-        adapter="The adapter that is merged in; all that are combined, in their order.",
+        adapter="The adapter that is merged in. If several were combined, repeat it in the same order.",
     ),
     *REVISIONS.values(),
     cloup.option("--calibrate", type=Place("file"), metavar="FILE", help="The text by which OUT was calibrated."),

@@ -32,10 +32,10 @@ class Listener(Hearing, Protocol):
         """One of several outputs has ended; `error` says what is wrong with it."""
 
     def result(self, figures: Mapping[str, float]) -> None:
-        """What came out, by name."""
+        """The figures of the result, by name."""
 
     def close(self, code: int, why: str) -> None:
-        """The run ends with this exit code; `why` it failed."""
+        """The run has ended with this exit code. `why` says what failed; it is empty if nothing did."""
 
 
 class Watch:
@@ -45,14 +45,14 @@ class Watch:
         self._listeners = listeners
 
     def beside(self, shown: Display, samples: Samples | None = None) -> Display:
-        """What is told to a display, told to the listeners, too; its progress also to `samples`."""
+        """A display that passes everything on to the listeners, too, and progress also to `samples`."""
         hearing: list[Hearing] = [*self._listeners]
         if samples is not None:
             hearing.append(samples)
         return _Beside(shown, hearing, self._listeners) if hearing else shown
 
     def result(self, found: Mapping[str, Any]) -> None:
-        """What came out, as JSON values."""
+        """The result as JSON values."""
         for listener in self._listeners:
             listener.result(figures_in(found))
 
@@ -105,11 +105,11 @@ def _watched(printing: Printing, command: str, subject: str) -> Iterator[Watch]:
 
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""Variables of the environment that say where spans go. Without one there are none."""
+"""Environment variables that say where spans go. Without them no spans are made."""
 
 
 def _code_of(exc: BaseException) -> int:
-    """As `cli.main` ends the process."""
+    """The exit code that `cli.main` will give the process."""
     code = getattr(exc, "exit_code", 1)
     return code if isinstance(code, int) else 1
 

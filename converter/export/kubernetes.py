@@ -1,4 +1,4 @@
-"""Manifests for Kubernetes: a job that converts, and a deployment of vLLM that answers while it is updated."""
+"""Manifests for Kubernetes: a job that converts, and a vLLM deployment that keeps answering during an update."""
 
 from __future__ import annotations
 

@@ -92,5 +92,5 @@ class Serving:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of any server: it asks the Hub nothing where nothing is to be downloaded."""
+        """Variables for every server. With a local model, they keep the server from asking the Hub."""
         return {"HF_HUB_OFFLINE": "1"} if self.is_path else {}

@@ -29,7 +29,7 @@ class Setting:
     """Tokens of prompt and answer."""
     device: str
     tick: Callable[[], None]
-    """To be called while it waits; raises `Interrupted` once the work is to end."""
+    """A server calls this while it waits. It raises `Interrupted` when the user wants to stop."""
 
 
 Opening = Callable[[Setting], Server]
@@ -41,7 +41,7 @@ class Machine:
 
     processors: int
     load: float
-    """Processes that wanted a processor, on average of the minute before."""
+    """The load average of the minute before the start."""
 
     @classmethod
     def this(cls) -> Machine:
@@ -60,7 +60,7 @@ class Benchmark:
 
     @property
     def notes(self) -> list[str]:
-        """What speaks against the figures."""
+        """Reasons not to trust the figures."""
         machine = self.machine
         if machine.load < 0.5:
             return []

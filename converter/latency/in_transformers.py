@@ -16,7 +16,7 @@ from converter.latency.measure import CannotRun, Variant
 
 _PROGRAM = "import sys; sys.path[:] = {path!r}; from converter.model.generation import serve; serve()"
 _POLL = 0.5
-"""Seconds between two looks at whether to stop."""
+"""Seconds between two checks whether to stop."""
 
 
 class InTransformers:

@@ -1,5 +1,7 @@
-"""vLLM as a server: `vllm serve` in a process group of its own, asked over HTTP; with --enable-lora for an adapter that
-isn't merged."""
+"""vLLM as a server: `vllm serve` runs in a process group of its own and is asked over HTTP.
+
+An adapter that isn't merged is served with --enable-lora.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,15 @@ from typing import IO, Any
 from converter.latency.measure import CannotRun, Variant
 
 READY_WITHIN, ENDED_WITHIN, ANSWERS_WITHIN = 1200, 60, 600
-"""Seconds that it may take to start, to end, and between two parts of an answer."""
+"""Timeouts in seconds: until the server is ready, until it has ended, until the next part of an answer comes."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""That --max-lora-rank takes."""
+"""The values that --max-lora-rank takes."""
 _MODEL, _ADAPTER = "model", "adapter"
 
 
 class InVllm:
-    """`program` is vLLM's command; `room` the tokens of prompt and answer; `arguments` are more of its own."""
+    """`program` is vLLM's command, to which `arguments` are added. `room` is the number of tokens of a prompt and its
+    answer."""
 
     name = "vllm"
 
@@ -89,7 +92,7 @@ class _Served:
         self._port, self._model = port, model
 
     def get(self, path: str) -> Any:
-        """What it answers, from JSON; None for nothing."""
+        """The server's answer as JSON values; None if it is empty."""
         with self._answer("GET", path) as answer:
             text = answer.read()
         return json.loads(text) if text.strip() else None
@@ -138,7 +141,7 @@ def _message(answer: Any) -> str:
 
 
 def _rank(adapter: Path) -> int:
-    """The least that vLLM takes of those that hold the adapter's matrices."""
+    """The smallest rank that vLLM takes and that is enough for the adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     highest = max((rank for rank in ranks if isinstance(rank, int)), default=_RANKS[0])
@@ -152,7 +155,7 @@ def _free_port() -> int:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End it and all that it started."""
+    """End the server and every process that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -164,7 +167,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_error(messages: IO[bytes]) -> str:
-    """The line of its log that says why it ended: the last error, else the last line."""
+    """Why the server ended: the last error in its log, or the log's last line."""
     messages.seek(0)
     lines = [line.strip() for line in messages.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and "See root cause above" not in line]

@@ -28,11 +28,11 @@ class Workload:
 
     prompt_tokens: int = 128
     new_tokens: int = 32
-    """Tokens that each answer has, whatever ends the model would choose."""
+    """Tokens of each answer. The model can't end an answer earlier."""
     rounds: int = 3
     """How often each variant is loaded and measured, in turns with the others."""
     requests: int = 3
-    """Answers that are measured in a round, one after the other, after one that isn't."""
+    """Answers that are measured in a round, one after the other. One answer before them warms the server up."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """That a model must have room for."""
+        """Tokens of a prompt and its answer; the model must have room for them."""
         return self.prompt_tokens + self.new_tokens
 
     def prompts(self, vocabulary: int) -> list[list[list[int]]]:
@@ -82,7 +82,7 @@ class Server(Protocol):
 
     name: str
     version: str
-    """Known once a model was loaded, as is `device`."""
+    """Known after the first model is loaded; so is `device`."""
     device: str
 
     def opened(self, variant: Variant) -> AbstractContextManager[Session]:
@@ -145,7 +145,7 @@ class Measured:
     latencies: dict[str, Latency]
     """Variant → its figures."""
     ratios: dict[str, dict[str, float]]
-    """Variant → figure → its median, of which the merged model's is 1. Empty if that was not measured."""
+    """Variant → figure → its median divided by the merged model's. Empty if the merged model was not measured."""
     why_not: dict[str, str]
     """Variant → why it was not measured."""
     notes: tuple[str, ...] = ()
@@ -159,8 +159,8 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[str], None] = lambda _: None,
 ) -> Measured:
-    """Measure variants in turns: in each round every one is loaded, warmed up and measured alone, and the next round
-    begins with another one. `clock` gives seconds; `tick` hears before each request of which variant it is.
+    """Measure variants in turns. In a round, each variant is loaded, warmed up and measured alone. Each round begins
+    with another variant. `clock` gives seconds; `tick` is called with the variant's name before each request.
     """
     times: dict[str, list[Times]] = {variant.name: [] for variant in variants}
     order, why_not = list(variants), dict[str, str]()
@@ -203,7 +203,7 @@ def _ratios(found: Mapping[str, Latency]) -> dict[str, dict[str, float]]:
 
 
 def within_the_noise(found: Mapping[str, Latency]) -> Iterator[str]:
-    """Figures that differ less from the merged model's than the requests of one model do among themselves."""
+    """A note for each figure whose difference from the merged model's is smaller than the spread of single requests."""
     if MERGED not in found:
         return
     for name, of in found.items():

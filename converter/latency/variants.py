@@ -1,4 +1,4 @@
-"""The models that are compared: base and adapter, merged in 16 bits for the time being, and the output."""
+"""The models that are compared: base with the adapter beside it, the merged model in 16 bits, and the output."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _kind_of(config: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The variants that there are, and why others aren't there."""
+    """The variants that can be measured, and why the others can't."""
 
     variants: tuple[Variant, ...]
     why_not: dict[str, str]

@@ -27,7 +27,7 @@ TABLE, PACKED = ".parquet", ".gz"
 MAX_BYTES = 1_000_000_000
 """Of a text: it is in memory while it is cut into tokens."""
 _ROWS = 64
-"""Of a table that are read at a time."""
+"""Rows of a table that are read at a time."""
 _LEAST = 2
 """Tokens of a window: one to go by, and one to predict."""
 _FULL = 0.75
@@ -128,7 +128,7 @@ class Text:
 
 
 def text_file(reference: str | os.PathLike[str], *, offline: bool = False) -> Path:
-    """Where the file of a text lies on this machine. One in a dataset on the Hub is fetched."""
+    """The path of a text's file on this machine. A file of a dataset on the Hub is fetched first."""
     place = os.fspath(reference)
     return dataset_file(place, offline=offline) if is_dataset_file(place) else Path(place)
 

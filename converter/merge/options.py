@@ -21,8 +21,8 @@ _WITHOUT_EFFECT = """
     megatron_core runtime_config qalora_group_size merge_weights
     eva_config loftq_config corda_config lora_ga_config
 """
-"""Among them the configs of initialisations, which PEFT reads only where init_lora_weights names theirs, and what PEFT
-before 0.4 said of merging while it trained."""
+"""The last line has the configs of initialisations. PEFT reads such a config only if init_lora_weights names its
+initialisation. PEFT before 0.4 wrote merge_weights, which was about training."""
 _READ = """
     r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform
     layers_pattern fan_in_fan_out bias modules_to_save init_lora_weights kasa_config
@@ -32,7 +32,7 @@ UNDERSTOOD = frozenset(_WITHOUT_EFFECT.split() + _READ.split()) | _OF_VARIANTS
 # Initialisations that leave the base as it was; most others change the base that the adapter was trained on.
 _PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _CHANGE_THE_BASE = ("loftq_config", "corda_config", "lora_ga_config")
-"""Configs of initialisations that change the base: where they are left over, the changed one may have been saved."""
+"""Configs of initialisations that change the base. If one is left over, the user may have saved the changed base."""
 _OF_THE_BASE = ("pissa", "olora")
 """Initialisations that take a part out of the base, which can be found again."""
 TUNERS = {
@@ -93,7 +93,7 @@ class Options:
         """What a user should know of options that change nothing here."""
         return [
             f"{self._where}: {key} is given, but init_lora_weights is another: if the adapter was trained on a base "
-            "that was changed before, and saved, give that base"
+            "that this initialisation had changed and that was saved, give that base"
             for key in _CHANGE_THE_BASE
             if self._config.get(key)
         ]

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 NOTE = "an adapter of torchtune, whose names and rows of q_proj and k_proj are put into PEFT's form"
 OF_BASE = "config.json"
-"""The base's, which torchtune copies beside what it saves."""
+"""The base's config, which torchtune copies into its output folder."""
 _TURNED = ("llama", "mistral", "gemma", "gemma2")
 _AS_THEY_ARE = ("qwen2", "qwen3")
-"""Types of models whose q_proj and k_proj have other rows in torchtune, and the same."""
+"""Model types whose rows of q_proj and k_proj torchtune turns, and model types whose rows it leaves."""
 _MODULES = {
     "attn.q_proj": "self_attn.q_proj", "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj",
     "attn.output_proj": "self_attn.o_proj", "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.down_proj",
@@ -45,7 +45,7 @@ _MERGED = "give the merged model that torchtune saves beside its adapters as `ba
 
 
 class _Rows(NamedTuple):
-    """How the rows of q_proj and k_proj lie in torchtune: by heads, and turned or not."""
+    """How torchtune orders the rows of q_proj and k_proj."""
 
     heads: dict[str, int]
     """Module of an attention → its heads."""
@@ -54,7 +54,8 @@ class _Rows(NamedTuple):
 
 
 def in_pefts_form(folder: Folder) -> Folder:
-    """The folder with PEFT's two files instead of torchtune's; itself if it has none of torchtune, or PEFT's, too.
+    """The folder with PEFT's two files in place of torchtune's. A folder that has PEFT's files, or none of torchtune's,
+    is given back as it is.
 
     Unpickles the weights, as weights only. Raises `BadAdapter` for files that contradict themselves, `Unsupported` for
     what has no exact form in PEFT.
@@ -81,7 +82,7 @@ def in_pefts_form(folder: Folder) -> Folder:
         raise BadAdapter(str(exc)) from exc
     made = [_made(name, tensor, rows, file) for name, tensor in tensors.items()]
     modules = sorted({tensor.name.removeprefix(PREFIX).rpartition(".lora_")[0] for tensor in made})
-    # torchtune's own config names no DoRA, which it trains all the same.
+    # torchtune trains DoRA, too, but its config doesn't say so.
     uses_dora = any(name.endswith(".magnitude") for name in tensors)
     settings = {"peft_type": "LORA"} | config | {"target_modules": modules, "use_dora": uses_dora}
     files = {CONFIG: MadeFile([json.dumps(settings).encode()]), WEIGHTS: weights_file(made)}
@@ -91,7 +92,7 @@ def in_pefts_form(folder: Folder) -> Folder:
 
 
 def refuse_wrongly_turned(folder: Folder) -> None:
-    """Refuse PEFT's form of an adapter as torchtune saves it for a model of Qwen: it turns rows that need no turning.
+    """Refuse what torchtune saves in PEFT's form for models of Qwen: torchtune turned their rows, which is wrong there.
 
     That can be known only where torchtune's own file and the base's config lie beside PEFT's file.
     """
@@ -155,5 +156,6 @@ def _made(name: str, tensor: Tensor, rows: _Rows, file: str) -> MadeTensor:
 
 
 def _turned_back(tensor: Tensor, heads: int) -> memoryview:
-    """Rows of pairs, as rows of first halves and of second halves, within each head."""
+    """The rows in transformers' order. torchtune has pair after pair; transformers has, within each head, the first
+    values of all pairs, then the second values."""
     return as_bytes(tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous())

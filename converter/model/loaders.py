@@ -53,7 +53,7 @@ class Written:
     misread: Collection[str] = ()
     """What of the config it reads otherwise than transformers 5, or not at all."""
     uneven: Collection[str] = ()
-    """Quantized weights of which the last block isn't whole."""
+    """Quantized weights whose size is no multiple of the block size."""
 
     @property
     def method(self) -> str | None:

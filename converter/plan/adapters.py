@@ -47,7 +47,7 @@ class OpenedAdapter(NamedTuple):
     checked: dict[str, str]
     """Its weights file → who stated the sha256 that it was found to have; empty if nobody did."""
     sources: tuple[Folder, ...]
-    """As the user named them. They are closed last: of a bucket, that removes what was fetched."""
+    """The folders as the user named them. They are closed last: closing a bucket's folder removes what was fetched."""
 
     def close(self) -> None:
         for folder in (self.adapter.folder, *self.sources):

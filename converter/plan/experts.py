@@ -75,7 +75,7 @@ def _of_experts(stacks: Sequence[Stack]) -> set[str]:
 
 
 def uneven(tensors: Iterable[TensorPlan], recipe: Recipe) -> Iterator[str]:
-    """Names of the weights to quantize, or copied as codes, of which the last block isn't whole."""
+    """Names of quantized weights whose size is no multiple of the block size."""
     for tensor in tensors:
         if tensor.is_quantized:
             source = tensor.source

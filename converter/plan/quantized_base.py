@@ -29,7 +29,7 @@ _INT8: Settings = ("int8", True, 64)
 
 
 _INTEGERS = {"w4a16": " 4-bit", "w8a16": " 8-bit"}
-"""Formats of whole numbers, and how the names of schemes end whose weights are whole numbers of that size."""
+"""Integer formats → how the name of a base's scheme ends if its weights are integers of the same size."""
 
 
 def settings_of(source: Source) -> Settings | None:
@@ -57,8 +57,8 @@ def settled(recipe: Recipe, sources: Sources) -> Recipe:
 
 
 def _are_on_its_points(stored: Iterable[Stored], quant_type: str) -> bool:
-    """Whether a base's values lie on, or nearly on, what codes of this format stand for. Elsewhere the nearest code
-    loses no more of an adapter than on a 16-bit base."""
+    """Whether the codes of this format stand for the base's values, or nearly so. If not, rounding to the nearest code
+    loses no more of an adapter than it does on a 16-bit base."""
     if quant_type in _INTEGERS:
         return any(source.scheme.endswith(_INTEGERS[quant_type]) for source in stored)
     return quant_type in ROUNDED and any(settings_of(source) is not None for source in stored)

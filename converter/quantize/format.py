@@ -97,7 +97,7 @@ class Encoded:
     sums: np.ndarray[Any, Any] | None = None
     """The sums of the rows, as `measure.row_sums` gives them."""
     outputs: tuple[float, float] | None = None
-    """Of rows whose codes a text chose: what `measure.Tally.add_outputs` takes."""
+    """The two arguments of `measure.Tally.add_outputs`, for rows that a text calibrated; else None."""
 
 
 class Encoder(Protocol):
@@ -137,7 +137,7 @@ class Found:
     parts: set[str] = field(default_factory=set)
     """Names of the tensors that belong to these weights; the weights' own are among them if tensors have them."""
     uneven: set[str] = field(default_factory=set)
-    """Weights of which the last block isn't whole."""
+    """Weights whose size is no multiple of the block size."""
     problems: list[str] = field(default_factory=list)
     """One line each, naming the weight."""
     settings: dict[str, Any] | None = None

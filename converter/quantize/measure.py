@@ -116,7 +116,7 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _ratio(missed: float, whole: float) -> float:
-    """Of lengths, whose squares are given."""
+    """The ratio of two lengths, from their squares."""
     return _rounded(math.sqrt(missed / whole) if whole else (0.0 if missed == 0 else math.inf))
 
 

@@ -1,4 +1,4 @@
-"""What a place is, if it is no plain path: file:///DIR, s3://BUCKET/PREFIX, hf://ORG/NAME …"""
+"""Addresses: file:///DIR, s3://BUCKET/PREFIX, hf://ORG/NAME and others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 
 
 def is_address(place: str) -> bool:
-    """Whether this is the address of a store, known or not, and no path."""
+    """Whether this is an address and not a path. The store need not be a known one."""
     return _ADDRESS.match(place) is not None
 
 
@@ -26,7 +26,7 @@ def is_bucket(place: str) -> bool:
 
 
 def path_of(place: str) -> Path | None:
-    """The folder or file that a place means; None of the address of a store. file:///DIR is a folder."""
+    """The path of a folder or file, also of file:///DIR; None for the address of a store."""
     if place.lower().startswith("file://"):
         parts = urlsplit(place)
         if parts.netloc not in ("", "localhost") or not parts.path:
@@ -36,7 +36,8 @@ def path_of(place: str) -> Path | None:
 
 
 def parts_of(address: str) -> tuple[str, str]:
-    """The scheme of an address, in small letters, and the rest. `StoreRefused`, without the rest, if that has a key."""
+    """The scheme of an address, in lower case, and the rest. `StoreRefused` if the rest may hold a key; the message
+    doesn't repeat it."""
     found = _ADDRESS.match(address)
     scheme, rest = (found[1].lower(), address[found.end() :]) if found else ("", address)
     # A key in an address would come into the shell's history, logs and messages.

@@ -26,22 +26,22 @@ class Remote(Folder, Protocol):
     """A folder whose files lie elsewhere, and can be brought here."""
 
     is_kept: bool
-    """Whether what `fetch` brings of its own accord is there for later runs."""
+    """Whether later runs find what `fetch` brings where no `place` is given."""
     is_pinned: bool
-    """Whether each request names the contents that were listed, so that a file needs no sha256 to be the right one."""
+    """Whether each request names the contents that were listed. Then a file is the right one even without a sha256."""
 
     def refuse_if_too_full(self, names: Iterable[str]) -> None:
         """`StoreRefused` if `snapshot` is ours alone, and its disk has no room for these files."""
 
     @property
     def snapshot(self) -> Path:
-        """Where `fetch` puts files of its own accord; there once something has been fetched."""
+        """The folder in which `fetch` puts files if no `place` is given. It exists after the first fetch."""
 
     def stated(self, name: str) -> Stated | None:
-        """What the sha256 of a file is said to be; None if nobody says."""
+        """The sha256 that somebody states for a file, and who; None if nobody does."""
 
     def cached(self, name: str) -> Path | None:
-        """Where this machine has a file whole, and keeps it for others, too; None if it has it not."""
+        """Where this machine's shared cache has the whole file; None if it doesn't."""
 
     def fetch(self, names: Iterable[str], progress: Progress | None = None, place: Path | None = None) -> LocalFolder:
         """Download those of these files that are not in `place` already, and open that folder; None: `snapshot`."""

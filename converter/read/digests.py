@@ -77,7 +77,7 @@ def remember_digests(base: Checkpoint, digests: Mapping[str, str]) -> None:
 
 
 def _key_of(base: Checkpoint) -> str | None:
-    """The key for what is known about a base; None of one on the Hub, which itself tells all."""
+    """The key under which facts about a base are remembered; None for a base on the Hub, where nothing need be."""
     folder = base.folder
     if folder.path is not None:
         return cache.key_of(folder.path)

@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a key like no other": ({"verify": {"zzz": 1}}, "verify: 'zzz' is not known; known: compare, sample"),
     "text of the Hub": (
         {"evaluate": {"text": "hf://datasets/org/name/a.jsonl"}},
-        "give a file of this machine; `hf download` fetches hf://datasets/org/name/a.jsonl",
+        "hf://datasets/org/name/a.jsonl is on the Hub: download it, and give the file's path",
     ),
     "no text": ({"evaluate": {"max_kl": 1.0}}, "evaluate: has no text: give a file of text, or of JSON lines"),
     "a gate": (

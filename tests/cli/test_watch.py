@@ -30,7 +30,7 @@ Metrics = dict[str, float]
 
 
 def metrics_in(file: Path) -> Metrics:
-    """Name, and stage if there is one, without what all have in common → value."""
+    """The metrics in a file, by name, such as `exit_code` or `stage_seconds planning`, without the common prefix."""
     return {
         sample.name.removeprefix("nf4_converter_") + f" {sample.labels.get('stage', '')}".rstrip(): sample.value
         for family in text_string_to_metric_families(file.read_text())

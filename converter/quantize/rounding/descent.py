@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from converter.quantize.rounding.feedback import Grid
 
 _BLOCK = 128
-"""Columns after which the changes of codes are carried on to all columns."""
+"""Columns in a block. What a block's new codes change is passed on to the later columns at its end."""
 
 
 def swept(codes: Tensor, target: Tensor, steps: Tensor, grid: Grid, second: Tensor, damping: float) -> Tensor:

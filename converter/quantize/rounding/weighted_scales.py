@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 FACTORS = tuple(hundredths / 100 for hundredths in range(104, 68, -2) if hundredths != 100)
 """1.04, 1.02, 0.98, …, 0.70: what the format's scale is multiplied by."""
 KEPT = 0.99999
-"""A scale is taken if its error is smaller than this share of the best one's so far: what float32 rounds away of a sum
-never decides."""
+"""A scale replaces the best one so far if its error is smaller than this share of that one's. So float32's rounding of
+sums never decides."""
 _AT_ONCE = 1 << 18
-"""Weights that are looked at together: what is made of them on the way stays in the cache."""
+"""Weights that are handled at a time. Intermediate values of so many stay in the processor's cache."""
 
 
 def weighted_scales(coding: Coding, target: Tensor, scales: Tensor, squares: Tensor) -> Tensor:

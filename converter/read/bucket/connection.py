@@ -18,10 +18,10 @@ from converter.errors import InputChanged, StoreFailed, StoreRefused, WriteFaile
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=3)
-"""For how long a request is tried again."""
+"""How long a failed request is repeated."""
 
 MOST_OBJECTS = 100_000
-"""Below a prefix."""
+"""Objects that a prefix may have."""
 
 _EXTRA = "pip install 'nf4-converter[stores]'"
 
@@ -31,13 +31,13 @@ class Entry(NamedTuple):
 
     size: int
     modified: int
-    """When, in seconds."""
+    """Time of the last change, in seconds since 1970."""
     etag: str | None
-    """Another one whenever the contents are others; None if the store states none."""
+    """It changes whenever the contents change; None if the store has none."""
 
 
 class Connection:
-    """Requests about what is below a prefix. Their errors are ours; the library itself tries again."""
+    """Requests for the objects below a prefix. They raise this project's errors. obstore repeats what failed."""
 
     def __init__(self, scheme: str, place: str, *, patience: timedelta = PATIENCE) -> None:
         bucket, _, prefix = place.strip("/").partition("/")
@@ -51,7 +51,7 @@ class Connection:
             raise StoreRefused(
                 f"{self.label}: obstore is not installed, which reads and writes there: {_EXTRA}"
             ) from None
-        # What is sent in clear is signed, and has no key; endpoints of one's own are often plain.
+        # Private endpoints often have no TLS. Requests are signed, so the secret key is not sent.
         plain = any(os.environ.get(name, "").startswith("http://") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
         self._store: Any = self._trying(
             "",
@@ -138,7 +138,7 @@ class Connection:
             return action()
         except (exceptions.BaseError, OSError) as exc:
             said, keys = _said(exc), _KEYS[self.scheme]
-            # Of some requests the library tells the status only in its text.
+            # For some requests the library states the status only in its message.
             status = _STATUS.search(said)
             if isinstance(exc, exceptions.PreconditionError):
                 raise changed(self.label, name) from None

@@ -26,9 +26,10 @@ from converter.read.checksums import SUMS, Stated, read_sums
 from converter.read.folder import LocalFolder, Progress, is_seen
 
 RECORDS = ".arrived"
-"""In a folder of downloads: of each file that is there whole, which object it is; and files that are not whole yet."""
+"""A folder inside a folder of downloads. It has a note for each whole file, which says what object it is, and the files
+that are not whole yet."""
 MOST_READERS = 100
-"""Of the same address at one time."""
+"""Processes that may read the same address at one time."""
 
 
 class BucketFolder:
@@ -180,7 +181,7 @@ class BucketFolder:
                     file.fileno(),
                     lambda done: progress(name, done) if progress is not None else None,
                 )
-                # No sum covers these bytes: after a loss of power the record must not speak of what is not there.
+                # No checksum covers these bytes. So they are durable before the note says that the file is whole.
                 os.fsync(file.fileno())
             # A run that fetches it anew resumes the work of one that had it before, which knows it by its time.
             os.utime(unfinished, (self._files[name].modified,) * 2)

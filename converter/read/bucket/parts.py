@@ -12,7 +12,7 @@ from converter.threads import pool
 PART = 8 << 20
 """Bytes of a part. One that breaks off is asked for anew."""
 AT_ONCE = 4
-"""Parts on their way, which are all that is in memory."""
+"""Parts that are downloaded at the same time. No more are in memory."""
 
 _TICK = 0.1  # seconds after which somebody is told how far it is, and may end it
 
