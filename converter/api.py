@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converter.calibration import Calibration
+from converter.calibration import SELF, Calibration
 from converter.compare import Sources
 from converter.errors import BadRecipe, ConversionRefused
 from converter.evaluation import Evaluation, Measuring, evaluate_output
@@ -75,8 +75,8 @@ def convert(
     take of this machine's disk; the base's files are removed after their last tensor then, not kept in the Hub's cache.
 
     `calibrate`: a file of text, of JSON lines or a Parquet table, or such a file at hf://datasets/ORG/NAME/FILE, by
-    which codes are chosen so that what the weights make of their real inputs is kept; `recipe.calibration` says how
-    much of it is read, and in which windows.
+    which codes are chosen so that what the weights make of their real inputs is kept; `self`: by a text that the merged
+    model writes. `recipe.calibration` says how much of it is read, and in which windows.
 
     Raises a `ConversionRefused` before anything is written, a `ConversionFailed` after.
     """
@@ -152,12 +152,11 @@ def verify(
 
     `out` is a folder, hf://ORG/NAME[@REVISION] or s3://BUCKET/PREFIX; the last two are downloaded for it and removed.
     Of base and adapter, the one that isn't given is taken from the receipt if that names it; `compare`: both are.
-    `calibrate`: the text by which it was calibrated; it is
-    made again by that. `sample` is the share of each shard's tensors that are made
-    again, chosen by their names. `require_receipt`: having no receipt is a problem. The figures of the tensors that
-    aren't made again are those of the receipt; all must reach the `gates`. `signature` and `public_key` are files, as
-    `convert sign` takes and writes them, `provenance` one as `convert provenance` writes it: what they say otherwise is
-    a problem.
+    `calibrate`: the text by which it was calibrated, unless the model wrote it. `sample` is the share of each shard's
+    tensors that are made again, chosen by their names. `require_receipt`: having no receipt is a problem. The figures
+    of the tensors that aren't made again are those of the receipt; all must reach the `gates`. `signature` and
+    `public_key` are files, as `convert sign` takes and writes them, `provenance` one as `convert provenance` writes it:
+    what they say otherwise is a problem.
 
     Raises a `ConversionRefused` if `out` is no checkpoint, `Undecided` if something that is needed can't be had.
     """
@@ -244,6 +243,8 @@ def _calibrated(recipe: Recipe, text: Reference | None, offline: bool) -> tuple[
     """The recipe, which calibrates by a text if one is given, and the text's file."""
     if text is None:
         return recipe, None
+    if os.fspath(text) == SELF:
+        return recipe if recipe.calibration is not None else replace(recipe, calibration=Calibration(SELF)), None
     file = text_file(text, offline=offline)
     if recipe.calibration is None:
         recipe = replace(recipe, calibration=Calibration.of(file))

@@ -1,5 +1,7 @@
 """A conversion whose codes are chosen by a text: the model is run layer by layer while it is quantized.
 
+The text is the user's, or one that the merged model writes first.
+
 A layer gets the text as the layers before it pass it on, which are quantized by then. Its weights are quantized in the
 order in which it calls them, each by what comes out of those that are quantized already. Then the layer runs with what
 a loader will restore, and the next one has its turn.
@@ -20,6 +22,7 @@ from converter.layers.activations import Activations
 from converter.layers.inputs import groups_of, in_order, moments_of
 from converter.layers.layered import LayeredModel
 from converter.layers.restored import restored
+from converter.layers.sampled import OwnText
 from converter.layers.texts import Batch, Text, in_batches, window_of, windows_of
 from converter.layers.weights import Weights
 from converter.model.tokenizer import Tokenizer
@@ -31,6 +34,7 @@ from converter.plan.plan import Plan, TensorPlan
 from converter.seal.production import Made, Target
 from converter.threads import pool, use_one_thread
 from converter.tile import Encoding
+from converter.write.journal import Sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,23 +56,34 @@ class Making(Protocol):
     def written(self, tensor: TensorPlan) -> Mapping[str, bytes]:
         """The bytes of a tensor that is made, by output name."""
 
+    @property
+    def sampled(self) -> Sampled | None:
+        """The text that the model wrote; None: it hasn't yet."""
+
+    def note_sampled(self, sampled: Sampled) -> None:
+        """Take note of it."""
+
 
 class Calibrator:
-    """Calibrates one plan by one text. Refuses, before anything is written, a model that can't be run layer by layer.
+    """Calibrates one plan by one text; None: by what the model writes. Refuses, before anything is written, a model
+    that can't be run layer by layer.
 
     `ConversionRefused` for a text without two tokens, `InputChanged` for one that isn't the recipe's.
     """
 
-    def __init__(self, plan: Plan, inputs: Inputs, text: Path, encoding: Encoding, observer: Observer) -> None:
+    def __init__(self, plan: Plan, inputs: Inputs, text: Path | None, encoding: Encoding, observer: Observer) -> None:
         assert plan.recipe.calibration is not None  # noqa: S101  (who calls this has looked)
         self._plan, self._inputs, self._encoding, self._observer = plan, inputs, encoding, observer
-        self._text, self._recipe = text, plan.recipe.calibration
+        self._recipe = plan.recipe.calibration
         self._planned = {tensor.name: tensor for tensor in plan.tensors()}
         self._done = 0
-        self._batches = self._in_batches()
         self._activations = Activations(ACTIVATIONS)
-        tokens = [batch.tokens for batch in self._batches]
+        self._own = OwnText(self._recipe, inputs.base.config, self._tokenizer()) if text is None else None
+        self._batches = [] if text is None else self._in_batches(text)
+        tokens = [batch.tokens for batch in self._batches] if self._own is None else [self._own.first[None, :16]]
         self._model = LayeredModel.of(self._weights(), tokens, self._activations, device=encoding.device.place)
+        if self._own is not None:
+            self._model.refuse_to_write()
 
     def run(self, output: Making, convert: Convert) -> Iterator[Result]:
         """Make all tensors of the output: those of the layers, layer by layer, then the others. Once."""
@@ -77,12 +92,29 @@ class Calibrator:
             workers: Executor | None = None
             if self._encoding.device.place.type == "cpu" and threads > 1:
                 workers = stack.enter_context(pool(threads, "layer", use_one_thread))
+            if self._own is not None:
+                self._write(self._own, output, workers)
             for number in range(model.layers):
                 with model.filled(number):
                     yield from self._layer(number, output, convert, workers)
                     if number < model.layers - 1:
                         self._advance(number, workers)
         yield from convert(output.targets())
+
+    def _write(self, own: OwnText, output: Making, workers: Executor | None) -> None:
+        """Let the model write the text, or take what it wrote in an earlier run."""
+
+        def step(token: int, layer: int) -> None:
+            self._observer.stop_if_asked("the text was written")
+            done = (token + layer / self._model.layers) / own.size
+            what = f"token {token + 2} of {own.size}: layer {layer + 1} of {self._model.layers}"
+            self._observer.tell("sampling", int(done * self._plan.base_bytes), self._plan.base_bytes, what)
+
+        if (sampled := output.sampled) is None:
+            sampled = Sampled(own.written_by(self._model, workers, step))
+            output.note_sampled(sampled)
+        self._batches = in_batches(sampled.windows, max(own.size, DEFAULT_WINDOW))
+        self._model.take([batch.tokens for batch in self._batches], self._activations)
 
     def _layer(self, number: int, output: Making, convert: Convert, workers: Executor | None) -> Iterator[Result]:
         model = self._model
@@ -138,20 +170,20 @@ class Calibrator:
             )
         return Weights(plan, base.folder, None if adapter is None else adapter.folder)
 
-    def _in_batches(self) -> list[Batch]:
-        if sha256_of_text(self._text) != self._recipe.text:
-            raise InputChanged(f"{self._text}: not the text of the recipe, by its sha256; give the same file again")
+    def _in_batches(self, text: Path) -> list[Batch]:
+        if sha256_of_text(text) != self._recipe.text:
+            raise InputChanged(f"{text}: not the text of the recipe, by its sha256; give the same file again")
         size = window_of(self._recipe.window, self._inputs.base.config, "calibrate_window")
-        documents = Text(self._text, self._recipe.field).documents()
-        windows = windows_of(documents, Tokenizer(self._tokenizer()), size, self._recipe.tokens)
+        documents = Text(text, self._recipe.field).documents()
+        windows = windows_of(documents, self._tokenizer(), size, self._recipe.tokens)
         if not windows:
-            raise ConversionRefused(f"{self._text}: no two tokens, so nothing can be calibrated by it")
+            raise ConversionRefused(f"{text}: no two tokens, so nothing can be calibrated by it")
         return in_batches(windows, max(size, DEFAULT_WINDOW))
 
-    def _tokenizer(self) -> Path:
-        """The folder whose tokenizer the output gets."""
+    def _tokenizer(self) -> Tokenizer:
+        """The one that the output gets."""
         adapter = self._inputs.adapter
         own = any(file.name == "tokenizer.json" and file.origin == "adapter" for file in self._plan.side_files)
         path = (adapter if own and adapter is not None else self._inputs.base).folder.path
         assert path is not None  # noqa: S101  (it has been fetched)
-        return path
+        return Tokenizer(path)

@@ -12,6 +12,10 @@ from typing import Any, Literal
 from converter.errors import BadRecipe
 
 DEFAULT_TOKENS, DEFAULT_WINDOW = 32_768, 2048
+SELF = "self"
+"""In the place of a text: text that the merged model itself writes."""
+SELF_WINDOW = 64
+"""Tokens of a window of such text. Each takes a pass over the base, for all windows together."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -20,13 +24,13 @@ class Calibration:
     """The choices that shape a calibrated output's bytes. `BadRecipe` for a value out of range."""
 
     text: str
-    """sha256 of the text's file."""
+    """sha256 of the text's file, or `SELF`."""
     field: str | None = None
     """The name of a document in a JSON line; None: `text` in files named .jsonl and .ndjson."""
     tokens: int = DEFAULT_TOKENS
     """No window begins once there are so many tokens."""
     window: int | None = None
-    """Tokens that the model sees at a time. None: 2048, or as many as the model takes."""
+    """Tokens that the model sees at a time. None: 2048, or as many as the model takes; of `SELF`, 64."""
     damping: float = 0.01
     """What is added to the diagonal of the inputs' second moments, in means of it."""
     scales: Literal["inputs", "format"] = "inputs"
@@ -34,10 +38,18 @@ class Calibration:
     the format's library."""
     sweeps: int = 2
     """How many times all codes are chosen again, one by one, while the others stay."""
+    seed: int | None = None
+    """Of what `SELF` draws by chance. None: 0."""
 
     def __post_init__(self) -> None:
-        if not _SHA256.fullmatch(str(self.text)):
-            raise BadRecipe("`calibrate`: expected the sha256 of a text")
+        if self.text != SELF and not _SHA256.fullmatch(str(self.text)):
+            raise BadRecipe(f"`calibrate`: expected the sha256 of a text, or {SELF}")
+        if self.is_self and self.field is not None:
+            raise BadRecipe(f"`calibrate_field` has no meaning with `calibrate` {SELF}: there is no file")
+        if not self.is_self and self.seed is not None:
+            raise BadRecipe(f"`calibrate_seed` has no meaning with a text: only `calibrate` {SELF} draws by chance")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
+            raise BadRecipe(f"`calibrate_seed` {self.seed!s:.40}: expected a whole number from 0 on")
         if self.field is not None and not isinstance(self.field, str):
             raise BadRecipe("`calibrate_field`: expected a name")
         if type(self.tokens) is not int or not 128 <= self.tokens < 2**40:
@@ -52,9 +64,20 @@ class Calibration:
             raise BadRecipe(f"`sweeps` {self.sweeps!s:.40}: expected a whole number from 0 to 100")
 
     @classmethod
-    def of(cls, text: Path, **choices: Any) -> Calibration:
-        """The calibration by a text's file. `BadRecipe` if it can't be read."""
-        return cls(sha256_of_text(text), **choices)
+    def of(cls, text: Path | None, **choices: Any) -> Calibration:
+        """The calibration by a text's file; None: by what the model writes. `BadRecipe` if it can't be read."""
+        return cls(SELF if text is None else sha256_of_text(text), **choices)
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the merged model itself writes the text."""
+        return self.text == SELF
+
+    @property
+    def sequences(self) -> tuple[int, int]:
+        """Of `SELF`: how many windows are written, and of how many tokens."""
+        size = self.window or SELF_WINDOW
+        return -(-self.tokens // size), size
 
     @classmethod
     def from_json(cls, stated: object) -> Calibration:
@@ -65,7 +88,8 @@ class Calibration:
         return cls(**stated)
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values, without a seed that isn't given."""
+        return {name: value for name, value in asdict(self).items() if name != "seed" or value is not None}
 
 
 def sha256_of_text(text: Path) -> str:

@@ -25,6 +25,7 @@ from converter.recipe import Recipe
 from converter.seal.production import Target
 from converter.threads import one_thread
 from converter.tile import Encoding
+from converter.write.journal import Sampled
 
 T = TypeVar("T")
 
@@ -76,7 +77,11 @@ def compare_with(
     sources = given.completed()
     if recipe.calibration is None and given.text is not None:
         raise BadRecipe("`calibrate`: no text calibrated this output, by its receipt; leave it out")
-    if recipe.calibration is not None and given.text is None:
+    if recipe.calibration is not None and recipe.calibration.is_self and given.text is not None:
+        raise BadRecipe(
+            "`calibrate`: no text of yours calibrated this output, but one that the model wrote: leave it out"
+        )
+    if recipe.calibration is not None and not recipe.calibration.is_self and given.text is None:
         raise Undecided(
             f"calibrated by a text, of which the sha256 begins with {recipe.calibration.text[:12]}: give its file as "
             "`calibrate`"
@@ -132,7 +137,7 @@ def _made_again(
         def convert(targets: Iterable[Sequence[Target]]) -> Iterator[Result]:
             return convert_tensors(targets, inputs.base.folder, encoding, crew, observer)
 
-        if given.text is None:
+        if plan.recipe.calibration is None:
             results = convert(making.targets())
         else:
             results = Calibrator(plan, inputs, given.text, encoding, observer).run(making, convert)
@@ -181,6 +186,13 @@ class _MadeAgain:
 
     def target(self, name: str) -> Target | None:
         return self._left.pop(name, None)
+
+    @property
+    def sampled(self) -> None:
+        """The model writes its text again."""
+
+    def note_sampled(self, _: Sampled) -> None:
+        pass
 
     def written(self, tensor: TensorPlan) -> dict[str, bytes]:
         found = {}

@@ -37,12 +37,17 @@ class Job:
     store: str | None = None
     """The address of a store, hf://ORG/NAME or s3://BUCKET/PREFIX, in the place of `out`."""
     text: Path | None = None
-    """The file by which the recipe calibrates."""
+    """The file by which the recipe calibrates. None: none, or the model writes a text itself."""
 
     def __post_init__(self) -> None:
-        if self.text is None and self.recipe.calibration is not None:
-            raise BadRecipe("the recipe calibrates by a text: give its file as `calibrate`")
-        if self.text is not None and self.store is not None:
+        calibration = self.recipe.calibration
+        if calibration is not None and calibration.is_self != (self.text is None):
+            raise BadRecipe(
+                "the recipe calibrates by a text that the model writes: give `calibrate` self"
+                if calibration.is_self
+                else "the recipe calibrates by a text: give its file as `calibrate`"
+            )
+        if calibration is not None and self.store is not None:
             raise BadRecipe(
                 "`calibrate` reads what it has written, and a store's shards are gone from this disk: convert to a "
                 "folder, and upload that"

@@ -14,7 +14,7 @@ class Progress:
     """How far a conversion is."""
 
     stage: str
-    """planned, fetching, checking, converting or sealing"""
+    """planned, fetching, checking, sampling, converting or sealing"""
     done: int
     """Bytes of the base."""
     total: int

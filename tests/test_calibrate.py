@@ -16,8 +16,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from converter import Evaluation, Job, Recipe, Resources, convert, convert_batch, evaluate, plan_conversion, verify
-from converter.calibration import Calibration
+from converter.calibration import SELF, Calibration
 from converter.cli.commands import cli
+from converter.cli.show.plan import plan_text
 from converter.errors import BadRecipe, ConversionRefused, InputChanged, Interrupted, NoEffect, Undecided, Unsupported
 from converter.observer import Progress
 from tests.architectures import save_tiny
@@ -114,6 +115,78 @@ def test_any_number_of_threads_and_a_resumed_run_give_the_same_bytes(out: Path, 
     assert weights
     assert not weights & {*later}, "what was made is not made again"
     assert contents(place) == contents(out)
+
+
+OWN = Recipe(calibration=Calibration(SELF, tokens=2000, window=24, seed=3))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By a text that the model writes, on two threads."""
+    place = tmp_path_factory.mktemp("made") / "own"
+    return convert(BASE, ADAPTER, place, OWN, Resources(threads=2), calibrate="self").out
+
+
+def test_a_text_that_the_model_writes_brings_an_output_closer_too(out: Path, own: Path, tmp_path: Path) -> None:
+    plain = convert(BASE, ADAPTER, tmp_path / "plain").out
+    chance = replace(OWN, calibration=Calibration(SELF, tokens=2000, window=24, seed=4))
+    other = convert(BASE, ADAPTER, tmp_path / "other", chance, calibrate="self").out
+
+    assert divergence(own) < 0.8 * divergence(plain)
+    assert divergence(other) < 0.8 * divergence(plain)
+    assert contents(other)["model.safetensors"] != contents(own)["model.safetensors"]
+
+
+def test_what_the_model_wrote_is_kept_for_the_next_run_and_the_bytes_are_the_same(own: Path, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+
+    def made_until(count: int, stage: str) -> list[Progress]:
+        heard: list[Progress] = []
+
+        def stop() -> int | None:
+            return signal.SIGTERM if sum(one.stage == stage for one in heard) > count else None
+
+        with pytest.raises(Interrupted):
+            convert(BASE, ADAPTER, place, OWN, ONE, calibrate="self", progress=heard.append, stop=stop)
+        return heard
+
+    first, second = made_until(20, "sampling"), made_until(1, "converting")
+    assert {one.stage for one in first} == {"sampling"}
+    assert {one.stage for one in second} > {"sampling"}, "nothing was there, so it is written anew"
+    later: list[Progress] = []
+    convert(BASE, ADAPTER, place, OWN, ONE, calibrate="self", progress=later.append)
+
+    assert "sampling" not in {one.stage for one in later}
+    assert contents(place) == contents(own)
+
+
+def test_the_receipt_of_such_an_output_has_the_seed_and_verify_needs_no_text(own: Path) -> None:
+    stated = json.loads((own / "conversion.json").read_text())["recipe"]["calibration"]
+
+    assert (stated["text"], stated["seed"], stated["tokens"], stated["window"]) == ("self", 3, 2000, 24)
+    assert "2000 tokens that the merged model wrote" in (own / "README.md").read_text()
+    assert verify(own, BASE, ADAPTER).is_good
+    assert verify(own, BASE, ADAPTER, sample=0.1).is_good
+    with pytest.raises(BadRecipe, match="but one that the model wrote: leave it out"):
+        verify(own, BASE, ADAPTER, calibrate=TEXT)
+    other = replace(OWN, calibration=Calibration(SELF, tokens=2000, window=24))
+    with pytest.raises(ConversionRefused, match="overwrite"):
+        convert(BASE, ADAPTER, own, other, calibrate="self")
+
+
+def test_the_plan_says_how_often_the_base_is_read_to_write_a_text() -> None:
+    with_text = plan_conversion(BASE, ADAPTER, recipe=recipe(), calibrate=TEXT)
+    found = plan_conversion(BASE, ADAPTER, recipe=OWN, calibrate="self")
+    told = plan_text(found)
+
+    assert found.estimate.passes == 24
+    assert 0 < found.estimate.write_text < found.estimate.seconds
+    assert "writing the text reads the base 24 times" in told
+    assert found.as_json()["estimate"]["passes"] == 24
+    assert found.plan.memory > with_text.plan.memory
+    assert with_text.estimate.passes == 0
+    assert "reads the base" not in plan_text(with_text)
+    assert "passes" not in with_text.as_json()["estimate"]
 
 
 def test_it_loads_and_the_model_is_the_one_that_was_measured(out: Path) -> None:
@@ -258,6 +331,9 @@ def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path:
     encoder = save_tiny(tmp_path / "t5", "t5", vocab_size=1536)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BASE / file, encoder)
+    recurrent = save_tiny(tmp_path / "recurrent", "recurrent_gemma", vocab_size=1536)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / file, recurrent)
     cases: list[tuple[Callable[[Path], object], type[Exception], str]] = [
         (lambda out: convert(BASE, ADAPTER, out, Recipe(quant_type="fp8"), calibrate=TEXT), BadRecipe, "only nf4"),
         (lambda out: convert(BASE, ADAPTER, out, recipe(), calibrate=OTHER_TEXT), InputChanged, "the same file again"),
@@ -281,6 +357,22 @@ def test_what_cant_be_calibrated_is_refused_before_anything_is_written(tmp_path:
             BadRecipe,
             "convert each adapter by itself",
         ),
+        (lambda out: convert(recurrent, None, out, calibrate="self"), Unsupported, "so it can't write a text"),
+        (
+            lambda out: convert(
+                BASE, ADAPTER, out, Recipe(calibration=Calibration(SELF, window=513)), calibrate="self"
+            ),
+            BadRecipe,
+            "`calibrate_window` 513: the model takes at most 512",
+        ),
+        (lambda out: convert(BASE, ADAPTER, out, OWN, calibrate=TEXT), BadRecipe, "give `calibrate` self"),
+        (lambda out: convert(BASE, ADAPTER, out, recipe(), calibrate="self"), BadRecipe, "give its file"),
+        (lambda _: convert(BASE, ADAPTER, "s3://bucket/x", calibrate="self"), BadRecipe, "convert to a folder"),
+        (lambda out: convert_batch([Job(out, ADAPTER, BASE, OWN)]), BadRecipe, "convert each adapter by itself"),
+        (lambda _: Calibration.of(TEXT, seed=1), BadRecipe, "only `calibrate` self draws by chance"),
+        (lambda _: Calibration(SELF, field="text"), BadRecipe, "there is no file"),
+        (lambda _: Calibration(SELF, seed=-1), BadRecipe, "a whole number from 0 on"),
+        (lambda _: Calibration("selfie"), BadRecipe, "the sha256 of a text, or self"),
         (lambda _: Calibration.of(TEXT, tokens=5), BadRecipe, "at least 128"),
         (lambda _: Calibration.of(TEXT, damping=0.0), BadRecipe, "above 0"),
     ]
@@ -305,10 +397,15 @@ def test_the_command_line_calibrates_one_output(tmp_path: Path) -> None:
 
     done = invoke([*common, "--adapter", str(ADAPTER), *settings[:4], "-q"])
     several = invoke([*common, "--adapter", f"a={ADAPTER}", "--adapter", f"b={ADAPTER}"])
+    itself = ["--base", str(BASE), "--out", str(tmp_path / "own"), "--adapter", str(ADAPTER), "--calibrate", "self"]
+    own = invoke([*itself, "--calibrate-tokens", "256", "--calibrate-window", "8", "--calibrate-seed", "7", "-q"])
     without = invoke(["--base", str(BASE), "--out", str(tmp_path / "other"), *settings])
 
     assert done.exit_code == 0, done.output
     stated = json.loads((tmp_path / "out" / "conversion.json").read_text())["recipe"]["calibration"]
     assert (stated["tokens"], stated["window"]) == (1000, 64)
+    assert own.exit_code == 0, own.output
+    stated = json.loads((tmp_path / "own" / "conversion.json").read_text())["recipe"]["calibration"]
+    assert (stated["text"], stated["tokens"], stated["window"], stated["seed"]) == ("self", 256, 8, 7)
     assert "--calibrate goes with one output" in several.output
     assert "has no meaning without --calibrate" in without.output

@@ -118,9 +118,10 @@ def _placed(folder: Path, text: str, name: str | None = "adapters") -> str:
     from converter.batch.adapters import names_several
     from converter.batch.job_file import referred
     from converter.batch.jobs import split_name
+    from converter.calibration import SELF
     from converter.read.hub.datasets import is_dataset_file
 
-    if name == "calibrate" and is_dataset_file(text):
+    if name == "calibrate" and (text == SELF or is_dataset_file(text)):
         return text
     if name not in ("base", "adapters"):
         return str(folder / Path(text).expanduser())

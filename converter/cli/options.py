@@ -251,7 +251,7 @@ CALIBRATION: tuple[Decorator, ...] = (
         type=Place("file"),
         metavar="FILE|ADDRESS",
         help="Choose codes by a text, JSON lines, a table, or hf://datasets/ORG/NAME/FILE, so that what the weights "
-        "make of it is kept (nf4, fp4, int8, w4a16, w8a16). Takes longer.",
+        "make of it is kept (nf4, fp4, int8, w4a16, w8a16). self: by text that the merged model writes. Takes longer.",
     ),
     cloup.option(
         "--calibrate-field", metavar="NAME", help="With JSON lines: the text's name.  [default: text, in .jsonl]"
@@ -261,7 +261,10 @@ CALIBRATION: tuple[Decorator, ...] = (
         "--calibrate-window",
         type=int,
         metavar="N",
-        help="Tokens that the model sees at a time.  [default: 2048, or what it takes]",
+        help="Tokens that the model sees at a time.  [default: 2048, or what it takes; with self: 64]",
+    ),
+    cloup.option(
+        "--calibrate-seed", type=int, metavar="N", help="With self: of what is drawn by chance.  [default: 0]"
     ),
 )
 
@@ -357,10 +360,12 @@ def combination_from(options: dict[str, Any]) -> Combination | None:
 
 def calibration_from(options: dict[str, Any]) -> Calibration | None:
     """What `CALIBRATION` adds, if that is an option of the command; `calibrate` itself stays among the options."""
-    from converter.calibration import Calibration
+    from converter.calibration import SELF, Calibration
 
-    stated = {name: options.pop(f"calibrate_{name}", None) for name in ("field", "tokens", "window")}
+    stated = {name: options.pop(f"calibrate_{name}", None) for name in ("field", "tokens", "window", "seed")}
     given = {name: value for name, value in stated.items() if value is not None}
+    if options.get("calibrate") == SELF:
+        return Calibration.of(None, **given)
     if (text := options.get("calibrate")) is not None:
         from converter.layers.texts import text_file
 

@@ -12,7 +12,7 @@ _PARAMETERS = (
     "block_size double_quant group_size merge_precision max_shard_size allow_pickle scale rounding merge_onto "
     "target card link against strict resume resume=False min_survival max_error format part address combine weight "
     "work disk create_pr density majority_sign svd_rank seed window max_tokens scale_search "
-    "metrics field calibrate calibrate_field calibrate_tokens calibrate_window damping "
+    "metrics field calibrate calibrate_field calibrate_tokens calibrate_window calibrate_seed damping "
     "max_perplexity_ratio max_kl min_top1 model image converter_image gpus "
     "signature public_key provenance prompt_tokens new_tokens rounds requests vllm vllm_arguments scratch"
 )

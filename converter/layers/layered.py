@@ -41,7 +41,6 @@ class LayeredModel:
         self, skeleton: Skeleton, weights: Weights, batches: Sequence[Tensor], activations: Activations
     ) -> None:
         self._skeleton, self._weights = skeleton, weights
-        self._batches, self._activations = batches, activations
         self._embedding_name, self._embedding = skeleton.embedding
         self._head_name, self._head = skeleton.head
         layers_name, self._layers = skeleton.layers
@@ -58,7 +57,8 @@ class LayeredModel:
                 rest.setdefault(parameter.rpartition(".")[0], []).append(tensor)
         for module, tensors in rest.items():
             self._fill_when_called(skeleton.model.get_submodule(module), tensors)
-        self._fill_embedding()
+        self._look_up_in_rows()
+        self.take(batches, activations)
         self._prepare()
 
     @classmethod
@@ -75,6 +75,11 @@ class LayeredModel:
         shapes = {name: tensor.shape for name, tensor in weights.by_name.items()}
         skeleton = Skeleton(weights.plan.config, shapes, dtype, device or torch_device("cpu"))
         return cls(skeleton, weights, batches, activations)
+
+    def take(self, batches: Sequence[Tensor], activations: Activations) -> None:
+        """Run over these batches from now on. `BadCheckpoint` for a token without a row in the embedding."""
+        self._batches, self._activations = batches, activations
+        self._rows = self._rows_of(batches)
 
     def run(self, step: Step = lambda *_: None) -> None:
         """Run all layers over all batches; then `logits` can be asked for. `step` is called after each batch."""
@@ -98,9 +103,9 @@ class LayeredModel:
         """Replace tensors of a layer that is filled, by their names in the checkpoint."""
         self._skeleton.fill(tensors)
 
-    def hidden_after(self, number: int, batch: int) -> Tensor:
+    def hidden_after(self, number: int, batch: int, cache: Any = None) -> Tensor:
         """The hidden states that a layer, which is filled, gives of those that were kept: (windows, tokens, hidden
-        size). Several threads may ask at a time."""
+        size). Several threads may ask at a time. `cache` has keys and values of the tokens before them."""
 
         def then(call: Call) -> Any:
             before_it = shared_state(call)
@@ -109,7 +114,7 @@ class LayeredModel:
                 raise self._skeleton.unsupported(f"layer {number} leaves something for later layers besides its output")
             return given
 
-        given = self._up_to(number, batch, then)
+        given = self._up_to(number, batch, then, cache)
         if Form.of(given) != self._form:
             raise self._skeleton.unsupported(f"layer {number} gives another kind of value than the first one")
         return first_of(given)
@@ -122,7 +127,22 @@ class LayeredModel:
 
         return self._up_to(number, batch, then)
 
-    def _up_to(self, number: int, batch: int, then: Callable[[Call], Any]) -> Any:
+    def with_more(self, number: int, batch: int, held: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What `hidden_after` gives if the batch has one more token of each window, and its keys and values. `held`:
+        those of the tokens before it, (windows, heads, tokens, size) each; None: there is none."""
+        cache = self._skeleton.cache(None if held is None else tuple(one.to(self._skeleton.device) for one in held))
+        hidden = self.hidden_after(number, batch, cache)
+        before = 0 if held is None else held[0].shape[-2]
+        if cache.get_seq_length() != before + 1:
+            raise self._skeleton.unsupported(f"layer {number} doesn't keep keys and values as others do")
+        keys, values = cache.layers[number].keys, cache.layers[number].values
+        return hidden, keys[..., before:, :].clone(), values[..., before:, :].clone()
+
+    def refuse_to_write(self) -> None:
+        """`Unsupported` for a model that `with_more` can't run."""
+        self._skeleton.refuse_other_caches()
+
+    def _up_to(self, number: int, batch: int, then: Callable[[Call], Any], cache: Any = None) -> Any:
         """What `then` makes of what a layer is called with, after the hidden states that were kept."""
         before = self._kept(batch) if number else None
 
@@ -131,7 +151,7 @@ class LayeredModel:
                 return self._form.around(before if before is not None and called == number - 1 else call.hidden)
             raise Stopped(then(call))
 
-        return self._forward(self._batches[batch], answers)
+        return self._forward(self._batches[batch], answers, cache)
 
     def keep(self, batch: int, hidden: Tensor) -> None:
         """Keep what a layer gave for the next one."""
@@ -215,14 +235,15 @@ class LayeredModel:
     def _kept(self, batch: int) -> Tensor:
         return self._activations.get(batch).to(self._skeleton.device)
 
-    def _forward(self, tokens: Tensor, answers: Callable[[int, Call], Any]) -> Any:
+    def _forward(self, tokens: Tensor, answers: Callable[[int, Call], Any], cache: Any = None) -> Any:
         """The model's forward, or what `Stopped` it."""
         import torch
 
         self._stubs.answers = answers
         try:
+            given = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
             with torch.no_grad():
-                return self._skeleton.model(input_ids=tokens.to(self._skeleton.device), use_cache=False)
+                return self._skeleton.model(input_ids=tokens.to(self._skeleton.device), **given)
         except Stopped as stopped:
             return stopped.value
         finally:
@@ -243,27 +264,32 @@ class LayeredModel:
 
         hook = module.register_forward_pre_hook(fill)
 
-    def _fill_embedding(self) -> None:
-        """Keep the rows of the tokens that occur, and give the embedding those of each batch when it is called."""
+    def _rows_of(self, batches: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The tokens that occur, in ascending order, and their rows of the embedding."""
         import torch
-        from torch import nn
 
         name = f"{self._embedding_name}.weight"
         tensor = self._tensor_of(name) or self._skeleton.tied.get(name)
         if tensor is None:
             raise self._skeleton.unsupported(f"{name} is not in the checkpoint")
-        occurring = torch.cat([batch.flatten() for batch in self._batches]).unique()
+        occurring = torch.cat([batch.flatten() for batch in batches]).unique()
         rows = self._weights.by_name[tensor].shape[0]
         if int(occurring[-1]) >= rows:
             raise BadCheckpoint(f"{tensor}: {rows:,} rows, but the text has a token {int(occurring[-1]):,}")
-        values = self._weights.rows(tensor, _spans(occurring.tolist()))
+        return occurring, self._weights.rows(tensor, _spans(occurring.tolist()))
+
+    def _look_up_in_rows(self) -> None:
+        """Give the embedding the rows of each batch when it is called."""
+        import torch
+        from torch import nn
+
         device, embedding, dtype = self._skeleton.device, self._embedding, self._embedding.weight.dtype
         embedding.padding_idx = None  # of no account but for gradients, and it may be no row now
         in_use = threading.Lock()
 
         def look_up(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             tokens = args[0] if args else kwargs["input"]
-            here, places = tokens.unique(return_inverse=True)
+            (occurring, values), (here, places) = self._rows, tokens.unique(return_inverse=True)
             in_use.acquire()
             rows = values[torch.searchsorted(occurring, here.cpu())].to(device, dtype)
             embedding.weight = nn.Parameter(rows, requires_grad=False)

@@ -6,6 +6,7 @@ model's results.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,25 @@ class Skeleton:
         for part in module.modules():
             for name, value in part.named_parameters(recurse=False):
                 part.register_parameter(name, nn.Parameter(value.to("meta"), requires_grad=False))
+
+    def cache(self, held: tuple[Tensor, Tensor] | None) -> Any:
+        """A cache for one layer's turn, in which all layers hold the same keys and values, (windows, heads, tokens,
+        size) each; None: nothing. So the model counts tokens rightly, whichever layer it asks."""
+        from transformers.cache_utils import Cache, DynamicLayer
+
+        layer = DynamicLayer()
+        if held is not None:
+            layer.update(*held)
+        return Cache(layers=[layer] * len(self.layers[1]))
+
+    def refuse_other_caches(self) -> None:
+        """`Unsupported` for a model whose layers remember more than the keys and values of all tokens."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        kinds = {type(layer) for layer in DynamicCache(config=self.text_config).layers}
+        takes_one = "cache" in inspect.signature(self.model.forward).parameters
+        if not takes_one or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+            raise self.unsupported("its layers remember more than keys and values, so it can't write a text")
 
     @property
     def embedding(self) -> tuple[str, nn.Embedding]:

@@ -31,6 +31,17 @@ class Tokenizer:
             found: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return found
 
+    @property
+    def begin(self) -> int | None:
+        """The token that begins each text; None: there is none."""
+        found = self.tokens("")
+        return found[0] if found else None
+
+    @property
+    def words(self) -> int:
+        """How many tokens it has."""
+        return len(self._tokenizer)
+
     def tokens_of_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, by the chat template. `ConversionRefused` if there is none, or it refuses it."""
         with quietly():

@@ -159,6 +159,8 @@ def _calibrating(tensors: Sequence[TensorPlan], recipe: Recipe) -> int:
     widest = max((tensor.columns for tensor in tensors if tensor.action == "quantize"), default=0)
     batch = max(recipe.calibration.window or 0, DEFAULT_WINDOW) * widest
     activations = min(ACTIVATIONS, 4 * recipe.calibration.tokens * widest)
+    if recipe.calibration.is_self:  # keys and values of all layers, before the layers run over the text
+        activations = ACTIVATIONS
     return max(layers.values(), default=0) + _OF_MOMENTS * widest**2 + _OF_BATCH * batch + activations
 
 

@@ -26,6 +26,8 @@ WRITE_RATE = 400e6
 _SAMPLE_BYTES = 64 << 20
 _SAMPLE_VALUES = 4 << 20
 _START_SECONDS = 2.0
+_FILL_RATE = 250e6
+"""Bytes of a base whose layers are merged and filled in a second, as a model writes text. Measured on one thread."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,21 @@ class Estimate:
     """First of all: the sha256 of weights that are checked for the first time, at a sampled rate."""
     calibrate: float = 0.0
     """Running a text through the layers, and choosing codes by it, at a sampled rate of products."""
+    passes: int = 0
+    """Over the base, in which the model writes that text first."""
+    write_text: float = 0.0
+    """These passes, at `_FILL_RATE` and the sampled rate of products."""
 
     @property
     def seconds(self) -> float:
         """The whole: start, check, calibration, the longest stage, and a tenth of the others, which overlap in part."""
         stages = (self.read, self.compute, self.write)
-        return _START_SECONDS + self.check + self.calibrate + max(stages) + 0.1 * (sum(stages) - max(stages))
+        before = _START_SECONDS + self.check + self.write_text + self.calibrate
+        return before + max(stages) + 0.1 * (sum(stages) - max(stages))
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"seconds": self.seconds}
+        written = ("passes", "write_text") if not self.passes else ()
+        return {name: value for name, value in asdict(self).items() if name not in written} | {"seconds": self.seconds}
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,18 @@ def estimate(plan: Plan, base: Checkpoint) -> Estimate:
     """Sample reading and quantizing, for some tenths of a second. `BadCheckpoint` if SHA256SUMS can't be understood."""
     values, read_rate = computed(plan.tensors()), _read_rate(base)
     unchecked = _unchecked(base)
+    by = plan.recipe.calibration
+    products_rate = 1.0 if by is None else _product_rate(plan)
+    windows, passes = by.sequences if by is not None and by.is_self else (0, 0)
+    weights = sum(tensor.rows * tensor.columns for tensor in plan.tensors())
     return Estimate(
         read=plan.base_bytes / read_rate,
         compute=values / _compute_rate(plan) if values else 0.0,
         write=plan.output_bytes / WRITE_RATE,
         check=unchecked / min(read_rate, READERS * _hash_rate()) if unchecked else 0.0,
-        calibrate=_products(plan) / _product_rate(plan) if plan.recipe.calibration is not None else 0.0,
+        calibrate=0.0 if by is None else _products(plan) / products_rate,
+        passes=passes,
+        write_text=passes * (plan.base_bytes / _FILL_RATE + windows * weights / products_rate),
     )
 
 

@@ -135,7 +135,8 @@ def _recipe(plan: Plan) -> list[str]:
     if recipe.scale != 1.0:
         settings["scale of the adapter"] = f"{recipe.scale:g}"
     if (by := recipe.calibration) is not None:
-        settings["calibrated by"] = f"{by.tokens} tokens of a text whose sha256 begins with {by.text[:12]}"
+        text = "that the merged model wrote" if by.is_self else f"of a text whose sha256 begins with {by.text[:12]}"
+        settings["calibrated by"] = f"{by.tokens} tokens {text}"
     if recipe.combine is not None:
         weights = ", ".join(f"{weight:g}" for weight in recipe.combine.weights)
         settings["adapters combined"] = f"{recipe.combine.kind}, weights {weights}"

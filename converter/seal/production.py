@@ -18,7 +18,7 @@ from converter.quantize.measure import Fidelity
 from converter.read.folder import LocalFolder
 from converter.threads import pool
 from converter.write.durable import UNFINISHED
-from converter.write.journal import Entry
+from converter.write.journal import Entry, Sampled
 from converter.write.shard import Writer
 
 if TYPE_CHECKING:
@@ -131,6 +131,15 @@ class Production:
                     found[output.name] = bytes(raw)
         return found
 
+    @property
+    def sampled(self) -> Sampled | None:
+        """The text that the model wrote; None: it hasn't yet."""
+        return self.staging.journal.sampled
+
+    def note_sampled(self, sampled: Sampled) -> None:
+        """Keep that text for another run. `WriteFailed`."""
+        self.staging.journal.commit_sampled(sampled)
+
     def note(self, made: Made) -> None:
         """Take note of a tensor that was written. Every few seconds the notes are made durable.
 
@@ -165,7 +174,7 @@ class Production:
         for file, writer in self._writers.items():
             if writer.is_lost:
                 self.staging.journal.forget(file)
-        return bool(self.staging.journal.entries) and self.staging.is_there()
+        return not self.staging.journal.is_empty and self.staging.is_there()
 
     def _open(self, shard: ShardPlan) -> None:
         names = {tensor.name for tensor in shard.tensors}

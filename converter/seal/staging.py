@@ -216,7 +216,7 @@ class Staging:
         if self._uploads is not None:
             self._uploads.close()
         self.journal.close()
-        useless = self._spent or not self.journal.entries or self._destination.accepted
+        useless = self._spent or self.journal.is_empty or self._destination.accepted
         try:
             if not self._sealed and useless and self.is_there():
                 if self._uploads is not None and not self._destination.accepted:

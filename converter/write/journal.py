@@ -66,6 +66,14 @@ class Upload:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """The text that the model wrote to be calibrated by."""
+
+    windows: tuple[tuple[int, ...], ...]
+    """Tokens."""
+
+
 def job_of(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """What two runs must have in common for one to resume the other's work.
 
@@ -103,6 +111,7 @@ class Journal:
         """By tensor."""
         self.uploads: dict[str, Upload] = {}
         """By shard: what a store has taken of this job."""
+        self._texts: list[Sampled] = []
         self.is_begun_anew = False
         self._lock = threading.Lock()
         self._new: list[Entry] = []
@@ -110,7 +119,7 @@ class Journal:
         self._committed = time.monotonic()
         self._read(job)
         # A new file: the old one may end with half a line, or a sync of it may have failed.
-        known: list[Entry | Upload] = [*self.entries.values(), *self.uploads.values()]
+        known: list[Entry | Upload | Sampled] = [*self._texts, *self.entries.values(), *self.uploads.values()]
         disk.put(self._path, b"".join([_line({"journal": FORMAT, "job": job}), *map(_line_of, known)]))
         with writing(self._path):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -142,7 +151,23 @@ class Journal:
             self._append([upload])
             self.uploads = self.uploads | {upload.shard: upload}
 
-    def _append(self, what: Sequence[Entry | Upload]) -> None:
+    def commit_sampled(self, sampled: Sampled) -> None:
+        """Make durable which text the model wrote."""
+        with self._lock:
+            self._append([sampled])
+            self._texts = [sampled]
+
+    @property
+    def sampled(self) -> Sampled | None:
+        """The text that the model wrote; None: it hasn't yet."""
+        return self._texts[0] if self._texts else None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is noted that another run could use."""
+        return not self.entries and not self._texts
+
+    def _append(self, what: Sequence[Entry | Upload | Sampled]) -> None:
         with writing(self._path):
             if self._failure is not None:
                 raise self._failure
@@ -189,6 +214,8 @@ class Journal:
                 elif "sha256" in value:
                     upload = Upload(str(value["shard"]), _size(value["size"]), str(value["sha256"]))
                     self.uploads[upload.shard] = upload
+                elif "windows" in value:
+                    self._texts = [Sampled(tuple(tuple(map(_size, window)) for window in value["windows"]))]
                 else:
                     entry = _entry(value)
                     self.entries[entry.tensor] = entry
@@ -234,7 +261,7 @@ def _size(value: object) -> int:
     return value
 
 
-def _line_of(what: Entry | Upload) -> bytes:
+def _line_of(what: Entry | Upload | Sampled) -> bytes:
     stated = asdict(what)
     for key in ("agreement", "output_error"):  # other lines are as they always were
         if stated.get(key, "") is None:

@@ -47,6 +47,8 @@ def times(found: Estimate) -> str:
         f"time: about {duration(found.seconds)}: reading {read} and computing {compute} by samples taken now, "
         f"writing {write} to a disk that takes {amount(WRITE_RATE)}/s; they overlap"
         + (f"; before them the sha256 of the base, {duration(found.check)}" if found.check else "")
+        + (f"; writing the text reads the base {found.passes} times, {duration(found.write_text)}" * bool(found.passes))
+        + (f"; calibrating {duration(found.calibrate)}" if found.calibrate else "")
     )
 
 
