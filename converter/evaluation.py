@@ -5,12 +5,15 @@ Both models are run one layer at a time, so none has to fit in memory; their log
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from converter.calibration import DEFAULT_WINDOW
 from converter.compare import Sources
@@ -19,6 +22,7 @@ from converter.gates import QualityGates
 from converter.job import Reference, RunOptions
 from converter.layers.activations import Activations
 from converter.layers.figures import BatchSums, Comparison, Estimate, WindowSums, compared, perplexity_of
+from converter.layers.kept import Kept
 from converter.layers.layered import LayeredModel
 from converter.layers.texts import Batch, Text, in_batches, window_of, windows_of
 from converter.layers.weights import Weights
@@ -30,7 +34,8 @@ from converter.plan.inputs import Inputs
 from converter.plan.plan import Plan
 from converter.recipe import Recipe
 from converter.seal.receipt import read_receipt
-from converter.tensors import torch_device
+from converter.tensors import as_bytes, torch_device
+from converter.write.journal import job_of
 
 DEFAULT_MEMORY = 1_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
@@ -55,7 +60,8 @@ class Measuring:
     memory: int | None = None
     """Bytes for activations and logits; the weights of a layer come on top. None: `DEFAULT_MEMORY`."""
     scratch: Path | None = None
-    """Folder for the activations that don't fit into the memory. None: the system's folder for temporary files."""
+    """Folder for the activations that don't fit into the memory, and for those of each layer, with which an interrupted
+    run is resumed. None: the system's folder for temporary files, and nothing is resumed."""
     gates: QualityGates = QualityGates()
 
     def __post_init__(self) -> None:
@@ -174,6 +180,7 @@ class _Reader:
         """The sums of each window."""
         done = 0
         run: list[LayeredModel] = []
+        left: list[Kept] = []
         for opened in self._models:
             model = self._built(stack, opened)
             if run and model.vocabulary != run[0].vocabulary:
@@ -181,8 +188,10 @@ class _Reader:
                     f"{self._models[0].label}: its head has {run[0].vocabulary:,} tokens, that of {opened.label} "
                     f"{model.vocabulary:,}"
                 )
-            self._run(model, opened, done)
+            kept = self._kept(opened)
+            self._run(model, opened, done, kept)
             run.append(model)
+            left += [] if kept is None else [kept]
             done += opened.plan.base_bytes
         first, *others = run
         sums = [
@@ -195,6 +204,8 @@ class _Reader:
             with first.head(start, end), _all(others, start, end):
                 for number, of_batch in enumerate(sums):
                     of_batch.add(start, *[model.logits(number) for model in run])
+        for kept in left:
+            kept.remove()
         return [window for of_batch in sums for window in of_batch.windows()]
 
     def _built(self, stack: ExitStack, opened: _Opened) -> LayeredModel:
@@ -204,14 +215,25 @@ class _Reader:
         how: dict[str, Any] = {"dtype": self._measuring.dtype, "device": self._device}
         return LayeredModel.of(opened.weights(), tokens, activations, **how)
 
-    def _run(self, model: LayeredModel, opened: _Opened, done: int) -> None:
+    def _kept(self, opened: _Opened) -> Kept | None:
+        """What is kept of a model's run: until all models have been compared."""
+        if self._measuring.scratch is None:
+            return None
+        said = [job_of(opened.plan, opened.inputs), self._measuring.dtype, self._device.type]
+        said += [list(batch.tokens.shape) for batch in self._batches]
+        about = xxhash.xxh3_128(json.dumps(said).encode())
+        for batch in self._batches:
+            about.update(as_bytes(batch.tokens))
+        return Kept(self._measuring.scratch, about.hexdigest())
+
+    def _run(self, model: LayeredModel, opened: _Opened, done: int, kept: Kept | None) -> None:
         def step(layer: int, batch: int, batches: int) -> None:
             self._observer.stop_if_asked("it was evaluated")
             part = (layer * batches + batch) / (model.layers * batches)
             name = f"{opened.label}: layer {layer + 1} of {model.layers}"
             self._observer.tell("evaluating", done + int(part * opened.plan.base_bytes), self._total, name)
 
-        model.run(step)
+        model.run(step, kept)
 
     def _tiles(self, model: LayeredModel) -> list[int]:
         """Rows at which the head is cut: (0, …, rows)."""

@@ -123,6 +123,33 @@ def benchmark_page(told: Mapping[str, Any], name: str) -> str:
     return str(_template("benchmark.html").render(name=name, servers=servers, how=how, notes=told["notes"]))
 
 
+def evaluation_page(told: Mapping[str, Any], name: str, gates: Mapping[str, float | None]) -> str:
+    """A report of what an output makes of a text, from the JSON values of `convert evaluate`, and from the gates that
+    were asked for, by name; `name` is what the output is called."""
+    compared = told["comparison"] or {}
+    figures: list[tuple[str, Any, str, str | None]] = [("perplexity", told["perplexity"], "", None)]
+    if compared:
+        figures += [
+            ("perplexity of the 16-bit model", compared["perplexity"], "", None),
+            ("perplexity ratio", compared["ratio"], "at most", "max_perplexity_ratio"),
+            ("KL divergence, nats a token", compared["divergence"], "at most", "max_kl"),
+            ("top-1 agreement", compared["agreement"], "at least", "min_top1"),
+        ]
+    rows = []
+    for what, figure, limit, gate in figures:
+        asked = None if gate is None else gates[gate]
+        reached = asked is None or (figure["value"] <= asked if limit == "at most" else figure["value"] >= asked)
+        texts = [f"{figure['value']:.4f}", "–" if figure["error"] is None else f"{figure['error']:.4f}"]
+        said = "" if asked is None else f"{limit} {asked:g}"
+        rows.append({"what": what, "figures": texts, "gate": said, "reached": reached})
+    how = [("tokens that were predicted", f"{told['tokens']:,}"), ("windows", f"{told['windows']:,}")]
+    how += [("tokens of a window, at most", f"{told['window']:,}"), ("computed in", told["dtype"])]
+    verdict = f"gates that are missed: {len(told['missed'])}" if told["missed"] else "every gate is reached"
+    verdict = verdict if any(asked is not None for asked in gates.values()) else "measured; no gate was asked for"
+    shown = {"reached": not told["missed"], "notes": told["notes"], "compared": bool(compared)}
+    return str(_template("evaluation.html").render(name=name, verdict=verdict, rows=rows, how=how, **shown))
+
+
 def _latencies(server: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
     most = max((of["token"]["median"] for of in server["latencies"].values()), default=1)
     rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,63 @@ def test_progress_is_told_and_an_end_may_be_asked_for(out: Path) -> None:
     assert done[-1] == heard[-1].total
     with pytest.raises(Interrupted, match="SIGTERM while it was evaluated"):
         evaluate(out, TEXT, stop=lambda: 15)
+
+
+def test_an_interrupted_run_is_resumed_with_the_same_figures_and_leaves_nothing(out: Path, tmp_path: Path) -> None:
+    usual = evaluate(out, TEXT, BASE, ADAPTER, window=64)
+
+    def run(until: int | None = None) -> tuple[Evaluation | None, list[str]]:
+        heard: list[str] = []
+
+        def hear(progress: Progress) -> None:
+            if progress.stage == "evaluating":
+                heard.append(progress.name)
+
+        def stop() -> int | None:
+            return 15 if until is not None and len(heard) > until else None
+
+        try:
+            found = evaluate(out, TEXT, BASE, ADAPTER, window=64, scratch=tmp_path, progress=hear, stop=stop)
+        except Interrupted:
+            return None, heard
+        return found, heard
+
+    whole = len(run()[1])
+    assert [*tmp_path.iterdir()] == []
+    assert run(until=whole // 2)[0] is None
+    files = sorted(tmp_path.iterdir())
+    assert files
+    assert all(re.fullmatch(r"evaluation-[0-9a-f]{32}-\d+\.layers", path.name) for path in files)
+    again, heard = run(until=whole // 4)
+    assert again is None
+    raw = bytearray(files[0].read_bytes())
+    raw[-1] ^= 1
+    files[0].write_bytes(raw)
+    found, heard = run()
+
+    assert found == usual
+    assert 0 < len(heard) < whole, "what was damaged is run again, and nothing else"
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_was_kept_of_another_text_is_not_taken(out: Path, tmp_path: Path) -> None:
+    asked = 0
+
+    def stop() -> int | None:
+        nonlocal asked
+        asked += 1
+        return 15 if asked > 3 else None
+
+    with pytest.raises(Interrupted):
+        evaluate(out, TEXT, window=64, max_tokens=600, scratch=tmp_path, stop=stop)
+    left = sorted(tmp_path.iterdir())
+    other = REPOSITORY / "converter" / "recipe.py"
+
+    found = evaluate(out, other, window=64, max_tokens=600, scratch=tmp_path)
+
+    assert left
+    assert found == evaluate(out, other, window=64, max_tokens=600)
+    assert sorted(tmp_path.iterdir()) == left
 
 
 # Gates

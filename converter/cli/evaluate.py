@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import cloup
 
 from converter.cli.options import (
     PRINTING,
+    REPORT,
     REVISIONS,
     adapters_from,
     base_and_adapter,
@@ -23,6 +25,7 @@ from converter.cli.options import (
     with_out_again,
     with_pickle,
 )
+from converter.cli.report import write_page
 from converter.cli.values import Place, Size
 from converter.cli.watch import watch_run
 
@@ -110,9 +113,11 @@ Exit code:
         "--scratch",
         type=Place(),
         metavar="PATH",
-        help="Folder for activations that don't fit into the memory.  [default: the system's]",
+        help="Folder for activations that don't fit into the memory, and for those of each layer, with which the same "
+        "command resumes an interrupted run.  [default: the system's, and nothing is resumed]",
     ),
     with_device,
+    REPORT,
     *PRINTING,
     with_help,
 )
@@ -130,6 +135,7 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
     from converter.cli.show.words import json_text
     from converter.cli.surroundings import refuse_without_memory
     from converter.gates import QualityGates
+    from converter.page import evaluation_page
 
     refuse_without_memory()
     keep_small()  # else freed layers stay: on a model of 1.1 B, twice as much memory was taken
@@ -140,9 +146,12 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
     with display(printing.progress) as shown:
         told = watch.beside(shown).progress
         found = measure(place, adapter=adapter, gates=gates, progress=told, stop=stop, **options)
-    watch.result(evaluation_json(found))
+    figures = evaluation_json(found)
+    watch.result(figures)
+    if printing.report is not None:
+        write_page(printing.report, evaluation_page(figures, Path(place).expanduser().resolve().name, asdict(gates)))
     if printing.as_json:
-        print_text(json_text(evaluation_json(found)))
+        print_text(json_text(figures))
     elif not printing.quiet or not found.is_good:
         print_text(evaluation_text(Path(place), found))
     if not found.is_good:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from converter.layers.activations import Activations
+    from converter.layers.kept import Kept
     from converter.layers.weights import Weights
 
 Step = Callable[[int, int, int], None]
@@ -81,13 +82,23 @@ class LayeredModel:
         self._batches, self._activations = batches, activations
         self._rows = self._rows_of(batches)
 
-    def run(self, step: Step = lambda *_: None) -> None:
-        """Run all layers over all batches; then `logits` can be asked for. `step` is called after each batch."""
-        for number in range(len(self._layers)):
+    def run(self, step: Step = lambda *_: None, kept: Kept | None = None) -> None:
+        """Run all layers over all batches; then `logits` can be asked for. `step` is called after each batch. `kept`:
+        what an earlier run has done of it, to which is added what this one does."""
+        done = [0] * len(self._batches)
+        for batch in range(len(done)):
+            if kept is not None and (found := kept.load(batch)) is not None:
+                done[batch], hidden = found
+                self.keep(batch, hidden)
+        for number in range(min(done), len(self._layers)):
             with self.filled(number):
-                for batch in range(len(self._batches)):
-                    self.keep(batch, self.hidden_after(number, batch))
-                    step(number, batch + 1, len(self._batches))
+                for batch in range(len(done)):
+                    if done[batch] <= number:
+                        hidden = self.hidden_after(number, batch)
+                        self.keep(batch, hidden)
+                        if kept is not None:
+                            kept.save(batch, number + 1, hidden)
+                    step(number, batch + 1, len(done))
 
     @contextmanager
     def filled(self, number: int) -> Iterator[None]:

@@ -88,7 +88,7 @@ class OwnText:
         self, model: LayeredModel, workers: Executor | None, step: Step = lambda *_: None
     ) -> tuple[tuple[int, ...], ...]:
         """The windows. Once: chance goes on. As `Writing`."""
-        with Activations(ACTIVATIONS) as kept:
+        with Activations(ACTIVATIONS // 2) as kept:  # many small tensors, of which the heap keeps some of the room
             found = Writing(model, kept, workers, step).windows(self.first, self.size, self._generator)
         return tuple(map(tuple, found))
 

@@ -56,6 +56,24 @@ def test_json_has_the_same_figures(run: Run, out: Path) -> None:
     assert told["missed"] == []
 
 
+def test_the_report_has_every_figure_and_gate(run: Run, out: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    gates = ["--max-kl", 0.001, "--max-perplexity-ratio", 9]
+
+    ran = run("evaluate", out, *SHORT, *COMPARED, *gates, "--json", "--report", report)
+    alone = run("evaluate", out, *SHORT, "--report", tmp_path / "alone.html")
+
+    told, page = json.loads(ran.out), report.read_text()
+    assert (ran.code, alone.code) == (4, 0)
+    for of in (told["perplexity"], *told["comparison"].values()):
+        assert f'<td class="n">{of["value"]:.4f}</td><td class="n">{of["error"]:.4f}</td>' in page
+    for said in ("Quality report: out", "✗ gates that are missed: 1", "✗ at most 0.001", "✓ at most 9", "315"):
+        assert said in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "measured; no gate was asked for" in (tmp_path / "alone.html").read_text()
+    assert "It was not compared with the merged model" in (tmp_path / "alone.html").read_text()
+
+
 def test_a_gate_that_is_missed_ends_with_4(run: Run, out: Path) -> None:
     gates = ["--max-kl", 0.001, "--max-perplexity-ratio", 9, "--min-top1", 0.999]
 
