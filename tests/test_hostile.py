@@ -1000,7 +1000,7 @@ TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
 @pytest.mark.parametrize(
-    "options", [["-v"], ["--json"], ["--dry-run"], ["--dry-run", "--json"], ["--adapter=nobody/nothing", "--offline"],
+    "options", [["-v"], ["--dry-run", "--json"], ["--adapter=nobody/nothing", "--offline"],
                 ["-v", "--adapter=place/nothing"]],
     ids=" ".join,
 )  # fmt: skip

@@ -423,7 +423,16 @@ def test_a_signal_ends_a_wait_for_a_file_and_the_same_command_resumes(
     assert list((tmp_path / "work").iterdir()) == []
 
 
-@pytest.mark.parametrize(("moment", "number"), [("ask", 1), ("send", 2), ("send", 3), ("store", 1), ("store", 3)])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("ask", 1),
+        pytest.param("send", 2, marks=pytest.mark.slow),
+        ("send", 3),
+        pytest.param("store", 1, marks=pytest.mark.slow),
+        ("store", 3),
+    ],
+)
 def test_a_killed_run_is_resumed_with_the_files_that_are_left(
     moment: str, number: int, inputs: tuple[Path, Path], local: dict[str, bytes], hub: UploadHub, tmp_path: Path
 ) -> None:

@@ -195,6 +195,7 @@ assert all(outcome.status == "made" for outcome in outcomes), outcomes""",
 BATCH = BATCH[: BATCH.index("sizes = ")] + "print(json.dumps([peak - before, resources.memory, 0, 0]))\n"
 
 
+@pytest.mark.slow
 def test_eight_adapters_stay_within_the_memory_that_one_was_given(
     place: Path, models: dict[int, Model], tmp_path: Path
 ) -> None:

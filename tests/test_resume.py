@@ -29,7 +29,7 @@ ONE_THREAD = Resources(threads=1, journal_seconds=0.0)
 SHARDS = 4
 SOME_MEMORY = 65_400_000
 """Enough, if large tensors are cut into more tiles than else."""
-KILLS = 8
+KILLS = 4
 """How often a process is killed, at instants drawn by chance."""
 
 DRIVER = """

@@ -213,7 +213,9 @@ for base, adapter, out in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
 """
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float32,)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float16), pytest.param((torch.float32,), marks=pytest.mark.slow)], ids=str
+)
 def test_threads_find_the_code_that_they_need_compiled(dtypes: tuple[torch.dtype, ...], tmp_path: Path) -> None:
     words: list[str | Path] = []
     for dtype in dtypes:

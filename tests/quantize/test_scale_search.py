@@ -174,7 +174,7 @@ def test_verify_makes_it_again_and_transformers_loads_it(inputs: tuple[Path, Pat
     assert torch.equal(codes.float(), expected.float())
 
 
-@pytest.mark.parametrize("writes", [5, 20])
+@pytest.mark.parametrize("writes", [pytest.param(5, marks=pytest.mark.slow), 20])
 def test_killed_in_the_middle_it_is_resumed_to_the_same_bytes(
     writes: int, inputs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -399,6 +399,7 @@ def test_a_signal_ends_a_wait_for_a_server_that_hangs_and_the_same_command_resum
     assert contents(convert(*there, tmp_path / "out", SMALL_SHARDS, ONE_THREAD).out) == whole
 
 
+@pytest.mark.slow
 def test_a_base_in_a_bucket_is_calibrated_as_its_folder(
     tiny_base: Path, tiny_adapter: Path, server: BucketServer, proxy: Proxy, team: str, tmp_path: Path
 ) -> None:
