@@ -123,6 +123,12 @@ def test_any_number_of_threads_and_a_resumed_run_give_the_same_bytes(out: Path, 
     assert contents(place) == contents(out)
 
 
+def test_without_the_kernels_the_weights_are_the_same(out: Path, tmp_path: Path) -> None:
+    plainly = convert(BASE, ADAPTER, tmp_path / "out", recipe(), Resources(kernels=False), calibrate=TEXT).out
+
+    assert contents(plainly)["model.safetensors"] == contents(out)["model.safetensors"]
+
+
 OWN = Recipe(calibration=Calibration(SELF, tokens=2000, window=24, seed=3))
 
 

@@ -136,6 +136,7 @@ KERNELS = {
     "quantize.scheme_kernels",
     "quantize.scale_search_kernels",
     "quantize.rounding.feedback_kernels",
+    "quantize.rounding.column_kernels",
 }
 """Modules of compiled code."""
 

@@ -32,6 +32,9 @@ SIZE = np.uint32(0x7FFFFFFF)
 TO_INTEGER, INTEGER_BITS = np.float32(12582912.0), np.uint32(0x4B400000)
 """1.5 · 2²³, whose neighbours in float32 are 1 away, and its bits."""
 
+LANES = 64
+"""Rows that are rounded side by side, where what one column misses is made up for by later ones."""
+_ONE, _ZERO, _SMALLEST = np.float32(1.0), np.float32(0.0), np.float32(1e-38)
 _INFINITY = np.uint32(0x7F800000)
 _intrinsic: Any = intrinsic
 _function_cache: Any = FunctionCache
@@ -309,3 +312,27 @@ def row_sums(exact, restored, base, delta, sums):  # type: ignore[no-untyped-def
             along += (q - w) * d
             shift += d * d
         sums[row, 0], sums[row, 1], sums[row, 2], sums[row, 3] = missed, whole, along, shift
+
+
+@jitted(inline="always")
+def choose(aimed, sizes, j, bounds, chosen):  # type: ignore[no-untyped-def]
+    """The number of bounds below each scaled value, by binary search in all lanes at a time."""
+    for lane in range(LANES):
+        scale = sizes[j, lane]
+        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
+        eight = v > bounds[7]
+        four = v > select(eight, bounds[11], bounds[3])
+        two = v > select(four, select(eight, bounds[13], bounds[5]), select(eight, bounds[9], bounds[1]))
+        low = select(four, select(eight, bounds[12], bounds[4]), select(eight, bounds[8], bounds[0]))
+        high = select(four, select(eight, bounds[14], bounds[6]), select(eight, bounds[10], bounds[2]))
+        one = v > select(two, high, low)
+        chosen[j, lane] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
+
+
+@jitted(inline="always")
+def choose_whole_number(aimed, sizes, j, least, most, chosen):  # type: ignore[no-untyped-def]
+    """The whole number nearest to each scaled value; ties go to the even one."""
+    for lane in range(LANES):
+        scale = sizes[j, lane]
+        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
+        chosen[j, lane] = np.int32(min(max(np.rint(v), least), most))

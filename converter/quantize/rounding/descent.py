@@ -19,33 +19,64 @@ _BLOCK = 128
 """Columns in a block. What a block's new codes change is passed on to the later columns at its end."""
 
 
-def swept(codes: Tensor, target: Tensor, steps: Tensor, grid: Grid, second: Tensor, damping: float) -> Tensor:
+def swept(
+    codes: Tensor,
+    target: Tensor,
+    steps: Tensor,
+    grid: Grid,
+    second: Tensor,
+    damping: float,
+    *,
+    by_kernels: bool = False,
+) -> Tensor:
     """Codes after one sweep over the columns, int8 (rows, columns): indices of grid values, or whole numbers.
 
     `codes` are those before. `target` (rows, columns) is what is wanted, `steps`, of the same shape, what each grid
     value is multiplied by, `second` (columns, columns) the second moments of the inputs, to whose diagonal `damping` is
-    added; all in float32.
+    added; all in float32. `by_kernels`: the same bits by compiled code, on a CPU.
     """
-    import torch
-
     codes = codes.clone()
     missed = grid.of(codes).mul_(steps).neg_().add_(target)
     rest = (missed @ second).add_(missed, alpha=damping)
     del missed
     diagonal, columns = second.diagonal() + damping, target.shape[1]
-    scaling = inverse_of(steps)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        near, within = rest[:, first:last], second[first:last, first:last]
-        moved = torch.empty(codes.shape[0], last - first, device=codes.device)
-        for column in range(last - first):
-            at = first + column
-            value = grid.of(codes[:, at]) * steps[:, at]
-            code = grid.nearest((value + near[:, column] / diagonal[at]) * scaling[:, at])
-            codes[:, at] = code
-            change = grid.of(code) * steps[:, at] - value
-            moved[:, column] = change
-            near[:, column + 1 :].addr_(change, within[column, column + 1 :], alpha=-1)
+        part = slice(first, last)
+        block = rest[:, part], steps[:, part], codes[:, part], second[part, part], diagonal[part], grid
+        codes[:, part], moved = (_by_kernels if by_kernels else sweep_columns)(*block)
         if last < columns:
             rest[:, last:].addmm_(moved, second[first:last, last:], alpha=-1)
     return codes
+
+
+def sweep_columns(
+    near: Tensor, steps: Tensor, before: Tensor, within: Tensor, diagonal: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Codes of a block of columns, int8, and by how much their weights change; each (rows, columns). `near` is a block
+    of D H, `within` that of H, `diagonal` its damped diagonal. `column_kernels` has the same, bit for bit."""
+    import torch
+
+    scaling = inverse_of(steps)
+    codes, moved = torch.empty_like(before), torch.empty_like(near)
+    for column in range(near.shape[1]):
+        value = grid.of(before[:, column]) * steps[:, column]
+        code = grid.nearest((value + near[:, column] / diagonal[column]) * scaling[:, column])
+        codes[:, column] = code
+        change = grid.of(code) * steps[:, column] - value
+        moved[:, column] = change
+        near[:, column + 1 :].addr_(change, within[column, column + 1 :], alpha=-1)
+    return codes, moved
+
+
+def _by_kernels(
+    near: Tensor, steps: Tensor, before: Tensor, within: Tensor, diagonal: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    from converter.quantize.rounding import column_kernels
+
+    near, steps, before, within, diagonal = (one.contiguous() for one in (near, steps, before, within, diagonal))
+    block = column_kernels.Block(near.numpy(), steps.numpy(), within.numpy(), grid)
+    codes, moved = column_kernels.sweep_columns(block, before.numpy(), diagonal.numpy())
+    return torch.from_numpy(codes), torch.from_numpy(moved)

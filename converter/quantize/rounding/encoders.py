@@ -37,7 +37,8 @@ def with_rounding(nearest: Encoder, recipe: Recipe, device: torch.device, *, ker
     if recipe.rounding == "adapter":
         nearest = Feedback(nearest, coding_of(recipe), by_kernels=kernels and device.type == "cpu")
     if recipe.calibration is not None:
-        return Calibrated(nearest, coding_of(recipe), recipe.calibration)
+        by_kernels = kernels and device.type == "cpu"
+        return Calibrated(nearest, coding_of(recipe), recipe.calibration, by_kernels=by_kernels)
     return nearest
 
 
@@ -109,12 +110,17 @@ class Calibrated:
     """Keeps the product with the inputs that a text gives, by GPTQ. A weight comes as a whole, for its scales are those
     that a loader restores."""
 
-    def __init__(self, nearest: Encoder, coding: Coding, how: Calibration) -> None:
+    def __init__(self, nearest: Encoder, coding: Coding, how: Calibration, *, by_kernels: bool) -> None:
         self._nearest, self._coding, self._how = nearest, coding, how
+        self._by_kernels = by_kernels
         self._known: list[tuple[Moments, Factors]] = []
 
     def load(self, dtypes: Collection[str]) -> None:
         self._nearest.load(dtypes)
+        if self._by_kernels:
+            from converter.quantize.rounding import column_kernels
+
+            column_kernels.load()
 
     def finish(self, name: str, shape: Shape, scales: Sequence[Tensor]) -> Mapping[str, Tensor]:
         return self._nearest.finish(name, shape, scales)
@@ -132,9 +138,10 @@ class Calibrated:
             scales = weighted_scales(coding, target, scales, second.diagonal())
         steps = coding.steps(coding.seen(rows.name, shape, scales, self._nearest))
         factors, spread = self._factors(rows.moments), _spread(steps, block, target.shape)
-        codes = rounded(target, spread, coding.grid, factors)
+        how: dict[str, Any] = {"by_kernels": self._by_kernels}
+        codes = rounded(target, spread, coding.grid, factors, **how)
         for _ in range(self._how.sweeps):
-            codes = swept(codes, target, spread, coding.grid, second, factors.damping)
+            codes = swept(codes, target, spread, coding.grid, second, factors.damping, **how)
         sums = numpy.concatenate([*_sums(merged, codes, steps, coding, block)])
         missed = coding.grid.of(codes).mul_(spread).sub_(target)
         outputs = squared(missed, rows.moments), squared(target, rows.moments)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from converter.quantize.jit import Array, jitted, select
+from converter.quantize.jit import LANES, Array, choose, choose_whole_number, jitted
 from converter.quantize.rounding.feedback import Directions, Grid, whole_numbers
 
-_LANES = 64
-"""Rows that are rounded side by side."""
 _STEP = 64
 """Columns that are turned at a time, so that rows lie side by side."""
-_ONE, _ZERO, _SMALLEST = np.float32(1.0), np.float32(0.0), np.float32(1e-38)
+_ZERO = np.float32(0.0)
 
 
 def round_rows(target: Array, scales: Array, block: int, grid: Grid, directions: Directions) -> Array:
@@ -39,13 +37,13 @@ def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-u
     values, bounds, most, least = grid.values, grid.bounds, np.float32(grid.most), np.float32(grid.least)
     order, inputs, gains = directions.order, directions.inputs, directions.gains
     rows, columns = target.shape
-    carried = np.empty((inputs.shape[1], _LANES), np.float32)
-    wanted = np.empty((_STEP, _LANES), np.float32)
-    sizes = np.empty((_STEP, _LANES), np.float32)
-    chosen = np.empty((_STEP, _LANES), np.int32)
-    aimed = np.empty(_LANES, np.float32)
-    for first in range(0, rows, _LANES):
-        count = min(_LANES, rows - first)
+    carried = np.empty((inputs.shape[1], LANES), np.float32)
+    wanted = np.empty((_STEP, LANES), np.float32)
+    sizes = np.empty((_STEP, LANES), np.float32)
+    chosen = np.empty((_STEP, LANES), np.int32)
+    aimed = np.empty(LANES, np.float32)
+    for first in range(0, rows, LANES):
+        count = min(LANES, rows - first)
         carried[:] = _ZERO
         wanted[:] = _ZERO
         sizes[:] = _ZERO
@@ -59,12 +57,12 @@ def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-u
             for j in range(width):
                 _aim(wanted, j, carried, gains, begin + j, aimed)
                 if most > _ZERO:
-                    _choose_whole_number(aimed, sizes, j, least, most, chosen)
-                    for lane in range(_LANES):
+                    choose_whole_number(aimed, sizes, j, least, most, chosen)
+                    for lane in range(LANES):
                         aimed[lane] = wanted[j, lane] - np.float32(chosen[j, lane]) * sizes[j, lane]
                 else:
-                    _choose(aimed, sizes, j, bounds, chosen)
-                    for lane in range(_LANES):
+                    choose(aimed, sizes, j, bounds, chosen)
+                    for lane in range(LANES):
                         aimed[lane] = wanted[j, lane] - values[chosen[j, lane]] * sizes[j, lane]
                 _carry(aimed, inputs, begin + j, carried)
             for j in range(width):
@@ -77,41 +75,17 @@ def _round(target, scales, block, grid, directions, codes):  # type: ignore[no-u
 @jitted(inline="always")
 def _aim(wanted, j, carried, gains, column, aimed):  # type: ignore[no-untyped-def]
     """What is rounded: what is wanted, and what earlier columns missed."""
-    for lane in range(_LANES):
+    for lane in range(LANES):
         aimed[lane] = wanted[j, lane]
     for k in range(gains.shape[1]):
         gain = gains[column, k]
-        for lane in range(_LANES):
+        for lane in range(LANES):
             aimed[lane] += carried[k, lane] * gain
-
-
-@jitted(inline="always")
-def _choose(aimed, sizes, j, bounds, chosen):  # type: ignore[no-untyped-def]
-    """The number of bounds below each scaled value, by binary search in all lanes at a time."""
-    for lane in range(_LANES):
-        scale = sizes[j, lane]
-        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
-        eight = v > bounds[7]
-        four = v > select(eight, bounds[11], bounds[3])
-        two = v > select(four, select(eight, bounds[13], bounds[5]), select(eight, bounds[9], bounds[1]))
-        low = select(four, select(eight, bounds[12], bounds[4]), select(eight, bounds[8], bounds[0]))
-        high = select(four, select(eight, bounds[14], bounds[6]), select(eight, bounds[10], bounds[2]))
-        one = v > select(two, high, low)
-        chosen[j, lane] = np.int32(eight) << 3 | np.int32(four) << 2 | np.int32(two) << 1 | np.int32(one)
-
-
-@jitted(inline="always")
-def _choose_whole_number(aimed, sizes, j, least, most, chosen):  # type: ignore[no-untyped-def]
-    """The whole number nearest to each scaled value; ties go to the even one."""
-    for lane in range(_LANES):
-        scale = sizes[j, lane]
-        v = select(scale > _ZERO, aimed[lane] * (_ONE / max(scale, _SMALLEST)), _ZERO)
-        chosen[j, lane] = np.int32(min(max(np.rint(v), least), most))
 
 
 @jitted(inline="always")
 def _carry(missed, inputs, column, carried):  # type: ignore[no-untyped-def]
     for k in range(inputs.shape[1]):
         direction = inputs[column, k]
-        for lane in range(_LANES):
+        for lane in range(LANES):
             carried[k, lane] += missed[lane] * direction

@@ -74,32 +74,52 @@ def squared(weight: Tensor, moments: Moments) -> float:
     return float(((weight @ moments.second).double() * weight).sum())
 
 
-def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors) -> Tensor:
+def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors, *, by_kernels: bool = False) -> Tensor:
     """Codes of a weight, int8 (rows, columns): indices of grid values, or whole numbers.
 
     `target` (rows, columns) is what is wanted, `steps`, of the same shape, what each grid value is multiplied by;
-    both in float32. Rows don't depend on each other.
+    both in float32. Rows don't depend on each other. `by_kernels`: the same bits by compiled code, on a CPU.
     """
     import torch
 
     order, upper = factors.order, factors.upper
     aimed, steps = target[:, order], steps[:, order]
-    scaling = inverse_of(steps)
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
     columns = target.shape[1]
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
-        near, within = aimed[:, first:last], upper[first:last, first:last]
-        missed = torch.empty_like(near)
-        for column in range(last - first):
-            wanted = near[:, column]
-            code = grid.nearest(wanted * scaling[:, first + column])
-            codes[:, first + column] = code
-            error = (wanted - grid.of(code) * steps[:, first + column]) / within[column, column]
-            missed[:, column] = error
-            near[:, column + 1 :].addr_(error, within[column, column + 1 :], alpha=-1)
+        block = aimed[:, first:last], steps[:, first:last], upper[first:last, first:last], grid
+        codes[:, first:last], missed = (_by_kernels if by_kernels else round_columns)(*block)
         if last < columns:
             aimed[:, last:].addmm_(missed, upper[first:last, last:], alpha=-1)
     found = torch.empty_like(codes)
     found[:, order] = codes
     return found
+
+
+def round_columns(near: Tensor, steps: Tensor, within: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes of a block of columns, int8, and what each column missed, divided by U_ii; each (rows, columns). `near` is
+    what is wanted, `within` the block of U. `column_kernels` has the same, bit for bit."""
+    import torch
+
+    scaling = inverse_of(steps)
+    codes, missed = torch.empty(near.shape, dtype=torch.int8, device=near.device), torch.empty_like(near)
+    for column in range(near.shape[1]):
+        wanted = near[:, column]
+        code = grid.nearest(wanted * scaling[:, column])
+        codes[:, column] = code
+        error = (wanted - grid.of(code) * steps[:, column]) / within[column, column]
+        missed[:, column] = error
+        near[:, column + 1 :].addr_(error, within[column, column + 1 :], alpha=-1)
+    return codes, missed
+
+
+def _by_kernels(near: Tensor, steps: Tensor, within: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    import torch
+
+    from converter.quantize.rounding import column_kernels
+
+    near, steps, within = (one.contiguous() for one in (near, steps, within))
+    block = column_kernels.Block(near.numpy(), steps.numpy(), within.numpy(), grid)
+    codes, missed = column_kernels.round_columns(block)
+    return torch.from_numpy(codes), torch.from_numpy(missed)

@@ -13,10 +13,11 @@ from converter.merge.change import Rounding
 from converter.quantize.format import Encoded, Rows
 from converter.quantize.formats import format_of
 from converter.quantize.rounding.codings import coding_of
+from converter.quantize.rounding.descent import swept
 from converter.quantize.rounding.encoders import with_rounding
 from converter.quantize.rounding.gptq import Moments, factors_of, rounded
 from converter.threads import Buffers
-from tests.quantize.rounding.weights import CPU, FORMATS, ONCE, inputs, moments, recipe_of, weight
+from tests.quantize.rounding.weights import CPU, FORMATS, ONCE, inputs, moments, recipe_of, spread, weight
 
 
 def encoded(recipe: Recipe, values: Tensor, seen: Moments | None) -> Encoded:
@@ -79,6 +80,23 @@ def test_the_codes_are_those_of_the_papers_formula(name: str) -> None:
     rows_that_agree = (found == expected).all(dim=1).float().mean()
     assert rows_that_agree >= 0.85
     assert (found == expected).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(48, 192), (130, 320), (1, 64)])
+def test_the_kernel_gives_the_same_bits(name: str, shape: tuple[int, int]) -> None:
+    coding, target, seen = coding_of(recipe_of(name)), weight(*shape).float(), moments(inputs(shape[1]))
+    steps = spread(coding, coding.scales("q.weight", target), target.shape).clone()
+    steps[0, :32] = 0.0
+    factors = factors_of(seen, 0.01)
+
+    codes = rounded(target, steps, coding.grid, factors)
+    swept_once = swept(codes, target, steps, coding.grid, seen.second, factors.damping)
+
+    assert torch.equal(rounded(target, steps, coding.grid, factors, by_kernels=True), codes)
+    again = swept(codes, target, steps, coding.grid, seen.second, factors.damping, by_kernels=True)
+    assert torch.equal(again, swept_once)
+    assert not torch.equal(codes, swept_once) or shape[0] == 1
 
 
 def test_columns_with_the_largest_inputs_come_first_and_equal_ones_in_their_order() -> None:
