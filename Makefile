@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real llm-compressor loaders serve-check bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real llm-compressor mlflow loaders serve-check bench chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -21,7 +21,7 @@ types: .venv/ready
 # All tests of a file run in one process: what a module prepares is prepared once, and a kernel is compiled once.
 BY_FILE := --dist loadfile --no-loadscope-reorder
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 $(BY_FILE) -m "not slow" --cov --cov-report= --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 $(BY_FILE) -m "not slow and not mlflow" --cov --cov-report= --cov-fail-under=95
 
 slow: .venv/ready  ## the tests that take too long for each commit: samples of faults, cold starts, a cluster that loses a node
 	$(BIN)/python -m pytest -n 2 $(BY_FILE) -m slow
@@ -58,6 +58,10 @@ real: .venv/ready  ## a real language model: beside the usual flow, calibrated, 
 
 llm-compressor: .venv/ready  ## the environment of llm-compressor, beside which `make real` then measures; takes 1.5 GB
 	$(BIN)/python tools/environments.py llm-compressor build/llm-compressor
+
+mlflow: .venv/ready  ## a real MLflow server in an environment of its own, and the tests that ask it; downloads 120 MB
+	$(BIN)/python tools/environments.py mlflow build/mlflow
+	PYTHONPATH=. build/mlflow/bin/python -m pytest -m mlflow tests/write/stores
 
 LOADED = transformers==4.57.6 transformers==5.24.0
 loaders: .venv/ready  ## outputs loaded by transformers 4.57 and 5 in environments of their own; downloads 500 MB

@@ -110,6 +110,8 @@ ONLY_IN = {
     },
     "numba": {"quantize.jit"},
     "obstore": {"read.bucket.connection"},
+    "mlflow": {"read.registry.server"},
+    "requests": {"read.registry.server"},
     "jinja2": {"page"},
     "model_signing": {"signing"},
     "packaging": {"health"},

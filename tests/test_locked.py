@@ -13,11 +13,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import REPOSITORY
+from tools.environments import ENVIRONMENTS
 
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text().splitlines()
 LOCKED = (REPOSITORY / "locked.txt").read_text().replace("\\\n", "").splitlines()
 ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools", "ci")
-OPTIONAL = {"atheris", "llmcompressor", "openai"}
+OPTIONAL = {"atheris", "llmcompressor", "mlflow", "openai"}
 """`make fuzz` says how to get the first; tools/environments.py installs the others where they are needed."""
 ENTRIES = [line for line in LOCKED if line and not line.startswith(("#", "--"))]
 
@@ -53,7 +54,8 @@ def test_the_list_takes_wheels_only() -> None:
 def test_what_the_checkout_asks_for_is_pinned_in_the_range_that_it_asks_for() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"].values()
-    versions = dict(map(name_and_version, CONSTRAINTS))
+    (server,) = ENVIRONMENTS["mlflow"].packages  # which has the client of its own version
+    versions = dict(map(name_and_version, CONSTRAINTS)) | {"mlflow-skinny": name_and_version(server)[1]}
     asked = [*project["build-system"]["requires"], *project["project"]["dependencies"], *(r for e in extras for r in e)]
 
     for requirement in map(Requirement, asked):

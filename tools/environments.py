@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ class Environment(NamedTuple):
     """What comes with them and doesn't run beside them."""
     beside: tuple[str, ...] = ()
     """Packages for a folder of their own, `beside`, without what they depend on."""
+    is_added: bool = False
+    """Whether it also has the packages of this environment, and adds its own."""
     alias: tuple[str, str] | None = None
     """A name and a version under which a program asks for its own package, which has another one."""
 
@@ -40,6 +43,7 @@ ENVIRONMENTS = {
     "transformers": Environment(
         ("transformers[serving]", "torch", "bitsandbytes", "accelerate", "compressed-tensors"),
     ),
+    "mlflow": Environment(("mlflow==3.17.2",), is_added=True),
     "llm-compressor": Environment(("llmcompressor==0.14.0.1", "torch")),
 }
 
@@ -65,6 +69,9 @@ def make(name: str, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
+    if environment.is_added:
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "added.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip(folder, "install", *packages)
     if environment.unwanted:
         pip(folder, "uninstall", "--yes", *environment.unwanted)

@@ -26,12 +26,13 @@ from converter.merge.files import (
     refuse_weights_beside,
 )
 from converter.merge.pickled import unpickled
-from converter.read.addresses import is_bucket, path_of
+from converter.read.addresses import is_bucket, is_registered, path_of
 from converter.read.bucket.folder import open_bucket
 from converter.read.checksums import SUMS, Hashing, Stated, stated
 from converter.read.folder import Folder, LocalFolder
 from converter.read.hub.folder import HubFolder, is_hub_id
 from converter.read.mistaken import similar_folders
+from converter.read.registry.folder import open_version
 from converter.read.side_files import wanted_from_adapter
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9]+:/{1,2}(?:(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+))?")
@@ -138,9 +139,13 @@ def _checked(folder: LocalFolder, digests: dict[str, str | None]) -> dict[str, S
 
 
 def open_folder(reference: Reference, revision: str | None, *, offline: bool) -> Folder:
-    """A folder of this machine, a repository on the Hub, or a prefix of a bucket. Raises a `ConversionRefused` if there
-    is none."""
+    """A folder of this machine, a repository on the Hub, a prefix of a bucket, or a version in a registry. Raises a
+    `ConversionRefused` if there is none."""
     text = os.fspath(reference)
+    if is_registered(text):
+        if revision is not None:
+            raise ConversionRefused(f"{text[:120]}: the address has the version: leave the revision out")
+        return open_version(text, offline=offline)
     if is_bucket(text):
         if revision is not None:
             raise ConversionRefused(f"{text[:120]}: a bucket has no revisions: leave the revision out")

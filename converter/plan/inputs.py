@@ -1,4 +1,4 @@
-"""Base and adapter as the user named them, opened: local folders, repositories on the Hub, prefixes of buckets."""
+"""Base and adapter as the user named them, opened: local folders, and what is on the Hub, in buckets or registries."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from converter.merge.adapter import Adapter
 from converter.merge.files import CONFIG as ADAPTER_CONFIG
 from converter.merge.files import WEIGHTS as ADAPTER_WEIGHTS
 from converter.plan.adapters import OpenedAdapter, Several, open_adapters, open_folder, wanted
-from converter.read.addresses import is_address
+from converter.read.addresses import is_address, name_in
 from converter.read.arrivals import Remote
-from converter.read.bucket.folder import BucketFolder
+from converter.read.bucket.folder import ObjectsFolder
 from converter.read.checkpoint import CONFIG, INDEX, Checkpoint
 from converter.read.checksums import SUMS, Hashing, stated
 from converter.read.folder import Folder, LocalFolder
@@ -83,7 +83,7 @@ class Base:
     def remote(self) -> Remote | None:
         """The repository or bucket that its files still are to come from; None for a folder, and offline."""
         opened = self._opened
-        return opened if isinstance(opened, HubFolder | BucketFolder) and not opened.is_offline else None
+        return opened if isinstance(opened, HubFolder | ObjectsFolder) and not opened.is_offline else None
 
     @property
     def comes_by_file(self) -> bool:
@@ -270,7 +270,7 @@ class Inputs:
 def is_called(base: Checkpoint, name: str) -> bool:
     """Whether a base's folder, or its config, has a name, whoever its owner is. Only that can tell: an adapter fits any
     base of its shapes."""
-    names = [base.folder.label.partition("@")[0], str(base.config.get("_name_or_path", ""))]
+    names = [name_in(base.folder.label), str(base.config.get("_name_or_path", ""))]
     if base.folder.path is not None:  # a snapshot in the Hub's cache
         names += [part.removeprefix("models--").replace("--", "/") for part in base.folder.path.resolve().parts]
     return any(_last(one) == _last(name) for one in (*names[:2], *(n for n in names[2:] if "/" in n)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from converter.errors import InputChanged, StoreFailed, StoreRefused, WriteFailed
+from converter.read.bucket.parts import download
 
 T = TypeVar("T")
 
@@ -42,6 +43,7 @@ class Connection:
     def __init__(self, scheme: str, place: str, *, patience: timedelta = PATIENCE) -> None:
         bucket, _, prefix = place.strip("/").partition("/")
         self.label = f"{scheme}://{bucket}/{prefix}"
+        self.last_name = prefix.rpartition("/")[2]
         self.scheme = scheme
         if not bucket or not prefix or any(part in ("", ".", "..") for part in prefix.split("/")):
             raise StoreRefused(f"{scheme}://{place}: give a bucket and a folder in it, such as {scheme}://bucket/model")
@@ -102,6 +104,11 @@ class Connection:
                 f"{end:,}: check the endpoint, and a proxy before it"
             )
         return memoryview(raw)
+
+    def bring(self, name: str, entry: Entry, descriptor: int, progress: Callable[[int], None]) -> None:
+        """Write an object of this ETag to a file, as `download` does it."""
+        etag = str(entry.etag)
+        download(lambda start, end: self.read_part(name, start, end, etag), entry.size, descriptor, progress)
 
     def size(self, name: str, as_what: str = "") -> int | None:
         """Bytes of an object; None if there is none. `as_what`: how messages call it."""

@@ -10,17 +10,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from converter.errors import HubOffline, InputChanged, StoreRefused, WriteFailed
 from converter.lock import Lock
 from converter.read.addresses import parts_of
 from converter.read.beginning import Beginning
 from converter.read.bucket.connection import PATIENCE, Connection, Entry
-from converter.read.bucket.parts import download
 from converter.read.cache import cache_folder
 from converter.read.checksums import SUMS, Stated, read_sums
 from converter.read.folder import LocalFolder, Progress, is_seen
@@ -32,8 +32,30 @@ MOST_READERS = 100
 """Processes that may read the same address at one time."""
 
 
-class BucketFolder:
-    """The files below a prefix, as they were when it was opened.
+class Objects(Protocol):
+    """Files that lie elsewhere, and the requests for them."""
+
+    @property
+    def label(self) -> str:
+        """How messages call the place."""
+
+    @property
+    def last_name(self) -> str:
+        """What the place is called in one word: a folder here gets the name."""
+
+    def entries(self) -> Mapping[str, Entry]:
+        """All files, by name."""
+
+    def read_part(self, name: str, start: int, end: int, etag: str) -> memoryview:
+        """Bytes from `start` to before `end` of a file that has this ETag."""
+
+    def bring(self, name: str, entry: Entry, descriptor: int, progress: Callable[[int], None]) -> None:
+        """Write all of a file to a descriptor. `progress` hears the bytes done, also while they are waited for, and
+        may end it by what it raises."""
+
+
+class ObjectsFolder:
+    """Files that lie elsewhere, as they were when they were listed.
 
     Every method raises `StoreRefused` for what is not there or not for us, `StoreFailed` when the connection or the
     server failed, after some tries, and `InputChanged` if an object was replaced since.
@@ -46,8 +68,8 @@ class BucketFolder:
     is_kept = False
     is_pinned = True
 
-    def __init__(self, address: str, *, patience: timedelta = PATIENCE) -> None:
-        self._there = Connection(*parts_of(address), patience=patience)
+    def __init__(self, there: Objects) -> None:
+        self._there = there
         self._files = files_among(self._there.entries(), self.label)
         if not self._files:
             raise StoreRefused(f"{self.label}: nothing lies there: check the name, and whether the key may list it")
@@ -62,8 +84,7 @@ class BucketFolder:
 
     @property
     def last_name(self) -> str:
-        """The last part of the address."""
-        return self.label.rpartition("/")[2]
+        return self._there.last_name
 
     def names(self) -> frozenset[str]:
         return frozenset(name for name in self._files if "/" not in name)
@@ -173,14 +194,10 @@ class BucketFolder:
             for old in (record, path):
                 old.parent.mkdir(parents=True, exist_ok=True)
                 old.unlink(missing_ok=True)
-            etag = self._etag(name)
+            self._etag(name)
             with unfinished.open("wb") as file:
-                download(
-                    lambda start, end: self._there.read_part(name, start, end, etag),
-                    size,
-                    file.fileno(),
-                    lambda done: progress(name, done) if progress is not None else None,
-                )
+                told = (lambda done: progress(name, done)) if progress is not None else (lambda _: None)
+                self._there.bring(name, self._files[name], file.fileno(), told)
                 # No checksum covers these bytes. So they are durable before the note says that the file is whole.
                 os.fsync(file.fileno())
             # A run that fetches it anew resumes the work of one that had it before, which knows it by its time.
@@ -195,6 +212,13 @@ class BucketFolder:
         for path in where.iterdir():
             if path.name != RECORDS and path.is_file() and path.name not in self._files:
                 path.unlink()
+
+
+class BucketFolder(ObjectsFolder):
+    """The files below a prefix."""
+
+    def __init__(self, address: str, *, patience: timedelta = PATIENCE) -> None:
+        super().__init__(Connection(*parts_of(address), patience=patience))
 
 
 def open_bucket(address: str, *, offline: bool = False) -> BucketFolder:
