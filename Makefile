@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real llm-compressor mlflow loaders serve-check bench chaos lock audit release clean
+.PHONY: fuzz demo check lint types test slow fix fixtures golden picture pages docs real llm-compressor mlflow loaders serve-check bench peers growth chaos lock audit release clean
 
 demo: .venv/ready  ## convert the bundled model and adapter, load the result, generate from it
 	$(BIN)/convert --base fixtures/tiny-base --adapter fixtures/tiny-adapter --out build/demo --overwrite
@@ -40,7 +40,7 @@ golden: .venv/ready  ## write the expected receipts and screens anew; read the d
 picture: .venv/ready  ## draw docs/report.png anew, the report that README shows; needs Chromium
 	$(BIN)/python tools/picture.py
 
-pages: .venv/ready  ## write docs/options.md, and the tables of docs/adapters.md and docs/architectures.md, anew from help and tests
+pages: .venv/ready  ## write docs/options.md, and tables of other pages, anew from help, tests and records
 	PYTHONPATH=. $(BIN)/python -m tests.docs.test_options_page
 	PYTHONPATH=. $(BIN)/python -m tests.merge.test_adapters_page
 	PYTHONPATH=. $(BIN)/python -m tests.test_architectures
@@ -84,6 +84,14 @@ serve-check: .venv/ready  ## real servers on the CPU load each format, and agree
 
 bench: .venv/ready  ## measure time and memory beside the usual flow; twenty minutes, 20 GB of disk
 	$(BIN)/python benchmarks/bench.py
+
+PEERS = mergekit axolotl unsloth-zoo llm-compressor auto-round
+peers: .venv/ready  ## other tools at their own jobs beside this one; half an hour, 8 GB of environments, 8 GB of models
+	for peer in $(PEERS); do $(BIN)/python tools/environments.py $$peer build/peers/$$peer || exit 1; done
+	$(BIN)/python benchmarks/peers/peers.py
+
+growth: .venv/ready  ## how time and memory grow up to 8 B, 100,000 tensors, 200 adapters, rank 256; 23 GB of disk
+	$(BIN)/python benchmarks/growth.py
 
 fuzz: .venv/ready  ## feed the parsers of foreign files nonsense; MINUTES=10, more by coverage with `pip install atheris`
 	$(BIN)/python -m fuzz --minutes $(or $(MINUTES),10)

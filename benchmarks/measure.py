@@ -37,6 +37,8 @@ class Measured:
     """The largest RssAnon that was seen: the same without pages of files."""
     children: int
     """The largest VmHWM of the processes that it started; 0 if it started none."""
+    written: int
+    """Bytes that it and those children wrote into files, as the system counts the pages of files that they changed."""
     output: str
     errors: str
 
@@ -62,7 +64,9 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
     cpu = usage.ru_utime + usage.ru_stime
-    return Measured(child.returncode, seconds, cpu, seen.peak, seen.anonymous, seen.children, *texts)
+    return Measured(
+        child.returncode, seconds, cpu, seen.peak, seen.anonymous, seen.children, 512 * usage.ru_oublock, *texts
+    )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Written by hand, a few MB at a time: making a model needs neither its memory nor torch. The same bytes come each time.
 
-    python benchmarks/models.py 1.1 build/bench/1.1 [--adapters qv --count 10]
+    python benchmarks/models.py 1.1 build/bench/1.1 [--adapters qv --count 10] [--rank 256]
 """
 
 from __future__ import annotations
@@ -95,9 +95,12 @@ class Llama:
 
 
 MODELS = {
+    "0.1": Llama(768, 2048, 12, 12, 4, 32_000, 64),
     "0.3": Llama(1024, 4096, 16, 16, 4, 32_000, 64),
     "1.1": Llama(2048, 5632, 22, 32, 4, 32_000, 64),  # TinyLlama
     "3.2": Llama(3072, 8192, 28, 24, 8, 128_256, 128, tied=True),  # Llama 3.2 3B
+    "8": Llama(4096, 14_336, 32, 32, 8, 128_256, 128, shard=5_000_000_000),  # Llama 3 8B
+    "many": Llama(64, 128, 11_112, 1, 1, 1_000, 64),  # 100,011 tensors
     # Two weights of 128,256 × 8,192 that transformers quantizes, 2.1 GB each; an output head it would leave alone.
     "wide": Llama(8192, 1024, 1, 128, 1, 4_096, 1002),
     "7": Llama(4096, 11_008, 32, 32, 32, 32_000, 128, shard=5_000_000_000, hollow=True),  # Llama 2 7B
@@ -127,6 +130,11 @@ def add_adapters(name: str, folder: Path, kind: str, count: int) -> None:
         _make_adapter(MODELS[name], folder / "adapters" / f"{kind}-{number}", KINDS[kind], number + 1)
 
 
+def add_rank(name: str, folder: Path, rank: int) -> None:
+    """Make an adapter of another rank, for all linear layers, as `adapter-RANK` beside the base."""
+    _make_adapter(MODELS[name], folder / f"adapter-{rank}", rank=rank)
+
+
 def _make_base(model: Llama, folder: Path) -> None:
     folder.mkdir(parents=True)
     values = None if model.hollow else (pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
@@ -147,8 +155,10 @@ def _make_base(model: Llama, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config()))
 
 
-def _make_adapter(model: Llama, folder: Path, targets: Sequence[str] = TARGETS, seed: int = 0) -> None:
-    config = adapter_config(targets)
+def _make_adapter(
+    model: Llama, folder: Path, targets: Sequence[str] = TARGETS, seed: int = 0, rank: int = RANK
+) -> None:
+    config = adapter_config(targets, rank)
     stated = folder / "adapter_config.json"  # written last
     if stated.is_file() and stated.read_text() == json.dumps(config):
         return
@@ -156,19 +166,19 @@ def _make_adapter(model: Llama, folder: Path, targets: Sequence[str] = TARGETS, 
     shapes: Shapes = {}
     for name, (rows, columns) in model.linears().items():
         if name.rpartition(".")[2] in targets:
-            shapes[f"base_model.model.{name}.lora_A.weight"] = (RANK, columns)
-            shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, RANK)
+            shapes[f"base_model.model.{name}.lora_A.weight"] = (rank, columns)
+            shapes[f"base_model.model.{name}.lora_B.weight"] = (rows, rank)
     write(folder / "adapter_model.safetensors", shapes, "F32", 4, None if model.hollow else pool(seed))
     stated.write_text(json.dumps(config))
 
 
-def adapter_config(targets: Sequence[str]) -> dict[str, object]:
+def adapter_config(targets: Sequence[str], rank: int = RANK) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
-        "r": RANK,
-        "lora_alpha": RANK,
+        "r": rank,
+        "lora_alpha": rank,
         "target_modules": list(targets),
         "bias": "none",
     }
@@ -213,8 +223,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="gets a base and an adapter")
     parser.add_argument("--adapters", choices=KINDS, help="adapters for a batch, too, in the folder's adapters/")
     parser.add_argument("--count", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--rank", type=int, help="an adapter of this rank, too, as adapter-RANK in the folder")
     args = parser.parse_args()
     make(args.model, args.folder)
+    if args.rank:
+        add_rank(args.model, args.folder, args.rank)
     if args.adapters:
         add_adapters(args.model, args.folder, args.adapters, args.count)
 

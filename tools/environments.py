@@ -29,6 +29,8 @@ class Environment(NamedTuple):
     """Packages for a folder of their own, `beside`, without what they depend on."""
     is_added: bool = False
     """Whether it also has the packages of this environment, and adds its own."""
+    alone: tuple[str, ...] = ()
+    """Packages of which one part is called, without what the rest of them depends on."""
     alias: tuple[str, str] | None = None
     """A name and a version under which a program asks for its own package, which has another one."""
 
@@ -45,6 +47,23 @@ ENVIRONMENTS = {
     ),
     "mlflow": Environment(("mlflow==3.17.2",), is_added=True),
     "llm-compressor": Environment(("llmcompressor==0.14.0.1", "torch")),
+    "mergekit": Environment(("mergekit==0.1.5", "torch", "transformers", "peft", "accelerate")),
+    # Its merge needs a twentieth of what the trainer around it asks for. Later versions need Python 3.12.
+    "axolotl": Environment(
+        (
+            *("torch", "peft==0.20.0", "transformers==5.16.1", "accelerate==1.13.0", "bitsandbytes"),
+            *("pydantic==2.12.5", "addict==2.4.0", "PyYAML", "requests", "colorama", "click"),
+        ),
+        alone=("axolotl==0.19.0",),
+    ),
+    "unsloth-zoo": Environment(
+        (
+            *("torch", "peft==0.20.0", "transformers==5.17.0", "accelerate", "psutil", "protobuf", "sentencepiece"),
+            *("pillow", "regex", "msgspec==0.22.0", "requests", "hf_transfer==0.1.9", "einops==0.8.2"),
+        ),
+        alone=("unsloth-zoo==2026.10.9",),
+    ),
+    "auto-round": Environment(("auto-round==0.16.1", "torch", "transformers", "accelerate")),
 }
 
 
@@ -64,7 +83,8 @@ def make(name: str, folder: Path) -> None:
     environment, constraints = ENVIRONMENTS[name], (ROOT / "constraints.txt").read_text()
     packages = [pinned(package, constraints) for package in environment.packages]
     beside = [pinned(package, constraints) for package in environment.beside]
-    ready, wanted = folder / "ready.json", json.dumps([packages, beside, environment.unwanted, environment.alias])
+    stated = [packages, beside, environment.unwanted, environment.alias, environment.alone]
+    ready, wanted = folder / "ready.json", json.dumps(stated)
     if ready.exists() and ready.read_text() == wanted:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -73,6 +93,8 @@ def make(name: str, folder: Path) -> None:
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "added.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pip(folder, "install", *packages)
+    if environment.alone:
+        pip(folder, "install", "--no-deps", *environment.alone)
     if environment.unwanted:
         pip(folder, "uninstall", "--yes", *environment.unwanted)
     if beside:
