@@ -139,11 +139,14 @@ def _make_base(model: Llama, folder: Path) -> None:
     folder.mkdir(parents=True)
     values = None if model.hollow else (pool().view(np.uint32) >> 16).astype(np.uint16)  # cut to bfloat16
     groups: list[Shapes] = [{}]
+    held = 0
     for name, shape in model.tensors().items():
-        held = 2 * sum(math.prod(other) for other in groups[-1].values())
-        if groups[-1] and held + 2 * math.prod(shape) > model.shard:
+        size = 2 * math.prod(shape)
+        if groups[-1] and held + size > model.shard:
             groups.append({})
+            held = 0
         groups[-1][name] = shape
+        held += size
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
