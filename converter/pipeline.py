@@ -38,6 +38,7 @@ from converter.seal.published import Published, place_of
 from converter.seal.receipt import CARD, GATES, fidelity_of, fingerprint, origin_of, read_receipt, summary_of
 from converter.seal.staging import Staging
 from converter.supply import arrives, room_for, supplied
+from converter.telling import telling
 from converter.tensors import torch_device
 from converter.threads import Crew, one_thread
 from converter.tile import Conversion, Encoding, convert_tile, open_tensor, read_tile, spans_of_part, survey_tile
@@ -119,7 +120,7 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         before = inputs.identities()
         plan = make_plan(inputs.base, inputs.adapter, job.recipe, **options.of_plan())
         encoding = Encoding(plan, options.open_device(plan.device), options.check_tiles)
-        destination = place_of(job, options, inputs.folders, observer.stop)
+        destination = place_of(job, options, inputs.folders, observer.stop, telling(job))
         if (known := already_made(destination, plan, inputs, encoding.device.place.type)) is not None:
             job.gates.hold(_figures(destination), destination.label)
             return Report(job.out, plan, known, {}, nothing_to_do=True, store=_stored(destination))

@@ -76,6 +76,7 @@ WITHOUT_A_ROOM = {
     "health": LOOP,
     "samples": LOOP,
     "page": LOOP,
+    "telling": LOOP,
     "signing": LOOP,
     "provenance": LOOP,
     "api": "cli",

@@ -108,8 +108,8 @@ class Commands(cloup.Group):
         *("--out", "-o", "--output", "out"),
         type=Place(),
         metavar="PATH|ADDRESS",
-        help="Folder to write, or hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, gs://, az://. It appears only when it is "
-        "complete.",
+        help="Folder to write, or hf://ORG/NAME[@BRANCH], s3://BUCKET/PREFIX, gs://, az://, "
+        "models:/NAME[@ALIAS]. It appears only when it is complete.",
     ),
     with_overwrite,
     MAX_SHARD_SIZE,
@@ -207,7 +207,9 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
 def is_address(out: str | None) -> bool:
     """Whether OUT lies in a store."""
-    return out is not None and "://" in out and not out.startswith("file:")
+    if out is None or out.startswith("file:"):
+        return False
+    return "://" in out or out.lower().startswith("models:/")
 
 
 def refuse_store(out: str | None, of_store: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ class _Run:
             return
         if not self._step(output, "gates", output.hold_gates):
             return
-        if self._step(output, "publish", partial(output.publish, place), again=True):
+        if self._step(output, "publish", partial(output.publish, place, self._state), again=True):
             output.tidy()
 
     def _step(self, output: Output, name: Name, action: Callable[[Figures], None], *, again: bool = False) -> bool:

@@ -26,6 +26,7 @@ from converter.seal.destination import Place, already_made, sizes_in
 from converter.seal.link import identity_of
 from converter.seal.published import Published, place_of
 from converter.seal.receipt import fidelity_of, read_receipt
+from converter.telling import telling
 from converter.tensors import torch_device
 from converter.verification import Checks, verify_output
 from converter.write.durable import writing
@@ -81,7 +82,7 @@ class Output:
             identity = job_of(plan, inputs)
             del identity["layout"]  # a batch has another one when other jobs are in it
             self._identity = key_of(identity)
-            place = place_of(job, options, inputs.folders, self._observer.stop)
+            place = place_of(job, options, inputs.folders, self._observer.stop, telling(job))
             device = torch_device(plan.device).type
             self.is_there = already_made(place, plan, inputs, device, any_layout=True) is not None
             return place
@@ -183,12 +184,15 @@ class Output:
         if found.missed:
             raise GateFailed(f"{self.label}: {'; '.join(found.missed)}")
 
-    def publish(self, place: Place, figures: Figures) -> None:
+    def publish(self, place: Place, state: State, figures: Figures) -> None:
         """Put the output, which has passed, at OUT, unless it is there already."""
         receipt = self._receipt()
         if not place.holds(receipt["fingerprint"]):
             place.refuse_if_taken()
-            place.publish(self.folder)
+            gates = state.step(self.noted_as, "gates")
+            named = ("gates", "evaluation")
+            measured = {} if gates is None else {name: gates.figures[name] for name in named if name in gates.figures}
+            place.publish(self.folder, measured)
         figures["bytes"] = receipt["summary"]["bytes"]["output"]
         figures["seen_at"] = place.seen_at if isinstance(place, Published) else self.label
 

@@ -6,9 +6,10 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.errors import BadOutput, OutputLocked
@@ -52,6 +53,9 @@ class Place(Protocol):
     def staging(self) -> Path:
         """Where OUT's files gather: a folder of this machine."""
 
+    def receipt_for(self, plan: Plan) -> dict[str, Any] | None:
+        """`receipt`; where OUT has several versions, it becomes that of the one which a plan like this made."""
+
     def holds(self, fingerprint: str) -> bool:
         """Whether OUT is a finished conversion of this fingerprint, and all its files are there in their sizes."""
 
@@ -73,9 +77,9 @@ class Place(Protocol):
     def accept(self) -> None:
         """Make the finished staging folder OUT."""
 
-    def publish(self, folder: Path) -> None:
+    def publish(self, folder: Path, measured: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Make OUT of a finished output that lies in another folder, and stays there. If it fails, or the process dies,
-        it may be called again."""
+        it may be called again. `measured`: gates and evaluation, for stores that show them."""
 
 
 class Destination:
@@ -112,6 +116,9 @@ class Destination:
             raise BadOutput(f"{self.out}: {exc.strerror}") from exc
         if not nearest.is_dir():
             raise BadOutput(f"{nearest}: exists and is not a folder")
+
+    def receipt_for(self, plan: Plan) -> dict[str, Any] | None:
+        return self.receipt
 
     def holds(self, fingerprint: str) -> bool:
         """Whether OUT is a finished conversion of this fingerprint, and all its files are there in their sizes."""
@@ -177,7 +184,7 @@ class Destination:
                 self._tidy()
             LOCAL_DISK.sync_folder(self.out.parent)
 
-    def publish(self, folder: Path) -> None:
+    def publish(self, folder: Path, measured: Mapping[str, Any] = MappingProxyType({})) -> None:
         with writing(self.staging):
             LOCAL_DISK.make_folder(self.staging)
             names = os.listdir(self.staging)
@@ -275,7 +282,7 @@ def already_made(
     If all else agrees and nothing is remembered of the base, the base is read to be sure. `any_layout`: OUT's tensors
     may lie in other shards than planned.
     """
-    receipt = destination.receipt
+    receipt = destination.receipt_for(plan)
     if receipt is None or receipt.get("content") != plan.content:
         return None
     if receipt.get("plan") != plan.digest and not any_layout:

@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from converter.errors import BadOutput, ConversionRefused, Interrupted
@@ -19,12 +20,15 @@ from converter.seal.destination import BASE, OURS, Destination, Place, arrival, 
 from converter.seal.receipt import CARD, RECEIPT, parse_receipt
 from converter.write.durable import Disk
 from converter.write.journal import Journal, Upload
-from converter.write.store import Store, resumable
+from converter.write.store import NOTHING, Store, Told, resumable
 from converter.write.stores.addresses import open_store
 from converter.write.uploads import Uploads
 
 if TYPE_CHECKING:
     from converter.plan.plan import Plan
+
+Tell = Callable[[Mapping[str, Any], Mapping[str, Any]], Told]
+"""What to tell of an output, from its receipt, and from what was measured besides."""
 
 SMALL_FILES = 100_000_000
 """Bytes that side files, index and receipt are taken to have at most, on this machine's disk."""
@@ -42,18 +46,18 @@ class Published:
         overwrite: bool,
         work: Path | None = None,
         stop: Callable[[], int | None] = lambda: None,
+        tell: Tell = lambda *_: NOTHING,
     ) -> None:
-        self._store, self._overwrite, self._stop = store, overwrite, stop
+        self._store, self._overwrite, self._stop, self._tell = store, overwrite, stop, tell
         name = re.sub(r"[^\w.-]+", "-", store.label)[:80]
         key = hashlib.sha256(store.label.encode()).hexdigest()[:12]
         self._staging = (work or cache_folder() / "outputs").expanduser().absolute() / f"{name}-{key}.partial"
         self.accepted = False
         self.seen_at = store.label
         """Where to look at what was published: an address on the web, if there is one."""
-        self._files = dict(store.files())
+        self._files: dict[str, int] = {}
         self.receipt: dict[str, Any] | None = None
-        if RECEIPT in self._files:
-            self.receipt = parse_receipt(store.read(RECEIPT))
+        self._look()
         self._waiting = 1
 
     @property
@@ -69,6 +73,12 @@ class Published:
     def staging(self) -> Path:
         return self._staging
 
+    def receipt_for(self, plan: Plan) -> dict[str, Any] | None:
+        if self._store.is_versioned:
+            self._store.look_for(plan.content, plan.adapter_digest, plan.digest)
+            self._look()
+        return self.receipt
+
     def holds(self, fingerprint: str) -> bool:
         if self.receipt is None or self.receipt["fingerprint"] != fingerprint:
             return False
@@ -76,7 +86,7 @@ class Published:
 
     def refuse_if_taken(self) -> None:
         others = set(self._files) - NEUTRAL
-        if not others:
+        if self._store.is_versioned or not others:
             return
         if self.receipt is None:
             raise BadOutput(
@@ -115,7 +125,7 @@ class Published:
         self._show(self._staging, _shards_of(self._staging))
         remove(self._staging)
 
-    def publish(self, folder: Path) -> None:
+    def publish(self, folder: Path, measured: Mapping[str, Any] = MappingProxyType({})) -> None:
         shards = _shards_of(folder)
         try:
             self._store.begin()
@@ -125,20 +135,27 @@ class Published:
                 self._store.take(upload, folder / upload.shard)
         except ConversionRefused as exc:
             raise resumable(exc) from exc
-        self._show(folder, shards)
+        self._show(folder, shards, measured)
 
-    def _show(self, folder: Path, shards: list[Upload]) -> None:
+    def _look(self) -> None:
+        self._files = dict(self._store.files())
+        self.receipt = parse_receipt(self._store.read(RECEIPT)) if RECEIPT in self._files else None
+
+    def _show(self, folder: Path, shards: list[Upload], measured: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Make OUT of shards that the store has, and of the small files in a folder."""
         taken = {upload.shard for upload in shards}
         beside = sorted(sizes_in(folder).keys() - taken - OURS, key=arrival)
         small = {name: folder / name for name in beside}
-        before = self._names(self.receipt) & self._files.keys() if self.receipt is not None else set()
+        earlier = None if self._store.is_versioned else self.receipt
+        before = self._names(earlier) & self._files.keys() if earlier is not None else set()
+        receipt = parse_receipt((folder / RECEIPT).read_bytes())
+        told = NOTHING if receipt is None else self._tell(receipt, measured)
         try:
-            self.seen_at = self._store.publish(shards, small, before - taken - small.keys())
+            self.seen_at = self._store.publish(shards, small, before - taken - small.keys(), told)
         except ConversionRefused as exc:
             raise resumable(exc) from exc
         self.accepted = True
-        self.receipt = parse_receipt((folder / RECEIPT).read_bytes())
+        self.receipt = receipt
 
     def _is_whole(self, receipt: Mapping[str, Any]) -> bool:
         return all(self._files.get(name) == file.get("bytes") for name, file in receipt["files"].items())
@@ -160,9 +177,13 @@ def _shards_of(folder: Path) -> list[Upload]:
 
 
 def place_of(
-    job: Job, options: RunOptions, inputs: Iterable[Path], stop: Callable[[], int | None] = lambda: None
+    job: Job,
+    options: RunOptions,
+    inputs: Iterable[Path],
+    stop: Callable[[], int | None] = lambda: None,
+    tell: Tell = lambda *_: NOTHING,
 ) -> Place:
-    """OUT of a job: a folder, or a place in a store."""
+    """OUT of a job: a folder, or a place in a store, which hears by `tell` what is known of the output."""
     if job.store is None:
         if options.create_pr or options.work is not None:
             raise BadOutput(f"{job.out}: `create_pr` and `work` go with an OUT in a store, such as hf://ORG/NAME")
@@ -170,4 +191,4 @@ def place_of(
     if options.offline:
         raise BadOutput(f"{job.store}: `offline` reaches no store; write to a folder")
     store = open_store(job.store, create_pr=options.create_pr)
-    return Published(store, overwrite=options.overwrite, work=options.work, stop=stop)
+    return Published(store, overwrite=options.overwrite, work=options.work, stop=stop, tell=tell)

@@ -7,6 +7,7 @@ whole visible. Until then what lies at OUT is what was there before.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +21,25 @@ SMALL = 65_536
 """Bytes of the largest tensor that `thin` leaves in a shard: the quant states are smaller."""
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is known of an output beside its files. A store with room for it shows it; no reader of models needs it."""
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
+    pages: Mapping[str, str] = field(default_factory=dict)
+    """Name → HTML."""
+
+
+NOTHING = Told()
+
+
 class Store(Protocol):
     """Where OUT is. Every method raises a `ConversionRefused` for what is not allowed, or a `ConversionFailed` when the
     connection or the server failed, after some tries; no message has a token or a key."""
+
+    is_versioned: bool
+    """Whether each conversion is a version of its own, and replaces none."""
 
     @property
     def label(self) -> str:
@@ -31,6 +48,10 @@ class Store(Protocol):
     @property
     def note(self) -> str:
         """What a user should know before anything is written; empty if there is nothing."""
+
+    def look_for(self, content: str, adapter: str | None, layout: str) -> None:
+        """Where a store keeps versions: let OUT be the newest one of a plan of this content with this adapter, if there
+        is one. `layout`: the digest of the plan, by which the work of a killed run is found. Comes before `begin`."""
 
     def files(self) -> Mapping[str, int]:
         """Name → bytes of what lies at OUT now."""
@@ -47,7 +68,7 @@ class Store(Protocol):
     def take(self, upload: Upload, path: Path) -> None:
         """Upload a finished shard, so that no reader sees it. What is there already is not sent again."""
 
-    def publish(self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str]) -> str:
+    def publish(self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str], told: Told) -> str:
         """Make OUT of the shards that were taken and of small files, and remove the files in `gone`; where it is to be
         seen. A reader sees the whole, or no checkpoint. If it fails, it may be called again.
 

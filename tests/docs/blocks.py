@@ -157,6 +157,10 @@ EXCUSES = (
         "needs a store; tests/write/stores has some",
         parse,
     ),
-    Excuse(re.compile(r"^convert .*models:/"), "needs an MLflow server; tests/write/stores asks one", parse),
+    Excuse(
+        re.compile(r"^convert (pipeline registered\.toml|.*models:/)"),
+        "needs an MLflow server; tests/write/stores asks one",
+        parse,
+    ),
     Excuse(re.compile(r"^(nf4-)?convert .*--ray\b"), "starts a cluster, or needs one; tests/batch has them", parse),
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit
@@ -76,7 +77,28 @@ class Server:
 
     def version_of_alias(self, name: str, alias: str) -> Version:
         """`Absent` if there is none."""
-        return _version(self.trying("", lambda: self.client.get_model_version_by_alias(name, alias)))
+        aliases = self.trying("", lambda: self.client.get_registered_model(name)).aliases
+        if alias not in aliases:
+            raise Absent(f"{self.label}: {name} has no alias {alias!r}: check the name, and MLFLOW_TRACKING_URI")
+        return self.version(name, int(aliases[alias]))
+
+    def versions(self, name: str) -> list[Version]:
+        """The versions of a model that are ready, the oldest first."""
+        found, token = [], None
+        while True:
+            page = self.trying("", lambda: self.client.search_model_versions(f"name='{name}'", page_token=token))
+            found += [_version(one) for one in page if one.status == "READY"]
+            if not (token := page.token):
+                return sorted(found, key=lambda version: version.number)
+
+    def log(self, run_id: str, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Give a run metrics and tags."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, 0) for name, value in sorted(figures.items())]
+        named = [RunTag(name, value) for name, value in sorted(tags.items())]
+        self.trying("", lambda: self.client.log_batch(run_id, metrics, (), named))
 
     def place_of(self, version: Version) -> str:
         """The address or path at which a version's files lie."""
@@ -128,6 +150,11 @@ class Server:
             status, said = exc.get_http_status_code(), exc.message
         except requests.RequestException as exc:
             status, said = exc.response.status_code if exc.response is not None else 0, str(exc)
+        except ImportError as exc:
+            raise StoreRefused(
+                f"{where}: the server has its files elsewhere, and MLflow's client needs {exc.name} there: install it, "
+                "or let the server take and give them (mlflow server --serve-artifacts)"
+            ) from None
         except OSError as exc:
             raise WriteFailed(f"{where}: {exc.strerror}") from None
         said = _without_secrets(said)
@@ -167,6 +194,7 @@ def _prepare_library() -> None:
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # what matters comes as an error
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)

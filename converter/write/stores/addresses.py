@@ -1,9 +1,9 @@
-"""Which store an address means: hf://ORG/NAME, s3://BUCKET/PREFIX …"""
+"""Which store an address means: hf://ORG/NAME, s3://BUCKET/PREFIX, models:/NAME …"""
 
 from __future__ import annotations
 
 from converter.errors import StoreRefused
-from converter.read.addresses import BUCKETS, KNOWN, parts_of
+from converter.read.addresses import BUCKETS, KNOWN, MODELS, parts_of
 from converter.write.store import Store
 
 NO_STORE = "several outputs of one pass go to folders; convert each into its store by itself, or upload the folder"
@@ -24,4 +24,8 @@ def open_store(address: str, *, create_pr: bool = False) -> Store:
         from converter.write.stores.bucket import Bucket
 
         return Bucket(scheme, rest)
+    if scheme == MODELS:
+        from converter.write.stores.registry import RegisteredModel
+
+        return RegisteredModel(address)
     raise StoreRefused(f"{address[:120]}: not a store that is known; give a folder, or {KNOWN}")

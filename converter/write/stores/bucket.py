@@ -14,6 +14,7 @@ from converter.errors import ConverterError, StoreFailed, StoreRefused
 from converter.read.bucket.connection import PATIENCE, Connection
 from converter.read.checkpoint import CONFIG
 from converter.write.journal import Upload
+from converter.write.store import NOTHING, Told
 
 WAITING = ".partial"
 """The folder in which shards wait, below the prefix."""
@@ -28,10 +29,14 @@ class Bucket:
     """A prefix of a bucket. Keys and endpoint come from the environment, as the provider's own tools have them."""
 
     note = ""
+    is_versioned = False
 
     def __init__(self, scheme: str, place: str, *, patience: timedelta = PATIENCE) -> None:
         self._there = Connection(scheme, place, patience=patience)
         self.label = self._there.label
+
+    def look_for(self, content: str, adapter: str | None, layout: str) -> None:
+        """Nothing: one conversion lies there."""
 
     def files(self) -> Mapping[str, int]:
         found = self._there.entries().items()
@@ -59,7 +64,9 @@ class Bucket:
         if not self.has(upload):
             raise StoreFailed(f"{self.label}: {upload.shard}: was sent, and the bucket has it not; try again")
 
-    def publish(self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str]) -> str:
+    def publish(
+        self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str], told: Told = NOTHING
+    ) -> str:
         there = self.files()
         first = [CONFIG] if CONFIG in there else []
         for name in [*first, *sorted(set(gone) & there.keys() - {CONFIG})]:

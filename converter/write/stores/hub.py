@@ -11,6 +11,7 @@ from converter.read.hub.answers import COMMIT
 from converter.read.hub.errors import RETRY_DELAYS, Subject, brief, endpoint, not_a_hub, retrying
 from converter.read.hub.folder import DEFAULT_REVISION, is_repo_id, prepare_library
 from converter.write.journal import Upload
+from converter.write.store import NOTHING, Told
 
 T = TypeVar("T")
 
@@ -20,6 +21,8 @@ MAX_READ_BYTES = 100_000_000
 
 class HubStore:
     """A branch; None: main. What doesn't exist is made: a repository, private; a branch, from main."""
+
+    is_versioned = False
 
     def __init__(self, repo_id: str, branch: str | None = None, *, create_pr: bool = False) -> None:
         self.label = f"hf://{repo_id[:120]}" + (f"@{branch[:120]}" if branch else "")
@@ -52,6 +55,9 @@ class HubStore:
         if not self._exists:
             return f"{self.label}: there is no such repository; it will be made, and be private"
         return "" if self._branch_exists else f"{self.label}: there is no such branch; it will be made from main"
+
+    def look_for(self, content: str, adapter: str | None, layout: str) -> None:
+        """Nothing: one conversion lies there."""
 
     def files(self) -> Mapping[str, int]:
         return self._files
@@ -96,7 +102,9 @@ class HubStore:
                 "'*.safetensors filter=lfs diff=lfs merge=lfs -text'"
             )
 
-    def publish(self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str]) -> str:
+    def publish(
+        self, uploads: Collection[Upload], small: Mapping[str, Path], gone: Collection[str], told: Told = NOTHING
+    ) -> str:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         shards = []

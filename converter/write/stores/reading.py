@@ -10,12 +10,13 @@ from pathlib import Path
 
 from converter.errors import OutputLocked, StoreRefused
 from converter.lock import Lock
-from converter.read.addresses import BUCKETS, KNOWN, parts_of, path_of
+from converter.read.addresses import BUCKETS, KNOWN, MODELS, parts_of, path_of
 from converter.read.arrivals import Remote
-from converter.read.bucket.folder import BucketFolder
+from converter.read.bucket.folder import BucketFolder, ObjectsFolder
 from converter.read.cache import cache_folder
-from converter.read.folder import read_bytes
+from converter.read.folder import Folder, LocalFolder, read_bytes
 from converter.read.hub.folder import HubFolder
+from converter.read.registry.folder import open_version
 from converter.write.durable import writing
 from converter.write.stores.addresses import open_store
 
@@ -25,8 +26,8 @@ MAX_SMALL_BYTES = 100_000_000
 def small_file(address: str, name: str) -> bytes:
     """A small file of what lies at an address. `StoreRefused` if it has none of this name."""
     scheme, rest = parts_of(address)
-    if scheme == "hf":
-        folder = _repository(rest)
+    if scheme in ("hf", MODELS):
+        folder: Folder = _repository(rest) if scheme == "hf" else open_version(address)
         if name in folder.names():
             return read_bytes(folder, name, limit=MAX_SMALL_BYTES)
     else:
@@ -40,7 +41,7 @@ def small_file(address: str, name: str) -> bytes:
 def as_folder(
     place: str, *, offline: bool = False, tell: Callable[[int, int, str], None] = lambda *_: None
 ) -> Iterator[Path]:
-    """The folder that a place means. What lies on the Hub or in a bucket is downloaded into a folder of the user's
+    """The folder that a place means. What lies elsewhere is downloaded into a folder of the user's
     cache, which is removed at the end; what a killed run left there is not downloaded again. `tell` hears bytes done,
     in all, what.
 
@@ -53,13 +54,19 @@ def as_folder(
     scheme, rest = parts_of(place)
     if offline:
         raise StoreRefused(f"{place}: `offline` reaches no store; give a folder")
-    remote: HubFolder | BucketFolder
+    remote: HubFolder | ObjectsFolder
     if scheme == "hf":
         remote = _repository(rest)
         name, what = remote.repo_id.rpartition("/")[2], f"{rest}@{remote.commit}"
     elif scheme in BUCKETS:
         remote = BucketFolder(place)
         name, what = remote.last_name, f"{remote.label}?verify"
+    elif scheme == MODELS:
+        opened = open_version(place)
+        if isinstance(opened, LocalFolder):
+            yield opened.path
+            return
+        remote, name, what = opened, opened.last_name, f"{opened.label}?verify"
     else:
         raise StoreRefused(f"{place[:120]}: not a store that is known; give a folder, or {KNOWN}")
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
