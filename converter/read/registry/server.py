@@ -153,7 +153,7 @@ class Server:
         except ImportError as exc:
             raise StoreRefused(
                 f"{where}: the server has its files elsewhere, and MLflow's client needs {exc.name} there: install it, "
-                "or let the server take and give them (mlflow server --serve-artifacts)"
+                "or let the server take and give them, as it does by default"
             ) from None
         except OSError as exc:
             raise WriteFailed(f"{where}: {exc.strerror}") from None
