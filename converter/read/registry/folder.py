@@ -72,8 +72,8 @@ def open_version(address: str, *, offline: bool = False) -> LocalFolder | Object
         )
     if not is_folder(path):
         raise StoreRefused(
-            f"{address}: its files lie in {path}, a folder of the server's machine; let the server give them out, as it "
-            "does by default, or copy them here"
+            f"{address}: its files lie in {path}, a folder of the server's machine; let the server give them out, as "
+            "it does by default, or copy them here"
         )
     return LocalFolder(path)
 
