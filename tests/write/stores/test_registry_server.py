@@ -71,7 +71,7 @@ def test_a_registered_base_and_adapter_give_the_bytes_of_those_in_folders(
 
     assert contents(report.out) == whole
     assert left_in_cache(tmp_path) == []
-    assert verify(report.out, base=base, adapter="models:/lora/1").ok
+    assert verify(report.out, base=base, adapter="models:/lora/1").is_good
 
 
 def test_a_version_or_alias_that_is_not_there_is_refused_by_name(
@@ -158,7 +158,7 @@ def test_a_conversion_becomes_a_version_with_its_files_tags_figures_and_report(
     assert again.nothing_to_do
     assert plan_conversion(*inputs, f"models:/{name}", SMALL_SHARDS).nothing_to_do
     assert len(server.versions(name)) == len(runs_of(server, name)) == 1
-    assert verify(out, base=inputs[0], adapter=inputs[1], require_receipt=True).ok
+    assert verify(out, base=inputs[0], adapter=inputs[1], require_receipt=True).is_good
     with pytest.raises(StoreRefused, match=r"a version can't be replaced: give models:/.*, which gets a new one"):
         plan_conversion(*inputs, f"models:/{name}/1")
 
