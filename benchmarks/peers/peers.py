@@ -117,7 +117,10 @@ def kill_all(peers: Peers, name: str) -> None:
     for contender in CONTENDERS:
         peers.say(f"{name} B, killed: {contender.name}")
         room = fresh(peers.work / "room")
-        done = peers.run(peers.line(contender, inputs, room))
+        done = measure(line := peers.line(contender, inputs, room), peers.quiet())
+        if done.status or not looks_complete(checkpoint(room)):  # the others go on
+            peers.say(f"exit status {done.status}, no checkpoint: {' '.join(line)}\n{done.errors[-2000:]}")
+            continue
         whole, right = held(room), peers.error(inputs, checkpoint(room))
         found: dict[str, Any] = {}
         for moment, when in (("half of the bytes", whole // 2), ("three quarters of the time", 0.75 * done.seconds)):
