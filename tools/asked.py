@@ -26,7 +26,7 @@ def answer(client: openai.OpenAI, model: str, question: str, tokens: int) -> str
 
 
 def main(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1200, max_retries=0)
     asked, found = json.load(sys.stdin), {}
     for model in asked["models"]:
         try:

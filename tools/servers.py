@@ -34,6 +34,7 @@ def surroundings(environment: Path) -> dict[str, str]:
     beside = [str(environment / name) for name in ("alias", "beside") if (environment / name).is_dir()]
     fixed = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_NO_USAGE_STATS": "1"}
     fixed |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin steal from each other
+    fixed |= {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(READY_WITHIN)}  # 300 by default: too few for FP8 on a CPU
     fixed |= {"VLLM_CPU_INT4_W4A8": "0"}  # on some CPUs it would make 8-bit integers of the activations of W4A16
     return {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(beside)}
 

@@ -1,7 +1,8 @@
-"""The table of servers in docs/formats.md is what `make serve-check` recorded."""
+"""The tables of docs/formats.md are what `make serve-check` and `make real` recorded."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any
@@ -10,12 +11,12 @@ from converter.recipe import format_meant
 from tests.conftest import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "formats.md"
-SERVED = REPOSITORY / "fixtures" / "real" / "served.json"
+REAL = REPOSITORY / "fixtures" / "real"
 Record = dict[str, Any]
 
 
-def recorded() -> Record:
-    found: Record = json.loads(SERVED.read_text())
+def recorded(name: str) -> Record:
+    found: Record = json.loads((REAL / name).read_text())
     return found
 
 
@@ -24,10 +25,33 @@ def by_servers(record: Record) -> str:
     answers = {True: "the same answer", False: "another answer"}
     for row in record["rows"]:
         vllm = "no kernel on a CPU" if row["vllm"] is None else f"± {row['vllm']:.3f}"
+        if row["vllm"] is not None and row["tokens"] != record["tokens"]:
+            vllm += f", of {row['tokens']} tokens"
         lines.append(
             f"| {shown(row['name'])} | {vllm} | {answers[row['transformers_serve']]} | ± {row['from_base']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def by_formats(record: Record) -> str:
+    heads = ["format", "made by", "size", "perplexity", "error", "survival", "processor", "memory", "loaded by"]
+    lines = [f"| {' | '.join(heads)} |", "| --- |" + " --- |" * (len(heads) - 1)]
+    served = {row["name"] for row in recorded("served.json")["rows"] if row["vllm"] is not None}
+    for row in record["rows"]:
+        ours, usual, name = row["ours"], row["usual"], row["name"]
+        loaders = "transformers, vLLM" if name in served else "transformers"
+        quality = [f"{ours[part]:.4f}" if ours[part] else "-" for part in ("relative_error", "survival")]
+        lines.append(f"| {shown(name)} | this tool | {cells(ours, *quality)} | {loaders} |")
+        lines.append(f"| | {USUAL[usual['by']]} | {cells(usual, '', '')} | |")
+    return "\n".join(lines)
+
+
+USUAL = {"peft": "PEFT", "transformers": "PEFT, transformers", "llm-compressor": "PEFT, llm-compressor"}
+
+
+def cells(found: Record, error: str, survival: str) -> str:
+    quality = f"{found['perplexity']:.2f} | {error} | {survival}"
+    return f"{found['mb']:.0f} MB | {quality} | {found['seconds']:.0f} s | {found['peak_mb']:,.0f} MB"
 
 
 def shown(name: str) -> str:
@@ -35,20 +59,23 @@ def shown(name: str) -> str:
     return f"`{name}`" + (f", {rest}" if rest else "")
 
 
-def with_table(page: str) -> str:
-    """The page with the table as it should be."""
-    rows = by_servers(recorded())
-    page, count = re.subn(r"(<!-- served -->\n\n)(?:\|.*\n)*", lambda found: f"{found[1]}{rows}\n", page)
-    assert count == 1, f"{PAGE}: no <!-- served -->"
+TABLES = {"served": by_servers(recorded("served.json")), "measured": by_formats(recorded("formats.json"))}
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables as they should be."""
+    for mark, rows in TABLES.items():
+        page, count = re.subn(rf"(<!-- {mark} -->\n\n)(?:\|.*\n)*", lambda found, t=rows: f"{found[1]}{t}\n", page)
+        assert count == 1, f"{PAGE}: no <!-- {mark} -->"
     return page
 
 
-def test_the_page_has_the_table_of_what_was_recorded() -> None:
-    assert PAGE.read_text() == with_table(PAGE.read_text()), "run `make pages`, and read the diff"
+def test_the_page_has_the_tables_of_what_was_recorded() -> None:
+    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make pages`, and read the diff"
 
 
 def test_what_was_served_had_no_problem_and_differs_by_less_than_half_of_what_the_adapter_changes() -> None:
-    rows = recorded()["rows"]
+    rows = recorded("served.json")["rows"]
 
     assert all(format_meant(row["name"].partition(",")[0]) for row in rows)
     assert [row["problem"] for row in rows] == [None] * len(rows)
@@ -56,5 +83,25 @@ def test_what_was_served_had_no_problem_and_differs_by_less_than_half_of_what_th
     assert any(row["vllm"] is not None for row in rows)
 
 
+def test_formats_were_measured_as_the_script_does_it_beside_the_usual_flow_and_lose_nothing_to_it() -> None:
+    rows = recorded("formats.json")["rows"]
+
+    assert rows
+    assert {row["name"] for row in rows} <= formats_of_the_script()
+    assert all(format_meant(row["name"].partition(",")[0]) for row in rows)
+    assert all(row["usual"]["by"] in USUAL for row in rows)
+    for figure in ("perplexity", "seconds", "peak_mb"):
+        assert [row["name"] for row in rows if row["ours"][figure] > 1.002 * row["usual"][figure]] == []
+
+
+def formats_of_the_script() -> set[str]:
+    """What `fixtures/real/formats.py` measures."""
+    for statement in ast.parse((REAL / "formats.py").read_text()).body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "FORMATS":
+            assert statement.value is not None
+            return set(ast.literal_eval(statement.value))
+    raise AssertionError("fixtures/real/formats.py has no FORMATS")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text()))
