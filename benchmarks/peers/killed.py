@@ -16,10 +16,8 @@ from pathlib import Path
 _LOAD = "import sys; from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(sys.argv[1])"
 
 
-def kill(command: Sequence[str], room: Path, environment: Mapping[str, str], when: int | float) -> bool:
-    """Run a command and kill it with what it started, once that many bytes lie in `room` (an int) or so many seconds
-    have passed (a float); whether that happened before its end."""
-    started = time.monotonic()
+def kill(command: Sequence[str], room: Path, environment: Mapping[str, str], when: int) -> bool:
+    """Run a command and kill it with what it started, once that many bytes lie in `room`; whether it hadn't ended."""
     run = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -28,7 +26,7 @@ def kill(command: Sequence[str], room: Path, environment: Mapping[str, str], whe
         start_new_session=True,
     )
     while run.poll() is None:
-        if (held(room) if isinstance(when, int) else time.monotonic() - started) >= when:
+        if held(room) >= when:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
             return True

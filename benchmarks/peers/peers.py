@@ -3,8 +3,8 @@
     python benchmarks/peers/peers.py [--only times] [--model 1.1] [--killed 0.1] [--runs 2] [--result FILE]
 
 Time, processor time, memory, bytes written and the distance from a float32 merge are those of the first model; what
-kill -9 leaves is that of the second, once half of the bytes lie there, and after three quarters of the time. The base
-is in the file cache. Writes the result after each step; takes half an hour and 20 GB of disk, environments included.
+kill -9 leaves is that of the second, once half of the bytes lie there, and once nearly all do. The base is in the file
+cache. Writes the result after each step; takes half an hour and 20 GB of disk, environments included.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from killed import fresh, held, kill, loads, looks_complete  # noqa: E402
 from measure import Measured, measure  # noqa: E402
 
 NAMES = ("mergekit", "axolotl", "unsloth-zoo", "llm-compressor", "auto-round")
+MOMENTS = {"half of the bytes": 0.5, "nearly all bytes": 0.99}
+"""When to kill: the share of its final bytes that lies there. A share of the time would depend on the machine."""
 KEPT = ("seconds", "cpu_seconds", "peak", "children", "written")
 
 
@@ -123,14 +125,14 @@ def kill_all(peers: Peers, name: str) -> None:
             continue
         whole, right = held(room), peers.error(inputs, checkpoint(room))
         found: dict[str, Any] = {}
-        for moment, when in (("half of the bytes", whole // 2), ("three quarters of the time", 0.75 * done.seconds)):
+        for moment, share in MOMENTS.items():
             fresh(room)
             line = peers.line(contender, inputs, room)
-            if not kill(line, room, peers.quiet(), when):
+            if not kill(line, room, peers.quiet(), int(share * whole)):
                 found[moment] = {"state": "ended before"}
                 continue
             found[moment] = {"state": state(peers, inputs, checkpoint(room), right)}
-            if isinstance(when, int):  # and then the same command once more
+            if share == min(MOMENTS.values()):  # and then the same command once more
                 again = measure(line, peers.quiet())
                 ended = again.status == 0 and looks_complete(checkpoint(room))
                 found["again"] = "right" if ended and peers.error(inputs, checkpoint(room)) == right else "not right"
