@@ -193,8 +193,10 @@ def test_the_group_size_is_the_largest_that_all_weights_allow_and_the_receipt_na
 def test_a_weight_that_no_group_divides_is_refused_by_name(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", intermediate_size=100)
 
-    with pytest.raises(BadRecipe, match=r"down_proj.weight: its 100 inputs are not divided by groups of"):
-        convert(base, None, tmp_path / "out", Recipe(quant_type="w4a16"))
+    for name, groups in {"w4a16": "128 or 64 or 32", "fp8-block": "128", "nvfp4a16": "16", "mxfp4a16": "32"}.items():
+        with pytest.raises(BadRecipe, match=rf"weight: its \d+ inputs are not divided by groups of {groups} "):
+            convert(base, None, tmp_path / "out", Recipe(quant_type=name))
+        assert not (tmp_path / "out").exists()
 
     out = convert(base, None, tmp_path / "out", Recipe(quant_type="w4a16", keep=("down_proj",))).out
     assert verify(out, base).problems == []

@@ -39,7 +39,8 @@ def fitted(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
     """
     scheme = SCHEMES[recipe.quant_type]
     if scheme.kind == "float":
-        sizes: Iterable[int | None] = (scheme.group,)
+        # Activations are quantized in groups as wide as a block: neither transformers nor vLLM runs other rows.
+        sizes: Iterable[int | None] = (scheme.group if scheme.block is None else scheme.block[1],)
     else:
         sizes = GROUP_SIZES if recipe.group_size is None else (recipe.group_size,)
     unfit = {}
@@ -58,13 +59,8 @@ def fitted(recipe: Recipe, shapes: Mapping[str, Shape]) -> Recipe:
 def server_notes(recipe: Recipe, shapes: Mapping[str, Shape]) -> list[str]:
     """What servers make of weights of these shapes, (out_features, in_features), by name."""
     scheme, notes = SCHEMES[recipe.quant_type], []
-    if scheme.kind == "int":
-        unfit = [name for name, shape in shapes.items() if shape[0] % 64 or shape[1] % 128]
+    if scheme.kind == "int" and (unfit := [name for name, shape in shapes.items() if shape[0] % 64 or shape[1] % 128]):
         what = "outputs are not divided by 64, or its inputs not by 128: vLLM has only slower kernels for it, or none"
-    else:
-        unfit = [name for name, shape in shapes.items() if scheme.block is not None and shape[1] % scheme.block[1]]
-        what = "inputs are not divided by 128, which vLLM needs"
-    if unfit:
         notes.append(f"{unfit[0]}: its {what} ({len(unfit)} of {len(shapes)} weights)")
     if scheme.kind == "float" and scheme.bits == 4 and recipe.dtype == "float16":
         notes.append(
