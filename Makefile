@@ -45,6 +45,7 @@ pages: .venv/ready  ## write docs/options.md, and tables of other pages, anew fr
 	PYTHONPATH=. $(BIN)/python -m tests.merge.test_adapters_page
 	PYTHONPATH=. $(BIN)/python -m tests.test_architectures
 	PYTHONPATH=. $(BIN)/python -m tests.docs.test_measured_tables
+	PYTHONPATH=. $(BIN)/python -m tests.docs.test_peers_table
 
 docs: .venv/ready  ## build the site of docs/ in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -18,7 +18,7 @@ from tools.environments import ENVIRONMENTS
 CONSTRAINTS = (REPOSITORY / "constraints.txt").read_text().splitlines()
 LOCKED = (REPOSITORY / "locked.txt").read_text().replace("\\\n", "").splitlines()
 ROOTS = ("converter", "tests", "benchmarks", "chaos", "fuzz", "fixtures", "tools", "ci")
-OPTIONAL = {"atheris", "llmcompressor", "mlflow", "openai"}
+OPTIONAL = {"atheris", "auto_round", "axolotl", "llmcompressor", "mlflow", "openai", "unsloth_zoo"}
 """`make fuzz` says how to get the first; tools/environments.py installs the others where they are needed."""
 ENTRIES = [line for line in LOCKED if line and not line.startswith(("#", "--"))]
 
