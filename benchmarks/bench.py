@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from measure import REPO, Measured, measure
+from measure import REPO, Measured, caches_in, measure
 from plain import evict
 from report import table
 
@@ -59,7 +59,7 @@ class Bench:
 
     def forget(self) -> None:
         """Make the next conversion the first one of this user: no compiled kernels, no answers remembered."""
-        for folder in self._caches().values():
+        for folder in caches_in(self.work).values():
             remove(Path(folder))
 
     def model(self, name: str) -> Path:
@@ -75,12 +75,9 @@ class Bench:
     def say(self, what: str) -> None:
         print(f"bench: {what}", file=sys.stderr, flush=True)
 
-    def _caches(self) -> dict[str, str]:
-        return {"XDG_CACHE_HOME": str(self.work / "cache"), "NUMBA_CACHE_DIR": str(self.work / "numba")}
-
     def _run(self, command: list[str], status: int = 0) -> Measured:
         os.sync()  # what was written or deleted before is no part of it
-        run = measure(command, self._caches())
+        run = measure(command, caches_in(self.work))
         if run.status != status:
             tail = "\n".join(run.errors.strip().splitlines()[-15:])
             raise SystemExit(f"bench: exit status {run.status}, expected {status}: {' '.join(command)}\n{tail}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measure import REPO, measure
+from measure import REPO, caches_in, measure
 
 HERE = Path(__file__).resolve().parent
 SIZES = ("0.1", "0.3", "1.1", "3.2", "8")
@@ -37,9 +37,8 @@ class Growth:
 
     def run(self, *words: object) -> dict[str, Any]:
         """Run python on something, as the same user each time: compiled kernels and answers are remembered."""
-        caches = {"XDG_CACHE_HOME": str(self.work / "cache"), "NUMBA_CACHE_DIR": str(self.work / "numba")}
         os.sync()
-        done = measure([sys.executable, *map(str, words)], caches)
+        done = measure([sys.executable, *map(str, words)], caches_in(self.work))
         if done.status:
             raise SystemExit(f"growth: exit status {done.status}: {words}\n{done.errors[-2000:]}")
         return {key: getattr(done, key) for key in KEPT}

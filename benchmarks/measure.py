@@ -23,6 +23,11 @@ _ENVIRONMENT = {
 """All on the CPU and without a network, so that the commands compare."""
 
 
+def caches_in(work: Path) -> dict[str, str]:
+    """Variables that keep what is remembered between commands in a work folder: as one user's, and nobody else's."""
+    return {"XDG_CACHE_HOME": str(work / "cache"), "NUMBA_CACHE_DIR": str(work / "numba")}
+
+
 @dataclass(frozen=True)
 class Measured:
     """One finished process."""

@@ -15,7 +15,7 @@ DEFAULT_TOKENS, DEFAULT_WINDOW = 32_768, 2048
 SELF = "self"
 """In the place of a text: text that the merged model itself writes."""
 SELF_WINDOW = 64
-"""Tokens of a window of such text. Each takes a pass over the base, for all windows together."""
+"""Tokens in a window of such a text. Each token takes one pass over the base, for all windows together."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -39,7 +39,7 @@ class Calibration:
     sweeps: int = 2
     """How many times all codes are chosen again, one by one, while the others stay."""
     seed: int | None = None
-    """Of what `SELF` draws by chance. None: 0."""
+    """The seed by which the tokens of `SELF` are drawn. None: 0."""
 
     def __post_init__(self) -> None:
         if self.text != SELF and not _SHA256.fullmatch(str(self.text)):

@@ -60,8 +60,8 @@ class Measuring:
     memory: int | None = None
     """Bytes for activations and logits; the weights of a layer come on top. None: `DEFAULT_MEMORY`."""
     scratch: Path | None = None
-    """Folder for the activations that don't fit into the memory, and for those of each layer, with which an interrupted
-    run is resumed. None: the system's folder for temporary files, and nothing is resumed."""
+    """Folder for activations that don't fit into the memory. After each layer its activations are saved there, too, so
+    that an interrupted run can be resumed. None: the system's folder for temporary files, and nothing is resumed."""
     gates: QualityGates = QualityGates()
 
     def __post_init__(self) -> None:
@@ -216,7 +216,8 @@ class _Reader:
         return LayeredModel.of(opened.weights(), tokens, activations, **how)
 
     def _kept(self, opened: _Opened) -> Kept | None:
-        """What is kept of a model's run: until all models have been compared."""
+        """Files that keep what comes out of each layer, so that an interrupted run can be resumed. They are removed
+        once all models have been compared. None: no scratch folder was given."""
         if self._measuring.scratch is None:
             return None
         said = [job_of(opened.plan, opened.inputs), self._measuring.dtype, self._device.type]

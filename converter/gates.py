@@ -107,15 +107,23 @@ class QualityGates:
         """Whether there is any."""
         return self != QualityGates()
 
+    def reaches(self, gate: str, figure: float) -> bool:
+        """Whether a figure reaches a gate, by the gate's name. Every figure reaches a gate that isn't asked for. NaN
+        reaches no other gate."""
+        limit = getattr(self, gate)
+        if limit is None:
+            return True
+        return bool(figure >= limit if gate.startswith("min_") else figure <= limit)
+
     def misses(self, *, ratio: float, divergence: float, agreement: float) -> list[str]:
-        """What doesn't reach a gate, a line each. A figure that is no number reaches none."""
+        """What doesn't reach a gate, a line each."""
         found = []
-        if (most := self.max_perplexity_ratio) is not None and not ratio <= most:
-            found.append(f"perplexity ratio {ratio:.4f}, above {most:g}")
-        if (most := self.max_kl) is not None and not divergence <= most:
-            found.append(f"KL divergence {divergence:.4g}, above {most:g}")
-        if (least := self.min_top1) is not None and not agreement >= least:
-            found.append(f"top-1 agreement {agreement:.4f}, below {least:g}")
+        if not self.reaches("max_perplexity_ratio", ratio):
+            found.append(f"perplexity ratio {ratio:.4f}, above {self.max_perplexity_ratio:g}")
+        if not self.reaches("max_kl", divergence):
+            found.append(f"KL divergence {divergence:.4g}, above {self.max_kl:g}")
+        if not self.reaches("min_top1", agreement):
+            found.append(f"top-1 agreement {agreement:.4f}, below {self.min_top1:g}")
         return found
 
 

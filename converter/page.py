@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from converter.errors import BadCheckpoint
-from converter.gates import Gates, in_words
+from converter.gates import Gates, QualityGates, in_words
 from converter.quantize.measure import Fidelity, calibrated_in, figures_of
 from converter.samples import Sample, rates, stages
 from converter.seal.receipt import RECEIPT, fidelity_of
@@ -123,29 +123,30 @@ def benchmark_page(told: Mapping[str, Any], name: str) -> str:
     return str(_template("benchmark.html").render(name=name, servers=servers, how=how, notes=told["notes"]))
 
 
-def evaluation_page(told: Mapping[str, Any], name: str, gates: Mapping[str, float | None]) -> str:
+def evaluation_page(told: Mapping[str, Any], name: str, gates: QualityGates) -> str:
     """A report of what an output makes of a text, from the JSON values of `convert evaluate`, and from the gates that
-    were asked for, by name; `name` is what the output is called."""
+    were asked for; `name` is what the output is called."""
     compared = told["comparison"] or {}
-    figures: list[tuple[str, Any, str, str | None]] = [("perplexity", told["perplexity"], "", None)]
+    figures: list[tuple[str, Any, str]] = [("perplexity", told["perplexity"], "")]
     if compared:
         figures += [
-            ("perplexity of the 16-bit model", compared["perplexity"], "", None),
-            ("perplexity ratio", compared["ratio"], "at most", "max_perplexity_ratio"),
-            ("KL divergence, nats a token", compared["divergence"], "at most", "max_kl"),
-            ("top-1 agreement", compared["agreement"], "at least", "min_top1"),
+            ("perplexity of the 16-bit model", compared["perplexity"], ""),
+            ("perplexity ratio", compared["ratio"], "max_perplexity_ratio"),
+            ("KL divergence, nats a token", compared["divergence"], "max_kl"),
+            ("top-1 agreement", compared["agreement"], "min_top1"),
         ]
     rows = []
-    for what, figure, limit, gate in figures:
-        asked = None if gate is None else gates[gate]
-        reached = asked is None or (figure["value"] <= asked if limit == "at most" else figure["value"] >= asked)
+    for what, figure, gate in figures:
         texts = [f"{figure['value']:.4f}", "–" if figure["error"] is None else f"{figure['error']:.4f}"]
-        said = "" if asked is None else f"{limit} {asked:g}"
-        rows.append({"what": what, "figures": texts, "gate": said, "reached": reached})
+        row: dict[str, Any] = {"what": what, "figures": texts, "gate": ""}
+        if gate and (asked := getattr(gates, gate)) is not None:
+            row["gate"] = f"{'at least' if gate.startswith('min_') else 'at most'} {asked:g}"
+            row["reached"] = gates.reaches(gate, figure["value"])
+        rows.append(row)
     how = [("tokens that were predicted", f"{told['tokens']:,}"), ("windows", f"{told['windows']:,}")]
     how += [("tokens of a window, at most", f"{told['window']:,}"), ("computed in", told["dtype"])]
     verdict = f"gates that are missed: {len(told['missed'])}" if told["missed"] else "every gate is reached"
-    verdict = verdict if any(asked is not None for asked in gates.values()) else "measured; no gate was asked for"
+    verdict = verdict if gates else "measured; no gate was asked for"
     shown = {"reached": not told["missed"], "notes": told["notes"], "compared": bool(compared)}
     return str(_template("evaluation.html").render(name=name, verdict=verdict, rows=rows, how=how, **shown))
 

@@ -129,13 +129,13 @@ def convert_job(job: Job, options: RunOptions = RunOptions(), observer: Observer
         destination.refuse_if_too_full(room.of_base + room.of_out)
         if plan.beforehand:
             observer.tell("planned", 0, plan.base_bytes, plan.beforehand)
-        if plan.recipe.calibration is not None and options.disk is not None and room.is_limited:
+        is_calibrated = plan.recipe.calibration is not None
+        if is_calibrated and options.disk is not None and room.is_limited:
             raise BadRecipe("`disk` is for a base that is read once, and `calibrate` reads it twice: leave one out")
-        is_whole = plan.recipe.calibration is not None or not arrives(inputs)
+        is_whole = is_calibrated or not arrives(inputs)
         if is_whole:
             inputs.bring(observer.tell, observer.stop)
         before = inputs.identities() | before  # what was fetched, and what the plan is of
-        is_calibrated = plan.recipe.calibration is not None
         calibrator = Calibrator(plan, inputs, job.text, encoding, observer) if is_calibrated else None
 
         files, kept = [shard.file for shard in plan.shards], {BASE} if room.is_limited else ()

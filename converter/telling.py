@@ -9,7 +9,6 @@ from dataclasses import asdict
 from typing import Any
 
 from converter.job import Job
-from converter.page import page
 from converter.read.addresses import is_registered
 from converter.write.store import Told
 
@@ -24,6 +23,11 @@ def telling(job: Job) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Told]:
     """
 
     def tell(receipt: Mapping[str, Any], measured: Mapping[str, Any]) -> Told:
+        def report() -> str:
+            from converter.page import page
+
+            return page(receipt, job.label, job.gates)
+
         origin, tags = receipt["origin"], {"fingerprint": receipt["fingerprint"]}
         tags["format"] = receipt["recipe"]["quant_type"]
         tags["architecture"] = receipt["architecture"]
@@ -36,7 +40,7 @@ def telling(job: Job) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Told]:
             if origin.get(f"{name}_commit") is not None:
                 tags[f"{name}_commit"] = origin[f"{name}_commit"]
         figures = {"gates": asdict(job.gates), **receipt["summary"], **measured}
-        return Told(tags, dict(_numbers(figures)), {REPORT: page(receipt, job.label, job.gates)})
+        return Told(tags, dict(_numbers(figures)), {REPORT: report})
 
     return tell
 

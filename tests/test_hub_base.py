@@ -453,7 +453,7 @@ def test_a_killed_run_is_resumed_with_the_files_that_are_left(
         return None
 
     def kill_on_the_way() -> None:
-        # Not the last request: an upload at the same time may be logged after it.
+        # Look at all requests, not only the last one: an upload runs at the same time and may be logged after it.
         sent = (one for one in hub.asked(f"/{BASE}/resolve/") if (one.method, one.range) == ("GET", None))
         if moment == "send" and any(one.path.endswith(name) for one in sent):
             killed.send_signal(signal.SIGKILL)

@@ -28,9 +28,9 @@ class Environment(NamedTuple):
     beside: tuple[str, ...] = ()
     """Packages for a folder of their own, `beside`, without what they depend on."""
     is_added: bool = False
-    """Whether it also has the packages of this environment, and adds its own."""
+    """Whether it sees the packages of the environment that makes it, too, and only adds to them."""
     alone: tuple[str, ...] = ()
-    """Packages of which one part is called, without what the rest of them depends on."""
+    """Packages of which only a part is called. They are installed without what they depend on."""
     alias: tuple[str, str] | None = None
     """A name and a version under which a program asks for its own package, which has another one."""
 
@@ -48,7 +48,7 @@ ENVIRONMENTS = {
     "mlflow": Environment(("mlflow==3.17.2",), is_added=True),
     "llm-compressor": Environment(("llmcompressor==0.14.0.1", "torch")),
     "mergekit": Environment(("mergekit==0.1.5", "torch", "transformers", "peft", "accelerate")),
-    # Its merge needs a twentieth of what the trainer around it asks for. Later versions need Python 3.12.
+    # The merge needs few of the packages that the trainer asks for. Later versions need Python 3.12.
     "axolotl": Environment(
         (
             *("torch", "peft==0.20.0", "transformers==5.16.1", "accelerate==1.13.0", "bitsandbytes"),

@@ -1,4 +1,4 @@
-"""AutoRound's model-free quantization to 4-bit integers in groups of 128: run in its own environment.
+"""Quantize with AutoRound's model-free way to 4-bit integers in groups of 128. Runs in AutoRound's environment.
 
 python benchmarks/peers/auto_round_model_free.py MERGED OUT
 """

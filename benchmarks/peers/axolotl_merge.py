@@ -1,4 +1,4 @@
-"""axolotl's memory-efficient merge, called as `axolotl merge-lora` calls it: run in its own environment.
+"""Merge with axolotl's memory-efficient merge, as `axolotl merge-lora` does. Runs in axolotl's environment.
 
 python benchmarks/peers/axolotl_merge.py BASE ADAPTER OUT
 """

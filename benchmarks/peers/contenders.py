@@ -30,10 +30,10 @@ class Contender:
     """What comes out; those of one job are compared."""
     tool: str
     environment: str | None
-    """Its own, in build/peers; None: ours."""
+    """The name of its environment in build/peers; None: that of this project."""
     command: Callable[[Inputs, Path], list[object]]
-    """Its arguments after python, given inputs and a folder for all that it writes, which exists: its result is `out`
-    in it."""
+    """Makes its arguments after python, from the inputs and from an empty folder. All that it writes goes there; its
+    result is `out` in that folder."""
 
     @property
     def name(self) -> str:

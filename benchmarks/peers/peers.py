@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 from contenders import CONTENDERS, HERE, Contender, Inputs  # noqa: E402
 from killed import fresh, held, kill, loads, looks_complete  # noqa: E402
-from measure import Measured, measure  # noqa: E402
+from measure import Measured, caches_in, measure  # noqa: E402
 
 NAMES = ("mergekit", "axolotl", "unsloth-zoo", "llm-compressor", "auto-round")
 MOMENTS = {"half of the bytes": 0.5, "nearly all bytes": 0.99}
@@ -45,10 +45,10 @@ class Peers:
         self.place.write_text(json.dumps(self.result, indent=2) + "\n")
 
     def quiet(self) -> dict[str, str]:
-        """No caches but our own, nothing imported from elsewhere, no network, no GPU."""
-        caches = {"XDG_CACHE_HOME": str(self.work / "cache"), "NUMBA_CACHE_DIR": str(self.work / "numba")}
+        """The environment of every tool: own caches, no packages from elsewhere, no network, no GPU."""
         alone = {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return caches | alone | {"OMP_WAIT_POLICY": "passive"}  # spinning would count as work where others work, too
+        alone["OMP_WAIT_POLICY"] = "passive"  # spinning would count as work where others work, too
+        return caches_in(self.work) | alone
 
     def run(self, line: list[str]) -> Measured:
         done = measure(line, self.quiet())

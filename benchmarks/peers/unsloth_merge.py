@@ -1,4 +1,4 @@
-"""unsloth-zoo's 16-bit saving, without a GPU: run in its own environment.
+"""Merge with what unsloth-zoo saves in 16 bits, without a GPU. Runs in unsloth-zoo's environment.
 
 python benchmarks/peers/unsloth_merge.py BASE ADAPTER OUT
 

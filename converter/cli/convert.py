@@ -205,16 +205,11 @@ def cli(context: click.Context, /, **options: Any) -> None:
         print_text(summary(report, shown.seconds(), verbose=printing.verbose))
 
 
-def is_address(out: str | None) -> bool:
-    """Whether OUT lies in a store."""
-    if out is None or out.startswith("file:"):
-        return False
-    return "://" in out or out.lower().startswith("models:/")
-
-
 def refuse_store(out: str | None, of_store: Mapping[str, Any]) -> None:
     """Several outputs go to folders."""
-    if is_address(out) or any(of_store.values()):
+    from converter.read.addresses import path_of
+
+    if (out is not None and path_of(out) is None) or any(of_store.values()):
         raise click.UsageError("Several outputs go to folders: give a folder as --out, or convert each by itself.")
 
 

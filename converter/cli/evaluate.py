@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +112,8 @@ Exit code:
         "--scratch",
         type=Place(),
         metavar="PATH",
-        help="Folder for activations that don't fit into the memory, and for those of each layer, with which the same "
-        "command resumes an interrupted run.  [default: the system's, and nothing is resumed]",
+        help="Folder for activations that don't fit into the memory. After each layer they are saved there, too: the "
+        "same command resumes an interrupted run.  [default: the system's, and nothing is resumed]",
     ),
     with_device,
     REPORT,
@@ -149,7 +148,7 @@ def evaluate(out: str | None, also_out: str | None, **options: Any) -> None:
     figures = evaluation_json(found)
     watch.result(figures)
     if printing.report is not None:
-        write_page(printing.report, evaluation_page(figures, Path(place).expanduser().resolve().name, asdict(gates)))
+        write_page(printing.report, evaluation_page(figures, Path(place).expanduser().resolve().name, gates))
     if printing.as_json:
         print_text(json_text(figures))
     elif not printing.quiet or not found.is_good:

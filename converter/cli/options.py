@@ -264,7 +264,7 @@ CALIBRATION: tuple[Decorator, ...] = (
         help="Tokens that the model sees at a time.  [default: 2048, or what it takes; with self: 64]",
     ),
     cloup.option(
-        "--calibrate-seed", type=int, metavar="N", help="With self: of what is drawn by chance.  [default: 0]"
+        "--calibrate-seed", type=int, metavar="N", help="With self: the seed by which tokens are drawn.  [default: 0]"
     ),
 )
 

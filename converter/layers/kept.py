@@ -1,8 +1,7 @@
 """What an interrupted run over layers leaves for the next one: of each batch, how many layers it has gone through, and
 what came out of the last of them.
 
-A file is a line of JSON and the bytes of the tensor. One that isn't what it says is taken for none: the batch is run
-again.
+A file is a line of JSON and the bytes of the tensor. A file that is damaged is ignored: the batch is run again.
 """
 
 from __future__ import annotations

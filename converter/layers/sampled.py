@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from converter.model.tokenizer import Tokenizer
 
 _TOGETHER = 64
-"""Windows of a batch. Their number shapes bits, so it depends on nothing."""
+"""Windows in a batch. Always the same number, since another one would change the last bits of what is computed."""
 _TILE = 1 << 23
 """Weights of the head that are in memory at a time."""
 
@@ -73,7 +73,8 @@ def first_tokens(windows: int, begin: int | None, words: int, generator: torch.G
 
 
 class OwnText:
-    """The text that a model is to write, as a calibration says. `BadRecipe` for windows that the model doesn't take."""
+    """Writes the text by which a calibration without a text of the user's chooses codes. `BadRecipe` if the windows are
+    longer than the model takes."""
 
     def __init__(self, how: Calibration, config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
         import torch
@@ -87,7 +88,7 @@ class OwnText:
     def written_by(
         self, model: LayeredModel, workers: Executor | None, step: Step = lambda *_: None
     ) -> tuple[tuple[int, ...], ...]:
-        """The windows. Once: chance goes on. As `Writing`."""
+        """The windows, as `Writing` gives them. Call it once: a second call would draw other tokens."""
         with Activations(ACTIVATIONS // 2) as kept:  # many small tensors, of which the heap keeps some of the room
             found = Writing(model, kept, workers, step).windows(self.first, self.size, self._generator)
         return tuple(map(tuple, found))

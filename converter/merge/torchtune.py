@@ -82,7 +82,7 @@ def in_pefts_form(folder: Folder) -> Folder:
         raise BadAdapter(str(exc)) from exc
     made = [_made(name, tensor, rows, file) for name, tensor in tensors.items()]
     modules = sorted({tensor.name.removeprefix(PREFIX).rpartition(".lora_")[0] for tensor in made})
-    # torchtune trains DoRA, too, but its config doesn't say so.
+    # torchtune can train DoRA, but its config never says so: the names of the tensors do.
     uses_dora = any(name.endswith(".magnitude") for name in tensors)
     settings = {"peft_type": "LORA"} | config | {"target_modules": modules, "use_dora": uses_dora}
     files = {CONFIG: MadeFile([json.dumps(settings).encode()]), WEIGHTS: weights_file(made)}

@@ -45,9 +45,9 @@ class Estimate:
     calibrate: float = 0.0
     """Running a text through the layers, and choosing codes by it, at a sampled rate of products."""
     passes: int = 0
-    """Over the base, in which the model writes that text first."""
+    """How many times the base is read while the model writes its text; 0: it writes none."""
     write_text: float = 0.0
-    """These passes, at `_FILL_RATE` and the sampled rate of products."""
+    """Seconds for these passes, at `_FILL_RATE` and the sampled rate of products."""
 
     @property
     def seconds(self) -> float:

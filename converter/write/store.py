@@ -6,7 +6,7 @@ whole visible. Until then what lies at OUT is what was there before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,8 @@ from converter.read.header import read_header
 from converter.write.durable import LOCAL_DISK, UNFINISHED, Disk, writing
 from converter.write.journal import Upload
 
+MAX_READ_BYTES = 100_000_000
+"""The longest file that is read from a store as a whole."""
 SMALL = 65_536
 """Bytes of the largest tensor that `thin` leaves in a shard: the quant states are smaller."""
 
@@ -27,8 +29,8 @@ class Told:
 
     tags: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
-    pages: Mapping[str, str] = field(default_factory=dict)
-    """Name → HTML."""
+    pages: Mapping[str, Callable[[], str]] = field(default_factory=dict)
+    """Name → what makes the page's HTML: only a store that shows it pays for it."""
 
 
 NOTHING = Told()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from typing import Any
 
 from converter.recipe import format_meant
 from tests.conftest import REPOSITORY
+from tests.docs.tables import value_in, with_tables
 
 PAGE = REPOSITORY / "docs" / "formats.md"
 REAL = REPOSITORY / "fixtures" / "real"
@@ -62,16 +61,8 @@ def shown(name: str) -> str:
 TABLES = {"served": by_servers(recorded("served.json")), "measured": by_formats(recorded("formats.json"))}
 
 
-def with_tables(page: str) -> str:
-    """The page with the tables as they should be."""
-    for mark, rows in TABLES.items():
-        page, count = re.subn(rf"(<!-- {mark} -->\n\n)(?:\|.*\n)*", lambda found, t=rows: f"{found[1]}{t}\n", page)
-        assert count == 1, f"{PAGE}: no <!-- {mark} -->"
-    return page
-
-
 def test_the_page_has_the_tables_of_what_was_recorded() -> None:
-    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make pages`, and read the diff"
+    assert PAGE.read_text() == with_tables(PAGE.read_text(), TABLES), "run `make pages`, and read the diff"
 
 
 def test_what_was_served_had_no_problem_and_differs_by_less_than_half_of_what_the_adapter_changes() -> None:
@@ -86,21 +77,12 @@ def test_what_was_served_had_no_problem_and_differs_by_less_than_half_of_what_th
 def test_all_formats_of_the_script_were_measured_and_lose_less_than_a_hundredth_to_the_usual_flow() -> None:
     rows = recorded("formats.json")["rows"]
 
-    assert {row["name"] for row in rows} == formats_of_the_script()
+    assert {row["name"] for row in rows} == value_in(REAL / "formats.py", "FORMATS").keys()
     assert all(format_meant(row["name"].partition(",")[0]) for row in rows)
     assert all(row["usual"]["by"] in USUAL for row in rows)
     for figure, most in {"perplexity": 1.01, "mb": 1.01, "seconds": 1.0, "peak_mb": 1.0}.items():
         assert [row["name"] for row in rows if row["ours"][figure] > most * row["usual"][figure]] == []
 
 
-def formats_of_the_script() -> set[str]:
-    """What `fixtures/real/formats.py` measures."""
-    for statement in ast.parse((REAL / "formats.py").read_text()).body:
-        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "FORMATS":
-            assert statement.value is not None
-            return set(ast.literal_eval(statement.value))
-    raise AssertionError("fixtures/real/formats.py has no FORMATS")
-
-
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text(), TABLES))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 from collections import defaultdict
-from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.docs.tables import value_in, with_tables
 from tests.merge.test_bridge import CASES, SETTINGS
 from tests.merge.test_kinds import KINDS
 
@@ -45,21 +43,11 @@ def by_peft() -> str:
     return "\n".join(["| tuner | `peft_type` | layers |", "| --- | --- | --- |", *sorted(rows)])
 
 
-def kinds_of_the_script() -> dict[str, Any]:
-    """What `fixtures/real/kinds.py` trains and merges."""
-    for statement in ast.parse((REAL / "kinds.py").read_text()).body:
-        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "KINDS":
-            assert statement.value is not None
-            kinds: dict[str, Any] = ast.literal_eval(statement.value)
-            return kinds
-    raise AssertionError("fixtures/real/kinds.py has no KINDS")
-
-
 def on_the_real_model() -> str:
     rows = ["| kind | unmerged | merged | moved, a token | adapter's KL | merge's KL |"]
     rows.append("| --- | --- | --- | --- | --- | --- |")
     measured = json.loads((REAL / "kinds.json").read_text())
-    for kind in kinds_of_the_script():
+    for kind in value_in(REAL / "kinds.py", "KINDS"):
         if one := measured.get(kind):
             moved = f"{one['moved']:+.4f} ± {one['moved_error']:.4f}"
             rows.append(
@@ -72,22 +60,14 @@ def on_the_real_model() -> str:
 TABLES = {"formulas": by_formulas(), "peft": by_peft(), "real": on_the_real_model()}
 
 
-def with_tables(page: str) -> str:
-    """The page with the tables as they should be."""
-    for mark, table in TABLES.items():
-        page, count = re.subn(rf"(<!-- {mark} -->\n\n)(?:\|.*\n)*", lambda found, t=table: f"{found[1]}{t}\n", page)
-        assert count == 1, f"{PAGE}: no <!-- {mark} -->"
-    return page
-
-
 def test_the_page_has_the_tables_of_what_is_tried() -> None:
-    assert PAGE.read_text() == with_tables(PAGE.read_text()), "run `make pages`, and read the diff"
+    assert PAGE.read_text() == with_tables(PAGE.read_text(), TABLES), "run `make pages`, and read the diff"
 
 
 def test_what_is_shown_of_the_real_model_is_what_its_script_measures() -> None:
     measured = json.loads((REAL / "kinds.json").read_text())
 
-    assert measured.keys() == kinds_of_the_script().keys()
+    assert measured.keys() == value_in(REAL / "kinds.py", "KINDS").keys()
     assert [kind for kind, one in measured.items() if one["of_merge"] > 0.1 * one["of_adapter"]] == []
     assert {one["tokens"] for one in measured.values()} == {1020}
     bases = [one["base"] for one in measured.values()]
@@ -104,17 +84,17 @@ def test_adapters_make_the_text_likelier_merged_and_unmerged_but_for_those_that_
 def test_every_kind_for_which_the_real_model_has_modules_is_among_them() -> None:
     claimed = {*KINDS, *SETTINGS}
 
-    assert claimed - NOT_IN_SMOLLM2 <= kinds_of_the_script().keys()
+    assert claimed - NOT_IN_SMOLLM2 <= value_in(REAL / "kinds.py", "KINDS").keys()
     assert claimed >= NOT_IN_SMOLLM2
 
 
 def test_another_table_is_written_anew_and_nothing_else() -> None:
     page = PAGE.read_text()
 
-    assert with_tables(page.replace("| LoRA | llama |", "| LoRA | opt |")) == page
+    assert with_tables(page.replace("| LoRA | llama |", "| LoRA | opt |"), TABLES) == page
     with pytest.raises(AssertionError, match="no <!-- peft -->"):
-        with_tables(page.replace("<!-- peft -->", ""))
+        with_tables(page.replace("<!-- peft -->", ""), TABLES)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text(), TABLES))

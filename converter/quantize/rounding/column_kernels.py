@@ -6,57 +6,61 @@ carried on to the rest of the matrix by torch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converter.quantize.jit import LANES, Array, choose, choose_whole_number, jitted
-from converter.quantize.rounding.feedback import Grid, whole_numbers
+from converter.quantize.jit import LANES, choose, choose_whole_number, jitted
+from converter.quantize.rounding.feedback import whole_numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from converter.quantize.rounding.feedback import Grid
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
-class Block(NamedTuple):
-    """Columns that are rounded one after the other; float32, in row-major order."""
+def round_columns(near: Tensor, steps: Tensor, within: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What `gptq.round_columns` gives."""
+    import torch
 
-    near: Array
-    """(rows, columns)"""
-    steps: Array
-    """What each grid value is multiplied by, (rows, columns)."""
-    within: Array
-    """(columns, columns)"""
-    grid: Grid
+    before = torch.empty((0, 0), dtype=torch.int8)
+    return _made(near, steps, before, within, within.diagonal(), grid)
 
 
-def round_columns(block: Block) -> tuple[Array, Array]:
-    """What `gptq.round_columns` gives: codes, int8, and what is carried on, float32; each (rows, columns)."""
-    return _made(block, np.empty((0, 0), np.int8), block.within.diagonal().copy())
+def sweep_columns(
+    near: Tensor, steps: Tensor, before: Tensor, within: Tensor, diagonal: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """What `descent.sweep_columns` gives."""
+    return _made(near, steps, before, within, diagonal, grid)
 
 
-def sweep_columns(block: Block, before: Array, diagonal: Array) -> tuple[Array, Array]:
-    """What `descent.sweep_columns` gives: codes, int8, and what they changed, float32; each (rows, columns)."""
-    return _made(block, before, diagonal)
+def _made(
+    near: Tensor, steps: Tensor, before: Tensor, within: Tensor, divisors: Tensor, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    import torch
 
-
-def _made(block: Block, before: Array, divisors: Array) -> tuple[Array, Array]:
-    codes, carried = np.empty(block.near.shape, np.int8), np.empty_like(block.near)
-    _columns(block, before, divisors, codes, carried)
-    return codes, carried
+    given: list[Any] = [one.contiguous().numpy() for one in (near, steps, before, within, divisors)]
+    codes, carried = _columns(*given, grid)
+    return torch.from_numpy(codes), torch.from_numpy(carried)
 
 
 def load() -> None:
     """Compile the kernel, or load it from where it is kept."""
-    one = np.ones((1, 1), np.float32)
-    round_columns(Block(one, one, one, whole_numbers(1)))
+    import torch
+
+    one = torch.ones(1, 1)
+    round_columns(one, one, one, whole_numbers(1))
 
 
 @jitted()
-def _columns(block, before, divisors, codes, carried):  # type: ignore[no-untyped-def]
+def _columns(near, steps, before, within, divisors, grid):  # type: ignore[no-untyped-def]
     """`before`: the codes that are chosen again; empty: none is chosen yet. `divisors`: (columns,)."""
-    near, steps, within, grid = block.near, block.steps, block.within, block.grid
     values, bounds, most, least = grid.values, grid.bounds, np.float32(grid.most), np.float32(grid.least)
     rows, columns = near.shape
     again = before.size > 0
+    codes, carried = np.empty((rows, columns), np.int8), np.empty((rows, columns), np.float32)
     left = np.empty((columns, LANES), np.float32)
     sizes = np.empty((columns, LANES), np.float32)
     chosen = np.empty((columns, LANES), np.int32)
@@ -103,3 +107,4 @@ def _columns(block, before, divisors, codes, carried):  # type: ignore[no-untype
             for lane in range(count):
                 codes[first + lane, j] = chosen[j, lane]
                 carried[first + lane, j] = moved[lane]
+    return codes, carried

@@ -35,6 +35,11 @@ def swept(
     value is multiplied by, `second` (columns, columns) the second moments of the inputs, to whose diagonal `damping` is
     added; all in float32. `by_kernels`: the same bits by compiled code, on a CPU.
     """
+    choose = sweep_columns
+    if by_kernels:
+        from converter.quantize.rounding import column_kernels
+
+        choose = column_kernels.sweep_columns
     codes = codes.clone()
     missed = grid.of(codes).mul_(steps).neg_().add_(target)
     rest = (missed @ second).add_(missed, alpha=damping)
@@ -44,7 +49,7 @@ def swept(
         last = min(first + _BLOCK, columns)
         part = slice(first, last)
         block = rest[:, part], steps[:, part], codes[:, part], second[part, part], diagonal[part], grid
-        codes[:, part], moved = (_by_kernels if by_kernels else sweep_columns)(*block)
+        codes[:, part], moved = choose(*block)
         if last < columns:
             rest[:, last:].addmm_(moved, second[first:last, last:], alpha=-1)
     return codes
@@ -67,16 +72,3 @@ def sweep_columns(
         moved[:, column] = change
         near[:, column + 1 :].addr_(change, within[column, column + 1 :], alpha=-1)
     return codes, moved
-
-
-def _by_kernels(
-    near: Tensor, steps: Tensor, before: Tensor, within: Tensor, diagonal: Tensor, grid: Grid
-) -> tuple[Tensor, Tensor]:
-    import torch
-
-    from converter.quantize.rounding import column_kernels
-
-    near, steps, before, within, diagonal = (one.contiguous() for one in (near, steps, before, within, diagonal))
-    block = column_kernels.Block(near.numpy(), steps.numpy(), within.numpy(), grid)
-    codes, moved = column_kernels.sweep_columns(block, before.numpy(), diagonal.numpy())
-    return torch.from_numpy(codes), torch.from_numpy(moved)

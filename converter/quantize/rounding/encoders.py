@@ -34,10 +34,10 @@ _RESTORED = 1 << 15
 
 def with_rounding(nearest: Encoder, recipe: Recipe, device: torch.device, *, kernels: bool) -> Encoder:
     """The encoder that a recipe's rounding asks for, given the one that rounds to the nearest code."""
+    by_kernels = kernels and device.type == "cpu"
     if recipe.rounding == "adapter":
-        nearest = Feedback(nearest, coding_of(recipe), by_kernels=kernels and device.type == "cpu")
+        nearest = Feedback(nearest, coding_of(recipe), by_kernels=by_kernels)
     if recipe.calibration is not None:
-        by_kernels = kernels and device.type == "cpu"
         return Calibrated(nearest, coding_of(recipe), recipe.calibration, by_kernels=by_kernels)
     return nearest
 
@@ -138,10 +138,9 @@ class Calibrated:
             scales = weighted_scales(coding, target, scales, second.diagonal())
         steps = coding.steps(coding.seen(rows.name, shape, scales, self._nearest))
         factors, spread = self._factors(rows.moments), _spread(steps, block, target.shape)
-        how: dict[str, Any] = {"by_kernels": self._by_kernels}
-        codes = rounded(target, spread, coding.grid, factors, **how)
+        codes = rounded(target, spread, coding.grid, factors, by_kernels=self._by_kernels)
         for _ in range(self._how.sweeps):
-            codes = swept(codes, target, spread, coding.grid, second, factors.damping, **how)
+            codes = swept(codes, target, spread, coding.grid, second, factors.damping, by_kernels=self._by_kernels)
         sums = numpy.concatenate([*_sums(merged, codes, steps, coding, block)])
         missed = coding.grid.of(codes).mul_(spread).sub_(target)
         outputs = squared(missed, rows.moments), squared(target, rows.moments)

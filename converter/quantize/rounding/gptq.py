@@ -82,6 +82,11 @@ def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors, *, by_k
     """
     import torch
 
+    choose = round_columns
+    if by_kernels:
+        from converter.quantize.rounding import column_kernels
+
+        choose = column_kernels.round_columns
     order, upper = factors.order, factors.upper
     aimed, steps = target[:, order], steps[:, order]
     codes = torch.empty(target.shape, dtype=torch.int8, device=target.device)
@@ -89,7 +94,7 @@ def rounded(target: Tensor, steps: Tensor, grid: Grid, factors: Factors, *, by_k
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         block = aimed[:, first:last], steps[:, first:last], upper[first:last, first:last], grid
-        codes[:, first:last], missed = (_by_kernels if by_kernels else round_columns)(*block)
+        codes[:, first:last], missed = choose(*block)
         if last < columns:
             aimed[:, last:].addmm_(missed, upper[first:last, last:], alpha=-1)
     found = torch.empty_like(codes)
@@ -112,14 +117,3 @@ def round_columns(near: Tensor, steps: Tensor, within: Tensor, grid: Grid) -> tu
         missed[:, column] = error
         near[:, column + 1 :].addr_(error, within[column, column + 1 :], alpha=-1)
     return codes, missed
-
-
-def _by_kernels(near: Tensor, steps: Tensor, within: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    import torch
-
-    from converter.quantize.rounding import column_kernels
-
-    near, steps, within = (one.contiguous() for one in (near, steps, within))
-    block = column_kernels.Block(near.numpy(), steps.numpy(), within.numpy(), grid)
-    codes, missed = column_kernels.round_columns(block)
-    return torch.from_numpy(codes), torch.from_numpy(missed)

@@ -194,7 +194,7 @@ class ObjectsFolder:
             for old in (record, path):
                 old.parent.mkdir(parents=True, exist_ok=True)
                 old.unlink(missing_ok=True)
-            self._etag(name)
+            self._etag(name)  # refuses a file without one
             with unfinished.open("wb") as file:
                 told = (lambda done: progress(name, done)) if progress is not None else (lambda _: None)
                 self._there.bring(name, self._files[name], file.fileno(), told)

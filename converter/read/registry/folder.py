@@ -24,7 +24,7 @@ INNER = ("", "model/", "peft/")
 """Where in a version's files a checkpoint or an adapter may lie: MLflow's own flavors put them into folders."""
 CONFIGS = frozenset({"config.json", "adapter_config.json"})
 TRIES = 5
-"""How often a file is continued of which the connection broke off."""
+"""How many times the download of a file is begun, or continued after the connection broke."""
 
 _NAME = re.compile(r"(?P<name>[^/@:\"'`]+)(?:/(?P<number>[0-9]+)|@(?P<alias>[\w-]+))?")
 _TICK = 0.1
@@ -67,8 +67,8 @@ def open_version(address: str, *, offline: bool = False) -> LocalFolder | Object
     path = path_of(place)
     if path is None or (is_address(place) and not place.lower().startswith("file://")):
         raise StoreRefused(
-            f"{address}: its files lie at {place.partition(':')[0]}:…, which is not read; copy them here, and give "
-            "that folder"
+            f"{address}: its files lie at {place.partition(':')[0]}:…, which this tool can't read; copy them here, and "
+            "give that folder"
         )
     if not is_folder(path):
         raise StoreRefused(
@@ -145,7 +145,9 @@ class Artifacts:
                 if done == entry.size:
                     progress(done)
                     return
-            raise StoreFailed(f"{self.label}: {name}: {done:,} bytes came of {entry.size:,}; try again")
+            raise StoreFailed(
+                f"{self.label}: {name}: only {done:,} of {entry.size:,} bytes came; run the same command again"
+            )
         finally:
             ended = True
             crew.shutdown(wait=False, cancel_futures=True)

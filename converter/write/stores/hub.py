@@ -11,12 +11,9 @@ from converter.read.hub.answers import COMMIT
 from converter.read.hub.errors import RETRY_DELAYS, Subject, brief, endpoint, not_a_hub, retrying
 from converter.read.hub.folder import DEFAULT_REVISION, is_repo_id, prepare_library
 from converter.write.journal import Upload
-from converter.write.store import NOTHING, Told
+from converter.write.store import MAX_READ_BYTES, NOTHING, Told
 
 T = TypeVar("T")
-
-MAX_READ_BYTES = 100_000_000
-"""Of a receipt."""
 
 
 class HubStore:

@@ -18,9 +18,8 @@ from converter.read.folder import Folder, LocalFolder, read_bytes
 from converter.read.hub.folder import HubFolder
 from converter.read.registry.folder import open_version
 from converter.write.durable import writing
+from converter.write.store import MAX_READ_BYTES
 from converter.write.stores.addresses import open_store
-
-MAX_SMALL_BYTES = 100_000_000
 
 
 def small_file(address: str, name: str) -> bytes:
@@ -29,7 +28,7 @@ def small_file(address: str, name: str) -> bytes:
     if scheme in ("hf", MODELS):
         folder: Folder = _repository(rest) if scheme == "hf" else open_version(address)
         if name in folder.names():
-            return read_bytes(folder, name, limit=MAX_SMALL_BYTES)
+            return read_bytes(folder, name, limit=MAX_READ_BYTES)
     else:
         store = open_store(address)
         if name in store.files():

@@ -19,7 +19,7 @@ from converter.read.folder import Folder, read_bytes
 from converter.read.registry.folder import named, open_version
 from converter.read.registry.server import Absent, Server, Version
 from converter.write.journal import Upload
-from converter.write.store import Told
+from converter.write.store import MAX_READ_BYTES, Told
 
 FOLDER = "model"
 """Of a run's artifacts, the folder that becomes the version."""
@@ -30,11 +30,10 @@ JOB = "nf4_converter.job"
 OF = "nf4_converter.model"
 """The tag of runs that says of which model they are."""
 LIKE = "nf4_converter.content"
-"""The tag of versions that says what they are made of, in whatever shards it lies."""
+"""The tag of versions that says what they are made of. It does not depend on how the shards are cut."""
 FINGERPRINT = "fingerprint"
 SHA256 = "nf4_converter.sha256."
 """With a shard's name, the tag of a run that says what was uploaded whole."""
-MAX_READ_BYTES = 100_000_000
 
 
 class RegisteredModel:
@@ -101,8 +100,11 @@ class RegisteredModel:
             return
         self._send(upload.shard, path, FOLDER)
         if self._sizes().get(upload.shard) != upload.size:
-            raise StoreFailed(f"{self.label}: {upload.shard}: was sent, and the server has it not; try again")
-        # Only now, so that what a dropped connection has left is never taken for whole.
+            raise StoreFailed(
+                f"{self.label}: {upload.shard}: was uploaded, but the server does not list it; run the same command "
+                "again"
+            )
+        # Only now: what a dropped connection left is not whole, and gets no tag.
         tag, run_id = SHA256 + upload.shard, self._run.info.run_id
         self._trying(lambda: self._client.set_tag(run_id, tag, upload.sha256), upload.shard)
 
@@ -197,9 +199,9 @@ class RegisteredModel:
             inside = PurePosixPath(name).parent
             self._send(name, path, FOLDER if inside == PurePosixPath() else f"{FOLDER}/{inside}")
         with tempfile.TemporaryDirectory() as beside:
-            for name, text in told.pages.items():
+            for name, html in told.pages.items():
                 page = Path(beside) / name
-                page.write_text(text, "utf-8")
+                page.write_text(html(), "utf-8")
                 self._send(name, page, None)
         self._server.log(self._run.info.run_id, told.figures, told.tags)
         wanted = {upload.shard: upload.size for upload in uploads}
@@ -208,8 +210,8 @@ class RegisteredModel:
             name = min(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
             self._trying(lambda: self._client.delete_run(self._run.info.run_id))
             raise StoreFailed(
-                f"{self.label}: {name}: run {self._run.info.run_id} has not just what was uploaded, and was deleted; "
-                "run the same command again"
+                f"{self.label}: {name}: run {self._run.info.run_id} has other files than were uploaded, so it was "
+                "deleted; run the same command again"
             )
 
     def _register(self, told: Told) -> Version:
@@ -221,10 +223,13 @@ class RegisteredModel:
         self._trying(lambda: self._client.update_run(run.info.run_id, "FINISHED"))
         source, tags = f"{run.info.artifact_uri}/{FOLDER}", {**told.tags, JOB: self._job, LIKE: self._like}
         made = self._trying(lambda: self._client.create_model_version(name, source, run.info.run_id, tags=tags))
-        # A request of which the answer was lost is repeated by the client; another machine may have made the same.
+        # The client repeats a request whose answer was lost, and another machine may have made the same version.
         first = self._registered(told.tags[FINGERPRINT])
         if first is None:
-            raise StoreFailed(f"{self.label}: version {made.version} was made, and is not listed; try again")
+            raise StoreFailed(
+                f"{self.label}: version {made.version} was made, but the server does not list it; run the same command "
+                "again"
+            )
         if first.number != int(made.version):
             self._trying(lambda: self._client.delete_model_version(name, made.version))
         return first
